@@ -1,0 +1,234 @@
+"""What a run folder is made of, and how its files are written.
+
+The names below are the contract of the run folder: stages write them, the report and the
+model card read them, and no other module spells a file name of the run folder out.
+Every write is atomic: a reader sees the old content or the new one, never half of it, even
+if the process is killed or the machine stops in between. JSON is strict: NaN and infinity
+are refused on writing, because other languages' readers refuse them on reading.
+
+Knows bytes, JSON and hashes; knows nothing of items, models or torch.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_itemtok.errors import ArtifactError
+
+FORMAT_VERSION = 1
+"""Version of the files below; a reader refuses a newer one."""
+
+RECIPE = "recipe.yaml"
+"""The resolved recipe: every setting, after `extends` and `--set`."""
+ENVIRONMENT = "environment.json"
+"""Versions, hardware and seeds of the run."""
+METRICS_LOG = "metrics.jsonl"
+"""One line a logging event of training."""
+METRICS = "metrics.json"
+"""Test and validation metrics, baselines and protocol."""
+CODES = "codes"
+"""Folder of item codes: `v0`, `v1`, ..."""
+PREDICTIONS = "predictions.parquet"
+"""Columns user, rank, item, score."""
+MODEL = "model"
+"""The bundle that `Recommender.from_pretrained` loads."""
+REPORT = "report.html"
+"""The self-contained report."""
+STAGES = "stages.json"
+"""Which stages are finished, and the hashes of what went into each."""
+
+
+def sha256_of_arrays(*arrays: np.ndarray | bytes | str) -> str:
+    """Hash arrays, bytes and texts together, in the order given.
+
+    Type, dtype and shape are hashed with the content, so `[1, 2], [3]` and `[1], [2, 3]` differ, and so do
+    int32 and int64 of the same numbers. Byte order and memory layout do not matter.
+
+    Args:
+        *arrays: numeric or boolean arrays of any shape, bytes, or texts (hashed as UTF-8).
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        TypeError: for an array of Python objects, whose bytes would be addresses.
+    """
+    digest = hashlib.sha256()
+    for part in arrays:
+        if isinstance(part, str):
+            header, content = "text", part.encode("utf-8", "surrogatepass")
+        elif isinstance(part, bytes):
+            header, content = "bytes", part
+        else:
+            if part.dtype.hasobject:
+                raise TypeError(f"only arrays of numbers can be hashed, was: dtype {part.dtype}")
+            little = np.ascontiguousarray(part, dtype=part.dtype.newbyteorder("<"))
+            header, content = f"array {little.dtype.str} {part.shape}", little.tobytes()
+        digest.update(f"{header} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def sha256_of_file(path: Path | str) -> str:
+    """Hash a file's content.
+
+    Returns:
+        64 hexadecimal digits, the same that `sha256sum` prints.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Replace a file's content atomically; its folder is made when missing.
+
+    Raises:
+        OSError: if the file cannot be written; the old content then still stands.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; a run folder is made to be read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Replace a file's content atomically by a text in UTF-8.
+
+    Raises:
+        OSError: if the file cannot be written; the old content then still stands.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Replace a file's content atomically by a value as JSON: indented, keys in the order given.
+
+    NumPy numbers and arrays are written as numbers and lists.
+
+    Raises:
+        ArtifactError: if a number in it is NaN or infinite, with the place it stands in.
+        TypeError: if a value has no JSON form.
+        OSError: if the file cannot be written; the old content then still stands.
+    """
+    text = json.dumps(_plain(value, where="", path=Path(path)), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ArtifactError: if there is no such file, or it is not JSON in UTF-8; the message names the file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise ArtifactError(f"{path}: a JSON file must be here, found: {found}")
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path}: JSON must be UTF-8, found another byte at {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path}:{error.lineno}: not JSON: {error.msg}; was the file cut short?") from error
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Fill a folder beside its place, then move it there in one step, in place of what stood there before.
+
+    If the body raises, the old folder stays as it was and the new one is removed.
+
+    Args:
+        path: where the folder will stand; its parent is made when missing.
+
+    Yields:
+        An empty folder to write into.
+
+    Raises:
+        OSError: if the folder cannot be made or moved.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
+        _swap_in(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _swap_in(new: Path, path: Path) -> None:
+    if not path.is_dir() or path.is_symlink():
+        os.replace(new, path)
+        return
+    # A folder that is not empty cannot be replaced in one call: it steps aside first and comes back on failure.
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    os.replace(path, aside)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(aside, path)
+        raise
+    shutil.rmtree(aside)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    """The process's file mode mask; there is no way to read it but to set it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _plain(value: Any, *, where: str, path: Path) -> Any:
+    """Turn NumPy values into Python's, and name the place of a number that JSON cannot hold."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        places = {str(key): f"{where}.{key}" if where else str(key) for key in value}
+        return {str(key): _plain(inner, where=places[str(key)], path=path) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, where=f"{where}[{i}]", path=path) for i, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ArtifactError(f"{path}: `{where}` must be a finite number to be written as JSON, was: {value}")
+    return value

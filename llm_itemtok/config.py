@@ -1,0 +1,274 @@
+"""A recipe: loading, what contradicts what, and its resolved form.
+
+`RunConfig` holds the sections of `settings.py`, read through `recipe_file.py` and checked by `strict.py`. It never
+changes and holds nothing derived. Beside `pipeline.py` and `cli.py` no module reads it: components take plain
+arguments. `trainer` is passed through and checked by `training/arguments.py`, because it needs transformers.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+
+from llm_itemtok import strict
+from llm_itemtok.errors import RecipeError
+from llm_itemtok.recipe_file import read_layers
+from llm_itemtok.settings import (
+    LATER,
+    Data,
+    Evaluation,
+    Examples,
+    FileVectors,
+    LlmVectors,
+    Model,
+    Objective,
+    RandomTokenizer,
+    ResidualKMeansTokenizer,
+    RqVaeTokenizer,
+    Scoring,
+    SentenceTransformersVectors,
+    TfidfSvdVectors,
+    Update,
+    Vocab,
+)
+from llm_itemtok.strict import Within
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A recipe: everything a run depends on."""
+
+    seed: Annotated[int, Within(low=0, high=2**32 - 1)] = 0
+    """Of every random choice: item tokens, initial rows, order of examples, resampling."""
+    data: Data = field(default_factory=Data)
+    """Where items and interactions come from, and how they are split."""
+    vectors: TfidfSvdVectors | SentenceTransformersVectors | LlmVectors | FileVectors = field(
+        default_factory=TfidfSvdVectors
+    )
+    """One vector an item, from its text or a file."""
+    tokenizer: ResidualKMeansTokenizer | RqVaeTokenizer | RandomTokenizer = field(
+        default_factory=ResidualKMeansTokenizer
+    )
+    """Vectors to item codes."""
+    vocab: Vocab = field(default_factory=Vocab)
+    """Item codes to tokens of the language model."""
+    model: Model = field(default_factory=Model)
+    """The language model."""
+    examples: Examples = field(default_factory=Examples)
+    """Sequences to training examples."""
+    objective: Objective = field(default_factory=Objective)
+    """What is minimised."""
+    update: Update = field(default_factory=Update)
+    """Whether item tokens change during training."""
+    scoring: Scoring = field(default_factory=Scoring)
+    """How a next item is scored."""
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `transformers.TrainingArguments`, under their own names."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """Validation and test."""
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
+        """Read, merge and check a recipe.
+
+        Args:
+            path: the recipe file; its `extends` is followed.
+            overrides: texts `a.b=value` of `--set`, the value in YAML.
+
+        Raises:
+            RecipeError: if anything about it is not right; the message names the file and the setting.
+        """
+        layers = read_layers(Path(path), overrides)
+        source = f"{path} with --set" if overrides else str(path)
+        checker = strict.Checker(source, layers.origins, LATER, also=("extends",))
+        config: Self = checker.section((cls,), cls, layers.settings, ())
+        for contradiction in _contradictions(config):
+            raise RecipeError(f"{source}: {contradiction}")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain values; settings that do not apply are left out, so it loads again."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; `RunConfig.load` of it gives an equal config."""
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the resolved recipe, seed included, with local paths as written."""
+        return self.recipe_sha256({})
+
+    def recipe_sha256(self, path_hashes: Mapping[str, str]) -> str:
+        """Hash of the resolved recipe, seed included, that does not depend on where inputs lie on a machine.
+
+        Args:
+            path_hashes: dotted setting, such as `data.path`, → hash of the content that the local path names.
+
+        Returns:
+            64 hexadecimal digits; the order of keys in the recipe does not matter.
+        """
+        plain = self.to_dict()
+        for dotted, content in path_hashes.items():
+            section, _, name = dotted.partition(".")
+            assert isinstance(plain[section][name], str), f"{dotted} is not a path of this recipe"
+            plain[section][name] = f"sha256:{content}"
+        return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _contradictions(config: RunConfig) -> Iterator[str]:
+    """Settings that are each right alone but not together, with the reason and the way out."""
+    yield from _data_contradictions(config.data)
+    yield from _model_contradictions(config)
+    evaluation, tasks = config.evaluation, config.examples.tasks
+    if evaluation.k > evaluation.beam:
+        yield (
+            f"`evaluation.k` must be at most `evaluation.beam`, was: {evaluation.k} > {evaluation.beam}; "
+            "a beam cannot yield more items than it holds"
+        )
+    if len(set(evaluation.baselines)) < len(evaluation.baselines):
+        yield f"`evaluation.baselines` must name each baseline once, was: {', '.join(evaluation.baselines)}"
+    if not any(tasks.values()):
+        yield "`examples.tasks` must give at least one task a weight above 0; there would be nothing to train"
+    if isinstance(config.tokenizer, RqVaeTokenizer) and not config.tokenizer.hidden:
+        yield "`tokenizer.hidden` must have at least one width, was: []"
+    if isinstance(config.vectors, FileVectors) and not config.vectors.path.endswith(
+        (".npy", ".safetensors", ".parquet")
+    ):
+        yield f"`vectors.path` must end in .npy, .safetensors or .parquet, was: {config.vectors.path!r}"
+
+
+def _data_contradictions(data: Data) -> Iterator[str]:
+    if data.source != "synthetic" and not data.path:
+        yield "`data.path` must be given: the folder to read; or `data.source: synthetic`, which needs none"
+    if data.validation_share + data.test_share >= 1:
+        yield (
+            "`data.validation_share` and `data.test_share` must leave something to train on, "
+            f"was: {data.validation_share} + {data.test_share}"
+        )
+    rule = data.filter
+    if rule and rule.min is None and rule.max is None and not rule.keep:
+        yield "`data.filter` must say which rows to keep: `min`, `max` or `keep` (not empty)"
+    if rule and rule.keep and (rule.min is not None or rule.max is not None):
+        yield "`data.filter` takes either `keep` (values) or `min` and `max` (a range), not both"
+    if rule and rule.min is not None and rule.max is not None and rule.min > rule.max:
+        yield f"`data.filter.min` must be at most `data.filter.max`, was: {rule.min} > {rule.max}"
+
+
+def _model_contradictions(config: RunConfig) -> Iterator[str]:
+    model, scratch = config.model, config.model.scratch
+    if not model.name:
+        yield "`model.name` must be a Hub id, a folder or `scratch`, was: empty"
+    if model.dtype == "bfloat16" and config.trainer.get("fp16") is True:
+        yield "`trainer.fp16` needs `model.dtype: float32`; with bfloat16 weights use `trainer.bf16`"
+    if model.name != "scratch":
+        return
+    if scratch.width % scratch.heads:
+        yield f"`model.scratch.heads` must divide `width`, was: {scratch.width} / {scratch.heads}"
+    if scratch.family != "gpt2" and scratch.width // scratch.heads % 2:
+        yield (
+            f"`model.scratch` must have an even width / heads for {scratch.family}, whose positions turn pairs of "
+            f"dimensions, was: {scratch.width // scratch.heads}"
+        )
+    if model.dtype == "auto":
+        yield "`model.dtype: auto` is the type a model was saved in, and `scratch` is not saved yet; write float32"
+    if scratch.pretrain_epochs == 0 and model.adapter == "lora":
+        yield (
+            "`model.adapter: lora` freezes the base model, and with `model.scratch.pretrain_epochs: 0` that is random; "
+            "use `adapter: none`, or pre-train"
+        )
+    if scratch.pretrain_epochs == 0 and isinstance(config.vectors, LlmVectors):
+        yield (
+            "`vectors.kind: llm` takes the base model's states, and with `model.scratch.pretrain_epochs: 0` those are "
+            "random; use tfidf-svd, or pre-train"
+        )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line, mappings in blocks, no aliases (`RunConfig.load` refuses them)."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+_Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            name: _plain(getattr(value, name))
+            for name, annotation in strict.annotations_of(type(value)).items()
+            if all(mark.holds(getattr(value, mark.key)) for mark in strict.conditions_of(annotation))
+        }
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def explain(dotted: str = "") -> str:
+    """Say what a setting means, what it takes and what it is by default; for a section, its settings.
+
+    Args:
+        dotted: such as `tokenizer.levels`; empty for the whole recipe.
+
+    Raises:
+        RecipeError: if there is no such setting, with the nearest one.
+    """
+    sections: list[type] = [RunConfig]
+    path: tuple[str, ...] = ()
+    names = [name for name in dotted.split(".") if name]
+    for i, name in enumerate(names):
+        path = (*path, name)
+        owners = [section for section in sections if name in strict.annotations_of(section)]
+        if not owners:
+            strict.Checker("explain").fail_unknown(path, {n for s in sections for n in strict.annotations_of(s)})
+        annotations = [strict.annotations_of(owner)[name] for owner in owners]
+        sections = [part for annotation in annotations for part in strict.sections_in(annotation)]
+        if not sections:
+            if i + 1 < len(names) and dotted.startswith("trainer."):
+                return f"{dotted}: passed to transformers.TrainingArguments under this name; see its documentation."
+            if i + 1 < len(names):
+                strict.Checker("explain").fail_unknown((*path, names[i + 1]), ())
+            return "\n".join(dict.fromkeys(_explain_field(dotted, owner, name) for owner in owners))
+    return "\n\n".join(_explain_section(dotted, section) for section in sections)
+
+
+def _explain_section(dotted: str, section: type) -> str:
+    prefix = f"{dotted}." if dotted else ""
+    fields = [_explain_field(prefix + name, section, name) for name in strict.annotations_of(section)]
+    return "\n".join([f"{dotted or 'recipe'}: {section.__doc__}", *fields])
+
+
+def _explain_field(dotted: str, section: type, name: str) -> str:
+    annotation = strict.annotations_of(section)[name]
+    default = next(strict.default_of(part) for part in dataclasses.fields(section) if part.name == name)
+    facts = [strict.type_name(annotation), *(f"only with {mark}" for mark in strict.conditions_of(annotation))]
+    if not strict.sections_in(annotation):
+        given = default is not dataclasses.MISSING
+        facts.append(f"default {json.dumps(_plain(default))}" if given else "must be given")
+    return f"  {dotted}: {_field_docs(section)[name]}\n      ({'; '.join(facts)})"
+
+
+def _field_docs(section: type) -> dict[str, str]:
+    """Field → the text under it, read from the source of the class."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(node, ast.ClassDef)
+    return {
+        part.target.id: ast.literal_eval(text.value)
+        for part, text in itertools.pairwise(node.body)
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and isinstance(text, ast.Expr)
+    }

@@ -1,0 +1,1 @@
+"""Evaluation: full item-level ranking, intervals, segments, and baselines on the same split."""

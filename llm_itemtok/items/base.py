@@ -1,0 +1,290 @@
+"""The two abstract things of this layer: an item tokenizer, and the trained module it may leave behind.
+
+`ItemTokenizer.fit` turns item vectors into `ItemCodes`. Some tokenizers also leave a `Quantizer`: codebooks and the map
+into their space, as a torch module. Updates of item tokens need it (gradients through `soft_assign` and `forward`, a warm
+start), and so do new items (`encode`).
+
+Decisions:
+- A class is either abstract or final. Final quantizers say how to reach the space of the codebooks and back
+  (`to_latent`, `from_latent`); everything residual is written here, once.
+- A hard code is greedy and takes the lowest index on a tie; it is the argmax of `soft_assign` by construction, because
+  both read the same distances.
+- Losses are returned per item: who trains decides what to average over (all items, a batch, the distinct targets).
+- A quantizer reads and writes vectors in the units it was fitted on. Whatever scaling helps its training is stored in it.
+
+Sources: soft assignment as in BLOGER and ETEGRec (softmax over minus the squared distance, temperature 1); losses as in
+TIGER, Rajput et al. 2023 (arXiv:2305.05065), with the scaling of the released LC-Rec code: means over dimensions and levels.
+
+Shape letters in this file: N items, L levels, K codewords a level, D dimensions of a vector, H of a codeword.
+"""
+
+import abc
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from llm_itemtok.artifacts import FORMAT_VERSION, write_bytes
+from llm_itemtok.errors import ArtifactError, DataError
+from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.residual import nearest_codes, squared_distances, sum_of_codewords
+
+QUANTIZER_FILE = "quantizer.safetensors"
+_FORMAT = "llm_itemtok.quantizer"
+
+
+class Quantized(NamedTuple):
+    """A differentiable pass through a quantizer; losses are means over dimensions (and levels), one a row."""
+
+    codes: Tensor
+    """int64 `[N, L]`."""
+    reconstruction: Tensor
+    """float `[N, D]`, in the units of the input; gradients pass straight through the choice of codewords."""
+    reconstruction_loss: Tensor
+    """float `[N]`, squared error in the quantizer's own scale."""
+    codebook_loss: Tensor
+    """float `[N]`, pulls codewords to residuals; no gradient to the encoder."""
+    commitment_loss: Tensor
+    """float `[N]`, pulls residuals to codewords, not yet weighted; no gradient to the codebooks."""
+
+
+class Quantizer(nn.Module, abc.ABC):
+    """Residual codebooks, and the way from item vectors to their space and back.
+
+    Attributes:
+        codebooks: parameter, float `[L, K, H]`, one codebook a level.
+    """
+
+    codebooks: nn.Parameter
+
+    @abc.abstractmethod
+    def to_latent(self, vectors: Tensor) -> Tensor:
+        """Map item vectors, float `[N, D]`, to the space of the codebooks, float `[N, H]`; differentiable."""
+
+    @abc.abstractmethod
+    def from_latent(self, latent: Tensor) -> Tensor:
+        """Map float `[N, H]` back to the space of the item vectors, float `[N, D]`; differentiable."""
+
+    @abc.abstractmethod
+    def loss_scale(self) -> Tensor:
+        """What a vector is divided by, as a scalar, before its reconstruction error is taken."""
+
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The arguments that build an untrained module of the same shapes; plain JSON values."""
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels, L."""
+        return self.codebooks.shape[0]
+
+    @property
+    def num_codewords(self) -> int:
+        """Number of codewords a level, K."""
+        return self.codebooks.shape[1]
+
+    @torch.no_grad()
+    def encode(self, vectors: Tensor) -> Tensor:
+        """Codes of item vectors, greedily from level 0 down; a tie goes to the lowest index.
+
+        Args:
+            vectors: float `[N, D]`, from the source the quantizer was fitted on.
+
+        Returns:
+            int64 `[N, L]`, each in `[0, K)`.
+        """
+        return nearest_codes(self.to_latent(vectors), self.codebooks)[0]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Item vectors that codes stand for.
+
+        Args:
+            codes: int64 `[N, L]`, each in `[0, K)`.
+
+        Returns:
+            float `[N, D]`, in the units of the vectors; differentiable in codebooks and decoder.
+        """
+        return self.from_latent(sum_of_codewords(codes, self.codebooks))
+
+    def soft_assign(self, vectors: Tensor, *, straight_through_residual: bool = False) -> list[Tensor]:
+        """Probability of each codeword, level by level, differentiable in everything.
+
+        Args:
+            vectors: float `[N, D]`.
+            straight_through_residual: see `soft_assign_latent`.
+
+        Returns:
+            L tensors, float `[N, K]`, rows summing to 1; the argmax is the hard code.
+        """
+        return self.soft_assign_latent(self.to_latent(vectors), straight_through_residual=straight_through_residual)
+
+    def soft_assign_latent(self, latent: Tensor, *, straight_through_residual: bool = False) -> list[Tensor]:
+        """`soft_assign` for points that are already in the space of the codebooks.
+
+        `P(k | v_l) = softmax_k(-||v_l - e_k||^2)` and `v_{l+1} = v_l - sg[e_{hard code}]`.
+
+        Args:
+            latent: float `[N, H]`.
+            straight_through_residual: subtract the straight-through value instead, as the released code of LC-Rec, BLOGER
+                and ETEGRec does. Its residual carries no gradient to `latent`, so only level 0 would train an encoder.
+
+        Returns:
+            L tensors, float `[N, K]`, rows summing to 1.
+        """
+        probabilities = []
+        residual = latent
+        for codebook in self.codebooks:
+            distances = squared_distances(residual, codebook)
+            probabilities.append(torch.softmax(-distances, dim=1))
+            residual = residual - codebook.detach()[distances.argmin(dim=1)]
+            if straight_through_residual:
+                residual = residual.detach()
+        return probabilities
+
+    def forward(self, vectors: Tensor) -> Quantized:
+        """Quantise and rebuild, with the losses that train codebooks, encoder and decoder.
+
+        One straight-through estimate on the *sum* of the codewords: one a level would multiply the encoder's gradient
+        by the number of levels.
+
+        Args:
+            vectors: float `[N, D]`.
+        """
+        latent = self.to_latent(vectors)
+        residual = latent
+        chosen, codebook_losses, commitment_losses = [], [], []
+        for codebook in self.codebooks:
+            code = squared_distances(residual.detach(), codebook.detach()).argmin(dim=1)
+            codeword = codebook[code]
+            codebook_losses.append((residual.detach() - codeword).square().mean(dim=1))
+            commitment_losses.append((residual - codeword.detach()).square().mean(dim=1))
+            residual = residual - codeword.detach()
+            chosen.append(code)
+        # `residual` is now latent minus the sum of the codewords.
+        reconstruction = self.from_latent(latent - residual.detach())
+        return Quantized(
+            codes=torch.stack(chosen, dim=1),
+            reconstruction=reconstruction,
+            reconstruction_loss=((reconstruction - vectors) / self.loss_scale()).square().mean(dim=1),
+            codebook_loss=torch.stack(codebook_losses).mean(dim=0),
+            commitment_loss=torch.stack(commitment_losses).mean(dim=0),
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `quantizer.safetensors` into a folder, atomically.
+
+        Returns:
+            The path of the file.
+        """
+        header = {
+            "format": _FORMAT,
+            "format_version": FORMAT_VERSION,
+            "class": type(self).__name__,
+            "settings": self.settings(),
+        }
+        path = Path(folder) / QUANTIZER_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        metadata = {"quantizer": json.dumps(header, sort_keys=True)}
+        write_bytes(path, safetensors.torch.save(tensors, metadata=metadata))
+        return path
+
+
+def load_quantizer(folder: str | Path) -> Quantizer:
+    """Read a quantizer written by `Quantizer.save`, on the CPU and in evaluation mode.
+
+    Args:
+        folder: the folder that was saved into, or the file itself.
+
+    Raises:
+        ArtifactError: if the file is missing, not of this format or version, or does not fit its own settings.
+    """
+    # Here and not above: the final classes are built on this module.
+    from llm_itemtok.items.residual_kmeans import ResidualKMeansQuantizer
+    from llm_itemtok.items.rqvae import RQVAEQuantizer
+
+    path = Path(folder)
+    path = path / QUANTIZER_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no quantizer there; expected a folder with {QUANTIZER_FILE}, or that file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("quantizer", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ArtifactError(f"{path}: not a readable safetensors file of a quantizer: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise ArtifactError(f"{path}: a safetensors file, but not of a quantizer written by this package")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: a quantizer of format version {header.get('format_version')!r}; this version of llm-itemtok "
+            f"reads version {FORMAT_VERSION}"
+        )
+    classes = {final.__name__: final for final in (ResidualKMeansQuantizer, RQVAEQuantizer)}
+    if header.get("class") not in classes:
+        raise ArtifactError(f"{path}: unknown kind of quantizer {header.get('class')!r}; known: {', '.join(classes)}")
+    try:
+        quantizer = classes[header["class"]](**header["settings"])
+        quantizer.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError, DataError) as error:
+        raise ArtifactError(f"{path}: the quantizer contradicts its own settings: {error}") from error
+    return quantizer.eval()
+
+
+class ItemTokenizer(abc.ABC):
+    """Turns item vectors into item codes.
+
+    Attributes:
+        quantizer: the trained module behind the codes, after `fit`; None for kinds that train none.
+    """
+
+    quantizer: Quantizer | None = None
+
+    @abc.abstractmethod
+    def fit(self, vectors: np.ndarray) -> ItemCodes:
+        """Make codes for a catalogue.
+
+        Args:
+            vectors: float32 `[N, D]`, finite, one row an item in the order of the catalogue.
+
+        Returns:
+            Codes for the same rows, collisions not yet resolved.
+
+        Raises:
+            DataError: if the vectors are not as above.
+        """
+
+
+def check_vectors(vectors: np.ndarray) -> np.ndarray:
+    """Item vectors as contiguous float32 `[N, D]`, after checking them.
+
+    Raises:
+        DataError: if the shape is not two-dimensional and non-empty, the dtype not a float, or a value not finite.
+    """
+    if vectors.ndim != 2 or 0 in vectors.shape:
+        raise DataError(f"item vectors must have the shape (items, dimensions), both at least 1, was: {vectors.shape}")
+    if not np.issubdtype(vectors.dtype, np.floating):
+        raise DataError(f"item vectors must be floating-point numbers, was: {vectors.dtype}")
+    checked = np.ascontiguousarray(vectors, dtype=np.float32)
+    broken = np.flatnonzero(~np.isfinite(checked).all(axis=1))
+    if len(broken):
+        raise DataError(
+            f"item vectors must be finite numbers; {len(broken):,} of {len(checked):,} rows hold NaN, infinity or a "
+            f"number beyond float32, the first is row {broken[0]}"
+        )
+    return checked
+
+
+def check_codebook_shape(*, levels: int, codebook_size: int) -> None:
+    """Refuse numbers of levels and codewords that no codes can have.
+
+    Raises:
+        DataError: if one is below 1.
+    """
+    if levels < 1 or codebook_size < 1:
+        raise DataError(f"`levels` and `codebook_size` must be at least 1, was: {levels} and {codebook_size}")

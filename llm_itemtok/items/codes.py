@@ -1,0 +1,283 @@
+"""ItemCodes: what an item tokenizer says about a catalogue, as one immutable table.
+
+Row `n` is the code of the item in row `n` of the `Catalog`; column `l` is a codeword of level `l`, coarse first.
+
+Decisions:
+- Immutable. A change of item tokens makes a *new* `ItemCodes`; nothing that holds one has to watch it.
+- Depth and level sizes belong to the table. A level appended to tell colliding items apart is a level like any other,
+  so no later stage adds one by hand.
+- `sizes` is the *capacity* of each level, not the number of codewords in use: the vocabulary is built from it, and it
+  stays fixed for a run however the codes move.
+- Two `ItemCodes` are equal when table and sizes are; names and provenance describe, they do not identify.
+
+This module knows nothing of vectors, quantizers or token ids.
+
+Shape letters in this file: N items, L levels, P distinct prefixes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, final
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from llm_itemtok.artifacts import FORMAT_VERSION, sha256_of_arrays, write_bytes
+from llm_itemtok.errors import ArtifactError, DataError
+
+FILE_NAME = "item_codes.safetensors"
+_FORMAT = "llm_itemtok.item_codes"
+
+
+@final
+class ItemCodes:
+    """An immutable table of codes, one row an item and one column a level."""
+
+    def __init__(
+        self,
+        table: np.ndarray,
+        sizes: Sequence[int],
+        *,
+        names: Sequence[str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Check and copy a table of codes.
+
+        Args:
+            table: integer `[N, L]`, N and L at least 1; column `l` holds values in `[0, sizes[l])`. Copied to int32.
+            sizes: capacity of each level (number of codewords that may ever be used), L values in `[1, 2**31)`.
+            names: one distinct name a level, for tables and pictures; `level-0`, `level-1`, ... when not given.
+            provenance: where the codes come from: anything JSON can hold, kept with the table.
+
+        Raises:
+            DataError: if shape, dtype, range, sizes, names or provenance are not as above.
+        """
+        self._sizes = _check_sizes(sizes)
+        self._table = _check_table(np.asarray(table), self._sizes)
+        self._names = _check_names(names, len(self._sizes))
+        self._provenance = _as_json(provenance or {})
+
+    @property
+    def table(self) -> np.ndarray:
+        """The codes, int32 `[N, L]`, read-only."""
+        return self._table
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Capacity of each level, L values; a codeword of level `l` is in `[0, sizes[l])`."""
+        return self._sizes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each level, L distinct values."""
+        return self._names
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the codes come from (a copy: changing it changes nothing)."""
+        return json.loads(self._provenance)
+
+    @property
+    def num_items(self) -> int:
+        """Number of items, N."""
+        return self._table.shape[0]
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels, L."""
+        return self._table.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Number of codes the levels can spell, the product of `sizes` (exact, may exceed 64 bits)."""
+        capacity = 1
+        for size in self._sizes:
+            capacity *= size
+        return capacity
+
+    @property
+    def is_injective(self) -> bool:
+        """Whether no two items share their full code."""
+        return self.collision_rate == 0.0
+
+    @property
+    def collision_rate(self) -> float:
+        """Share of items of *this table* that share their full code with another, in `[0, 1]`.
+
+        The codes of a run have been resolved, so theirs is 0; the rate before resolution stands in their
+        `provenance["collisions"]["collision_rate_before"]`.
+        """
+        groups = self.prefix_groups(self.num_levels)
+        return float((np.bincount(groups)[groups] > 1).mean())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what makes two `ItemCodes` equal: table and sizes."""
+        return sha256_of_arrays(self._table, np.asarray(self._sizes, dtype=np.int64))
+
+    def prefix_groups(self, depth: int) -> np.ndarray:
+        """Number the prefixes of a length in lexicographic order.
+
+        Args:
+            depth: length of the prefix, in `[0, L]`.
+
+        Returns:
+            int64 `[N]`: items have the same number exactly when their first `depth` codewords agree; numbers are
+            `0 .. P - 1` in the order of the prefixes.
+        """
+        if not 0 <= depth <= self.num_levels:
+            raise DataError(f"depth must be between 0 and the number of levels ({self.num_levels}), was: {depth}")
+        groups = np.zeros(self.num_items, dtype=np.int64)
+        for level in range(depth):
+            # Fewer than 2**31 groups times at most 2**31 codewords fits int64.
+            keys = groups * self._sizes[level] + self._table[:, level]
+            groups = np.unique(keys, return_inverse=True)[1].reshape(-1)
+        return groups
+
+    def prefix_counts(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """Count the items under each prefix of a length.
+
+        Args:
+            depth: length of the prefix, in `[0, L]`.
+
+        Returns:
+            prefixes: int32 `[P, depth]`, the prefixes in use, in lexicographic order.
+            counts: int64 `[P]`, items under each; they add up to N.
+        """
+        _, first, counts = np.unique(self.prefix_groups(depth), return_index=True, return_counts=True)
+        return self._table[first, :depth], counts.astype(np.int64)
+
+    def with_provenance(self, **entries: Any) -> Self:
+        """The same codes with entries of the provenance added or replaced."""
+        return type(self)(self._table, self._sizes, names=self._names, provenance=self.provenance | entries)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `item_codes.safetensors` into a folder, atomically; the same codes give the same bytes.
+
+        Returns:
+            The path of the file.
+        """
+        header = {
+            "format": _FORMAT,
+            "format_version": FORMAT_VERSION,
+            "sizes": list(self._sizes),
+            "names": list(self._names),
+            "provenance": self.provenance,
+            "sha256": self.sha256,
+        }
+        path = Path(folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One metadata entry: safetensors does not promise the order of several.
+        metadata = {"item_codes": json.dumps(header, sort_keys=True)}
+        write_bytes(path, safetensors.numpy.save({"table": self._table}, metadata=metadata))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read codes written by `save`.
+
+        Args:
+            path: the folder `save` wrote into, or the file itself.
+
+        Raises:
+            ArtifactError: if the file is missing, not of this format or version, or not what was saved.
+        """
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        table, header = _read(path)
+        try:
+            codes = cls(table, header["sizes"], names=header["names"], provenance=header["provenance"])
+        except (DataError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: the item codes contradict their own description: {error}") from error
+        if codes.sha256 != header.get("sha256"):
+            raise ArtifactError(
+                f"{path}: the item codes are not the ones that were saved (sha256 {codes.sha256[:12]}, saved as "
+                f"{str(header.get('sha256'))[:12]}); restore the file or make the codes again"
+            )
+        return codes
+
+    def __len__(self) -> int:
+        """Number of items, N."""
+        return self.num_items
+
+    def __eq__(self, other: object) -> bool:
+        """Whether table and sizes agree."""
+        if not isinstance(other, ItemCodes):
+            return NotImplemented
+        return self._sizes == other._sizes and np.array_equal(self._table, other._table)
+
+    def __hash__(self) -> int:
+        """Hash over table and sizes."""
+        return hash(self.sha256)
+
+    def __repr__(self) -> str:
+        """Items, capacity of each level, hash."""
+        return f"ItemCodes({self.num_items:,} items, sizes={self._sizes}, sha256={self.sha256[:12]})"
+
+
+def _check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    if not sizes or any(isinstance(size, bool) or not isinstance(size, int | np.integer) for size in sizes):
+        raise DataError(f"`sizes` must be at least one whole number, one a level, was: {sizes!r}")
+    checked = tuple(int(size) for size in sizes)
+    if min(checked) < 1 or max(checked) >= 2**31:
+        raise DataError(f"each level must hold between 1 and 2**31 - 1 codewords, was: {checked}")
+    return checked
+
+
+def _check_table(table: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    if table.ndim != 2 or table.shape[0] == 0 or table.shape[1] != len(sizes):
+        raise DataError(
+            f"a table of codes must have the shape (items, levels) with at least one item and {len(sizes)} levels "
+            f"(as many as `sizes`), was: {table.shape}"
+        )
+    if not np.issubdtype(table.dtype, np.integer):
+        raise DataError(f"a table of codes must hold whole numbers, was: {table.dtype}")
+    lowest, highest = table.min(axis=0), table.max(axis=0)
+    for level, size in enumerate(sizes):
+        if lowest[level] < 0 or highest[level] >= size:
+            raise DataError(
+                f"codewords of level {level} must be in [0, {size}), was: {lowest[level]} to {highest[level]}"
+            )
+    checked = np.array(table, dtype=np.int32, order="C")
+    checked.setflags(write=False)
+    return checked
+
+
+def _check_names(names: Sequence[str] | None, num_levels: int) -> tuple[str, ...]:
+    if names is None:
+        return tuple(f"level-{level}" for level in range(num_levels))
+    checked = tuple(names)
+    if len(checked) != num_levels or len(set(checked)) != num_levels or not all(isinstance(n, str) for n in checked):
+        raise DataError(f"`names` must be {num_levels} distinct texts, one a level, was: {checked!r}")
+    return checked
+
+
+def _as_json(provenance: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(provenance), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the provenance of item codes must be plain JSON values: {error}") from error
+
+
+def _read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The table and the header of a file of codes, before any check of their content."""
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no item codes there; expected a folder with {FILE_NAME}, or that file")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("item_codes", "null"))
+            table = file.get_tensor("table") if "table" in file.keys() else None  # noqa: SIM118 (not a mapping)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ArtifactError(f"{path}: not a readable safetensors file of item codes: {error}") from error
+    if table is None or not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise ArtifactError(f"{path}: a safetensors file, but not of item codes written by this package")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: item codes of format version {header.get('format_version')!r}; this version of llm-itemtok reads "
+            f"version {FORMAT_VERSION}"
+        )
+    if table.dtype != np.int32:
+        raise ArtifactError(f"{path}: the table of codes must be int32, was: {table.dtype}")
+    return table, header

@@ -1,0 +1,111 @@
+"""Residual quantisation: describe an item vector by a short path of codewords.
+
+Level 0 picks the codeword nearest to the item vector; each later level picks the codeword nearest to what the levels
+above left over. The path `(c_0, ..., c_{L-1})` is the item's code, coarse first, so items that share a prefix are close
+in the embedding space. RQ-VAE and residual k-means differ only in how they *learn* the codebooks; both read codes off
+them with the functions here.
+
+Sources: residual quantisation as in Lee et al. 2022 (arXiv:2203.01941); its use for item identifiers as in TIGER,
+Rajput et al. 2023 (arXiv:2305.05065), 3.1.
+
+Shape letters in this file: N items, L levels, K codewords a level, D dimensions.
+"""
+
+import torch
+from torch import Tensor
+
+from llm_itemtok.errors import DataError
+
+BLOCK = 16_384
+"""Rows quantised at a time: bounds the memory of the distances to `BLOCK * K` floats."""
+
+
+def squared_distances(x_ND: Tensor, codebook_KD: Tensor) -> Tensor:
+    """Squared Euclidean distance of every vector to every codeword.
+
+    Expanded into a matrix product, because that is fast and, unlike `torch.cdist`, twice differentiable. The price is
+    rounding: about 1e-7 of the squared length of the vectors.
+
+    Args:
+        x_ND: vectors, float.
+        codebook_KD: codewords, float, same device.
+
+    Returns:
+        float `[N, K]`, squared units of `x_ND`; may be a rounding error below zero.
+    """
+    own_N1 = x_ND.square().sum(dim=1, keepdim=True)
+    return own_N1 + codebook_KD.square().sum(dim=1) - 2 * (x_ND @ codebook_KD.T)
+
+
+@torch.no_grad()
+def nearest_codes(x_ND: Tensor, codebooks_LKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Read every item's code off fixed codebooks, greedily from level 0 down.
+
+    Greedy search is the definition here, not an approximation of a joint search: a code must not depend on levels
+    below it, or prefixes would lose their meaning.
+
+    Args:
+        x_ND: item vectors, float, in the space the codebooks were fitted in.
+        codebooks_LKD: one codebook a level, float, same device as `x_ND`.
+
+    Returns:
+        codes_NL: int64 codeword indices, each in `[0, K)`. A tie goes to the lowest index.
+        error_N: squared Euclidean distance left after the last level, in squared units of `x_ND`. Zero means the code
+            rebuilds the vector exactly.
+
+    Raises:
+        DataError: if the last dimensions of the two tensors differ.
+    """
+    if x_ND.shape[-1] != codebooks_LKD.shape[-1]:
+        raise DataError(
+            f"item vectors have {x_ND.shape[-1]} dimensions but the codebooks have {codebooks_LKD.shape[-1]}; "
+            "embed the items with the model the item tokenizer was fitted on"
+        )
+    codes = torch.empty(len(x_ND), len(codebooks_LKD), dtype=torch.int64, device=x_ND.device)
+    errors = torch.empty(len(x_ND), dtype=x_ND.dtype, device=x_ND.device)
+    for start in range(0, len(x_ND), BLOCK):
+        rows = slice(start, start + BLOCK)
+        residual_ND = x_ND[rows]
+        for level, codebook_KD in enumerate(codebooks_LKD):
+            code_N = squared_distances(residual_ND, codebook_KD).argmin(dim=1)
+            residual_ND = residual_ND - codebook_KD[code_N]
+            codes[rows, level] = code_N
+        errors[rows] = residual_ND.square().sum(dim=1)
+    return codes, errors
+
+
+def sum_of_codewords(codes_NL: Tensor, codebooks_LKD: Tensor) -> Tensor:
+    """Rebuild vectors from codes.
+
+    Args:
+        codes_NL: int64 codeword indices, each in `[0, K)`.
+        codebooks_LKD: one codebook a level, float.
+
+    Returns:
+        float `[N, D]`: the sum of each item's codewords, differentiable in the codebooks.
+    """
+    levels = torch.arange(len(codebooks_LKD), device=codes_NL.device)
+    return codebooks_LKD[levels, codes_NL].sum(dim=1)
+
+
+@torch.no_grad()
+def estimate_codebooks(x_ND: Tensor, codes_NL: Tensor, num_codewords: int) -> Tensor:
+    """Codebooks for codes that came without any: level by level, the mean residual of a codeword's items.
+
+    For codes of residual k-means at its optimum this gives its codebooks back.
+
+    Args:
+        x_ND: item vectors, float.
+        codes_NL: int64 codeword indices, each in `[0, num_codewords)`.
+        num_codewords: K, the same for all levels.
+
+    Returns:
+        float `[L, K, D]`; a codeword without items is the zero vector, that is, it adds nothing.
+    """
+    residual_ND = x_ND.clone()
+    codebooks = x_ND.new_zeros(codes_NL.shape[1], num_codewords, x_ND.shape[1])
+    for codebook_KD, code_N in zip(codebooks, codes_NL.T, strict=True):
+        counts_K = torch.bincount(code_N, minlength=num_codewords).clamp(min=1)
+        codebook_KD.index_add_(0, code_N, residual_ND).div_(counts_K[:, None])
+        residual_ND -= codebook_KD[code_N]
+    return codebooks

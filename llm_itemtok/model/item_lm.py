@@ -1,0 +1,188 @@
+"""`ItemTokenModel`: a causal language model whose vocabulary holds item tokens.
+
+Everything trainable lives in this one module, so that the trainer, its checkpoints and any distributed wrapper see it
+all: the base model (with LoRA inside, or fully trainable) and the item rows. `forward` returns the negative
+log-likelihood of every target token, which is all an objective needs; the decoder reads hidden states and level
+log-probabilities.
+
+Rows are right-padded and carry no padding mask: under causal attention no real position ever sees what stands to its
+right, so padding cannot change a result, and the attention kernels keep their fast causal path.
+
+Normalisers of an item token at level `l`: `level` (softmax over the codewords of that level), `items` (over all item
+tokens), `vocab` (over the whole extended vocabulary, as plain `generate` has it). Text tokens always use `vocab`.
+
+Shape letters: B rows, S positions, D model width, T item tokens.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_itemtok.errors import UnsupportedModelError
+from llm_itemtok.model.rows import ItemRows
+from llm_itemtok.vocab.item_vocab import ItemVocab
+
+Normaliser = Literal["level", "items", "vocab"]
+
+SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "gpt2")
+"""Model types whose training, decoding and export are proven equal to plain `transformers` by the tests."""
+
+
+class ItemTokenModel(nn.Module):
+    """A causal language model and its item rows.
+
+    Attributes:
+        lm: the base model; the vocabulary it was loaded with is never resized.
+        rows: the item tokens' vectors.
+        vocab: the current item vocabulary. An update of the item tokens assigns another over the same tokens.
+        normaliser: over what an item token's probability is normalised in training.
+        label_smoothing: in `[0, 1)`, share of the target spread evenly over the normaliser's tokens.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        rows: ItemRows,
+        vocab: ItemVocab,
+        *,
+        normaliser: Normaliser = "level",
+        label_smoothing: float = 0.0,
+        input_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+    ) -> None:
+        """Wrap a base model.
+
+        Raises:
+            UnsupportedModelError: for a family that the tests do not cover.
+        """
+        super().__init__()
+        refuse_unsupported(lm)
+        self.lm = lm
+        self.rows = rows
+        self.vocab = vocab
+        self.normaliser: Normaliser = normaliser
+        self.label_smoothing = label_smoothing
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.output_dropout = nn.Dropout(output_dropout)
+        self.register_state_dict_post_hook(_keep_trainable)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the item rows are."""
+        return self.rows.input_rows.device
+
+    @property
+    def config(self) -> Any:  # noqa: ANN401 (each family has its own class)
+        """The base model's configuration."""
+        return self.lm.config
+
+    def hidden(self, input_ids: Tensor, **body_arguments: Any) -> Any:  # noqa: ANN401
+        """Run the body.
+
+        Args:
+            input_ids: int64 `[B, S]`.
+            body_arguments: passed to the body, such as `attention_mask`, `position_ids`, `past_key_values`.
+
+        Returns:
+            The body's output; its `last_hidden_state` is `[B, S, D]`, after the final norm.
+        """
+        embeds = self.rows.embed(input_ids, self.lm.get_input_embeddings())
+        return self.lm.base_model(inputs_embeds=self.input_dropout(embeds), **body_arguments)
+
+    def item_logits(self, hidden: Tensor, level: int | None = None) -> Tensor:
+        """Multiply hidden states `[..., D]` with the rows of one level, or of all levels when None: `[..., K]`."""
+        head = self.rows.head()
+        if level is not None:
+            start = self.vocab.level_starts[level]
+            head = head[start : start + self.vocab.codes.sizes[level]]
+        return F.linear(hidden, head.to(hidden.dtype))
+
+    def vocab_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the extended vocabulary `[..., max(V, first_id + T)]`, in the order of token ids.
+
+        Item tokens that fell into the padding of the base table replace its columns there.
+        """
+        base = self.lm.get_output_embeddings()(hidden)
+        first, after = self.rows.first_id, self.rows.first_id + len(self.rows)
+        return torch.cat([base[..., :first], self.item_logits(hidden), base[..., after:]], dim=-1)
+
+    def level_log_probs(self, hidden: Tensor, level: int, normaliser: Normaliser) -> Tensor:
+        """Log-probabilities of a level's codewords.
+
+        Args:
+            hidden: `[..., D]`, states at positions whose next token is an item token of `level`.
+            level: in `[0, num_levels)`.
+            normaliser: over what they are normalised.
+
+        Returns:
+            float32 `[..., sizes[level]]`.
+        """
+        logits = self.item_logits(hidden, level).float()
+        if normaliser == "level":
+            return logits.log_softmax(-1)
+        everything = self.item_logits(hidden) if normaliser == "items" else self.vocab_logits(hidden)
+        return logits - everything.float().logsumexp(-1, keepdim=True)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, levels: Tensor) -> Tensor:
+        """Negative log-likelihood of every target token.
+
+        Args:
+            input_ids: int64 `[B, S]`, right-padded.
+            labels: int64 `[B, S]`, the token id that follows each position; read only where `levels >= 0`.
+            levels: int64 `[B, S]`: the level of the label, `num_levels` for a text token, -1 where there is no target.
+
+        Returns:
+            float32 `[B, S]` in nats; 0 where there is no target.
+        """
+        hidden = self.output_dropout(self.hidden(input_ids, use_cache=False).last_hidden_state)
+        nll = hidden.new_zeros(labels.shape, dtype=torch.float32)
+        for level in range(self.vocab.num_levels + 1):
+            where = levels == level
+            if where.any():
+                nll[where] = self._level_nll(hidden[where], labels[where], level)
+        return nll
+
+    def _level_nll(self, hidden: Tensor, labels: Tensor, level: int) -> Tensor:
+        """NLL `[n]` of labels that all belong to one level (or to the text)."""
+        if level == self.vocab.num_levels or self.normaliser == "vocab":
+            logits, targets = self.vocab_logits(hidden), labels
+        elif self.normaliser == "items":
+            logits, targets = self.item_logits(hidden), labels - self.rows.first_id
+        else:
+            logits = self.item_logits(hidden, level)
+            targets = labels - self.rows.first_id - self.vocab.level_starts[level]
+        return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=self.label_smoothing)
+
+
+def refuse_unsupported(lm: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` for models whose results the tests do not vouch for."""
+    config = lm.config
+    if config.model_type not in SUPPORTED_FAMILIES:
+        raise UnsupportedModelError(
+            f"the base model must be one of the tested decoder-only families {', '.join(SUPPORTED_FAMILIES)}, "
+            f"was: {config.model_type}; choose another `model.name`"
+        )
+    if config.model_type != "gemma3_text" and _slides(config):
+        raise UnsupportedModelError(
+            f"sliding-window attention is tested for gemma3_text only, was: {config.model_type} with a window of "
+            f"{config.sliding_window}; load it with `use_sliding_window: false` or choose another `model.name`"
+        )
+    head = lm.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise UnsupportedModelError(
+            f"the output head must have no bias, but that of {type(lm).__name__} has one; choose another `model.name`"
+        )
+
+
+def _slides(config: Any) -> bool:  # noqa: ANN401
+    return "sliding_attention" in (getattr(config, "layer_types", None) or ())
+
+
+def _keep_trainable(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    """Keep what training changes, once each: checkpoints hold no frozen table and no tied copy."""
+    trainable = {prefix + name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for name in [name for name in state if name.startswith(prefix) and name not in trainable]:
+        del state[name]

@@ -1,0 +1,186 @@
+"""`model.name: scratch`: a small language model with a SentencePiece tokenizer, made from the catalogue's text.
+
+For quickstarts, tests and experiments of CPU size, where no pre-trained model is at hand. The tokenizer is a
+SentencePiece unigram model over the item texts; the model is a small Llama, Qwen3 or GPT-2 pre-trained on the same
+texts for a few epochs, so that title words mean something before item tokens do. A catalogue without text gets a
+tokenizer of three special tokens and no pre-training.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+
+import sentencepiece
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from llm_itemtok.errors import ItemTokError
+from llm_itemtok.model.prompts import encode_text
+
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+
+
+def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train a SentencePiece unigram tokenizer.
+
+    Args:
+        texts: item texts; empty ones are passed over.
+        vocab_size: pieces at most; fewer when the texts do not hold that many.
+
+    Returns:
+        A fast tokenizer with `<unk>`, `<s>` (BOS) and `</s>` (EOS, also used for padding) as ids 0, 1 and 2.
+    """
+    pieces: list[tuple[str, float]] = [(UNK, 0.0), (BOS, 0.0), (EOS, 0.0)]
+    texts = [text for text in texts if text.strip()]
+    if texts:
+        trained = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=trained,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            model_type="unigram",
+            character_coverage=0.9995,
+            num_threads=1,  # more would make the pieces depend on the machine
+            minloglevel=2,
+        )
+        processor = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+        pieces += [(processor.id_to_piece(i), processor.get_score(i)) for i in range(3, processor.get_piece_size())]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" {2,}", " ")])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token=UNK, bos_token=BOS, eos_token=EOS, pad_token=EOS, model_max_length=2048
+    )
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    family: str,
+    layers: int,
+    width: int,
+    heads: int,
+    dropout: float,
+    seed: int,
+    max_positions: int = 2048,
+) -> PreTrainedModel:
+    """Build a randomly initialised model for a tokenizer.
+
+    Args:
+        tokenizer: gives the size of the text vocabulary and the special ids.
+        family: `llama`, `qwen3` or `gpt2`.
+        layers: transformer blocks.
+        width: model width, a multiple of `heads`.
+        heads: attention heads.
+        dropout: attention dropout; for GPT-2 also on residuals and embeddings.
+        seed: of the initial weights.
+        max_positions: longest sequence.
+
+    Returns:
+        A float32 causal language model with a tied head.
+    """
+    shared = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+    }
+    if family == "gpt2":
+        config: PreTrainedConfig = GPT2Config(
+            n_layer=layers,
+            n_embd=width,
+            n_head=heads,
+            n_positions=max_positions,
+            attn_pdrop=dropout,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            **shared,
+        )
+    else:
+        kinds = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+        config = kinds[family](
+            num_hidden_layers=layers,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=width // heads,
+            attention_dropout=dropout,
+            max_position_embeddings=max_positions,
+            **shared,
+        )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def pretrain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    epochs: int,
+    seed: int,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> None:
+    """Teach the model the catalogue's language: next-token prediction on each item's text, in place.
+
+    A plain loop: it runs for seconds to a minute, has nothing to resume, and is cached as a whole.
+
+    Args:
+        model: as `build_model` made it.
+        tokenizer: as `train_tokenizer` made it.
+        texts: item texts; empty ones are passed over.
+        epochs: passes over the texts.
+        seed: of the order.
+        batch_size: texts a step.
+        learning_rate: of AdamW, decayed linearly to zero.
+        progress: called with (step, steps, loss in nats per token).
+    """
+    rows = [
+        torch.tensor([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id])
+        for ids in encode_text(tokenizer, [text for text in texts if text.strip()])
+    ]
+    steps = epochs * -(-len(rows) // batch_size)
+    if steps == 0:
+        return
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model.train()
+    step = 0
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(rows), generator=generator).split(batch_size):
+            loss = _text_loss(model, [rows[int(row)] for row in chosen])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            step += 1
+            if progress is not None:
+                progress(step, steps, loss.item())
+    if not bool(torch.isfinite(loss)):
+        raise ItemTokError(f"pre-training must end with a finite loss, was: {loss.item()}; lower `model.scratch` sizes")
+    model.eval()
+
+
+def _text_loss(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+    return model(input_ids=batch, labels=labels).loss

@@ -1,0 +1,315 @@
+"""The sections of a recipe: every setting with its meaning, its type and range, its default.
+
+This page is the reference: the text under each field is its help (`itemtok explain`), its annotation is what is
+checked (`strict.py` says how), its default what holds when it is not written. A section with a `kind` is a closed set,
+one class a kind, so an option that does not apply to a kind cannot be written for it. A field that decides on another
+(`Only`, `Unless`) stands before it.
+
+Held is only what somebody gave, and defaults; what follows from them (capacities, steps, cache folders) is derived by
+`pipeline.py`. Settings that contradict each other are `config.py`'s.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from llm_itemtok.strict import PATH, Only, Unless, Within
+
+Count = Annotated[int, Within(low=1)]
+CountOrNone = Annotated[int, Within(low=0)]
+Share = Annotated[float, Within(above=0, below=1)]
+Dropout = Annotated[float, Within(low=0, below=1)]
+Positive = Annotated[float, Within(above=0)]
+NotNegative = Annotated[float, Within(low=0)]
+Levels = Annotated[int, Within(low=1, high=16)]
+CodebookSize = Annotated[int, Within(low=2, high=65536)]
+Collisions = Literal["extra-level", "reassign", "forbid"]
+
+LATER: Mapping[str, tuple[str, ...]] = {
+    "vectors.kind": ("collaborative", "concat"),
+    "tokenizer.kind": ("hierarchical", "product", "numeric", "title", "file"),
+    "tokenizer.collisions": ("sinkhorn", "matching"),
+    "update.kind": ("self-improve", "bilevel", "alternate"),
+    "scoring.kind": ("recursive",),
+    "objective.kind": ("token-weighted", "weighted-next-token"),
+    **{f"evaluation.baselines[{i}]": ("item-knn", "sasrec") for i in range(4)},
+}
+"""Values that the design names and that a later version will have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Which rows of the log count as interactions: by a column such as `rating` or `event`."""
+
+    column: str
+    """Column of the interactions file that decides."""
+    min: float | None = None
+    """Keep rows with at least this number."""
+    max: float | None = None
+    """Keep rows with at most this number."""
+    keep: tuple[str | int | float, ...] | None = None
+    """Keep rows with one of these values, such as [click, buy]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where items and interactions come from, and how they are split into training, validation and test."""
+
+    source: Literal[
+        "folder", "hub", "amazon-2014", "amazon-2018", "amazon-2023", "movielens", "recbole", "lcrec", "synthetic"
+    ] = "folder"
+    """Format of the input; `folder` is this project's own, `synthetic` is made on the spot and needs no file."""
+    path: Annotated[str, PATH, Unless("source", ("synthetic",))] = ""
+    """Folder (or Hub data set) to read; `${NAME}` stands for an environment variable."""
+    split: Literal["leave-last-out", "temporal"] = "leave-last-out"
+    """Last item of each user for test and the one before for validation, or two cuts in time for everybody."""
+    k_core: CountOrNone = 0
+    """Keep only users and items with at least this many interactions, repeated until nothing changes; 0 keeps all."""
+    unknown_items: Annotated[Literal["error", "drop"], Unless("source", ("synthetic",))] = "error"
+    """What to do with interactions whose item is not in the items file."""
+    deduplicate: Literal["exact", "first", "last"] = "exact"
+    """Drop exact duplicate rows only, or keep just the first or the last interaction of a user with an item."""
+    columns: Annotated[Mapping[str, str], Unless("source", ("synthetic",))] = field(default_factory=dict)
+    """Our column name → the name in the files, such as {user_id: customer}."""
+    filter: Annotated[Filter | None, Unless("source", ("synthetic",))] = None
+    """Which rows of the log count; null counts all."""
+    validation_share: Annotated[float, Within(above=0, below=1), Only("split", ("temporal",))] = 0.1
+    """Share of the interactions, in time order, between the two cuts."""
+    test_share: Annotated[float, Within(above=0, below=1), Only("split", ("temporal",))] = 0.1
+    """Share of the interactions, in time order, after the second cut."""
+    items: Annotated[int, Within(low=20), Only("source", ("synthetic",))] = 400
+    """Number of items to make."""
+    users: Annotated[int, Within(low=10), Only("source", ("synthetic",))] = 600
+    """Number of users to make."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TfidfSvdVectors:
+    """Item vectors from the words of the item texts: TF-IDF, then SVD. Needs no model and no download."""
+
+    kind: Literal["tfidf-svd"] = "tfidf-svd"
+    """Word counts of the item texts, reduced."""
+    dimensions: Count = 128
+    """Length of a vector; fewer if the catalogue has fewer items or words."""
+    max_features: Count = 50_000
+    """How many words and word pairs to count, the most frequent ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceTransformersVectors:
+    """Item vectors from a sentence-transformers model, on the item texts."""
+
+    kind: Literal["sentence-transformers"] = "sentence-transformers"
+    """A model made for comparing texts; needs the extra `sentence-transformers`."""
+    model: Annotated[str, PATH]
+    """Hub id or folder of the model; `${NAME}` stands for an environment variable."""
+    batch_size: Count = 64
+    """Texts embedded at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmVectors:
+    """Item vectors from the language model of the recipe itself: last hidden states, averaged over the item text."""
+
+    kind: Literal["llm"] = "llm"
+    """The base model's own mean-pooled states."""
+    batch_size: Count = 16
+    """Texts embedded at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileVectors:
+    """Item vectors made elsewhere."""
+
+    kind: Literal["file"] = "file"
+    """Read the vectors from a file."""
+    path: Annotated[str, PATH]
+    """`.npy` or `.safetensors` in items-file order, or `.parquet` with columns item_id and vector."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualKMeansTokenizer:
+    """Item tokens from k-means on what the levels above left over."""
+
+    kind: Literal["residual-kmeans"] = "residual-kmeans"
+    """Fast, seeded, no training."""
+    levels: Levels = 3
+    """Codewords an item's code has, before an extra level."""
+    codebook_size: CodebookSize = 256
+    """Codewords to choose from at each level."""
+    collisions: Collisions = "extra-level"
+    """Items with one code: count them in a level of its own, move them to the nearest free code, or stop."""
+    iterations: Count = 50
+    """k-means steps a level at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RqVaeTokenizer:
+    """Item tokens from a residual-quantised autoencoder (TIGER, arXiv:2305.05065)."""
+
+    kind: Literal["rqvae"] = "rqvae"
+    """Learned codebooks in a learned space; slower than residual-kmeans."""
+    levels: Levels = 3
+    """Codewords an item's code has, before an extra level."""
+    codebook_size: CodebookSize = 256
+    """Codewords to choose from at each level."""
+    collisions: Collisions = "extra-level"
+    """Items with one code: count them in a level of its own, move them to the nearest free code, or stop."""
+    latent: Count = 32
+    """Dimensions of the space that is quantised."""
+    hidden: tuple[Count, ...] = (512, 256, 128)
+    """Widths of the encoder's hidden layers; the decoder mirrors them."""
+    epochs: Count = 500
+    """Passes over the catalogue."""
+    learning_rate: Positive = 1e-3
+    """Of AdamW, constant."""
+    batch_size: Count = 1024
+    """Items a step."""
+    commitment: NotNegative = 0.25
+    """Weight of the term that keeps the encoder near its codewords."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTokenizer:
+    """Item tokens that mean nothing: the control."""
+
+    kind: Literal["random"] = "random"
+    """Uniform codes, seeded."""
+    levels: Levels = 3
+    """Codewords an item's code has, before an extra level."""
+    codebook_size: CodebookSize = 256
+    """Codewords to choose from at each level."""
+    collisions: Collisions = "extra-level"
+    """Items with one code: count them in a level of its own, move them to the nearest free code, or stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocab:
+    """How item tokens enter the language model's vocabulary."""
+
+    init: Literal["text-mean", "codebook", "normal"] = "text-mean"
+    """Initial rows: mean embedding of the item texts under a codeword, projected codebooks, or noise (the control)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters, through PEFT, on all linear layers; the item rows are trained besides."""
+
+    rank: Count = 16
+    """Rank of the adapters."""
+    alpha: Positive = 32.0
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    dropout: Dropout = 0.05
+    """Dropout on the adapter's input."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """A small language model made on the spot, with its own text vocabulary, pre-trained on the item texts."""
+
+    family: Literal["llama", "qwen3", "gpt2"] = "llama"
+    """Architecture."""
+    layers: Count = 4
+    """Transformer blocks."""
+    width: Count = 128
+    """Hidden dimensions; a multiple of `heads`."""
+    heads: Count = 4
+    """Attention heads a block."""
+    vocab_size: Annotated[int, Within(low=300)] = 4000
+    """Text tokens at most; a small catalogue gets fewer."""
+    pretrain_epochs: CountOrNone = 3
+    """Passes over the item texts before item tokens are added; 0 leaves the model random."""
+    dropout: Dropout = 0.1
+    """Inside the blocks, while training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The language model."""
+
+    name: Annotated[str, PATH] = "scratch"
+    """Hub id, folder, or `scratch`; `${NAME}` stands for an environment variable."""
+    adapter: Literal["lora", "none"] = "none"
+    """Train low-rank adapters and the item rows, or (`none`) the whole model."""
+    lora: Annotated[Lora, Only("adapter", ("lora",))] = field(default_factory=Lora)
+    """Settings of `adapter: lora`."""
+    scratch: Annotated[Scratch, Only("name", ("scratch",))] = field(default_factory=Scratch)
+    """Settings of `name: scratch`."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Type of the weights; `auto` is the one they were saved in."""
+    trust_remote_code: Annotated[bool, Unless("name", ("scratch",))] = False
+    """Run code that comes with the model."""
+    revision: Annotated[str | None, Unless("name", ("scratch",))] = None
+    """Branch, tag or commit of the Hub repository."""
+    input_dropout: Dropout = 0.0
+    """Dropout on the input embeddings, while training."""
+    output_dropout: Dropout = 0.0
+    """Dropout on the last hidden states, while training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """How interaction sequences become training examples."""
+
+    kind: Literal["all-positions", "windows", "last"] = "all-positions"
+    """A loss at every item of a row, one row for every target, or the last training item of each user only."""
+    history_length: Count = 20
+    """Items that a target sees at most, in training and in evaluation."""
+    tasks: Mapping[Literal["next-item", "title-to-item", "item-to-title"], NotNegative] = field(
+        default_factory=lambda: {"next-item": 1.0, "title-to-item": 0.0, "item-to-title": 0.0}
+    )
+    """Task → weight in the loss; 0 leaves it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised."""
+
+    kind: Literal["next-token"] = "next-token"
+    """Cross-entropy of each target token."""
+    normaliser: Literal["level", "items", "vocab"] = "level"
+    """The softmax of an item token runs over its level, over all item tokens, or over the whole vocabulary."""
+    label_smoothing: Dropout = 0.0
+    """Share of the target's probability that is spread over the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """Whether item tokens change while the model is trained."""
+
+    kind: Literal["fixed"] = "fixed"
+    """They do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How a next item is scored."""
+
+    kind: Literal["tokens"] = "tokens"
+    """By the probabilities of its item tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Validation while training, and the test at the end."""
+
+    beam: Annotated[int, Within(low=20)] = 20
+    """Codes kept at each level; the metrics reach to rank 20."""
+    k: Count = 10
+    """Recommendations shown in predictions and report; at most `beam`."""
+    mask_seen: bool = False
+    """Leave out items of the user's own history."""
+    baselines: tuple[Literal["popularity", "markov"], ...] = ("popularity", "markov")
+    """Fitted and tested on the same split."""
+    validation_users: CountOrNone = 0
+    """Validate on this many users, drawn with the seed; 0 is all."""
+    patience: CountOrNone = 0
+    """Validations without a better NDCG@10 before training stops; 0 never stops early."""
+    every: Positive = 1.0
+    """Epochs between validations."""
+    batch_size: Count = 64
+    """Users evaluated at a time."""
+    decode_normaliser: Literal["same", "level", "items", "vocab", "children"] = "same"
+    """Softmax while decoding: as in training, one of the others, or over the trie's children."""

@@ -1,0 +1,1 @@
+"""Examples, objectives and the seam into `transformers.Trainer`."""

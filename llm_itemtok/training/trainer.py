@@ -1,0 +1,104 @@
+"""The one place where this project touches `transformers.Trainer`.
+
+What to optimise is an `Objective`; the trainer sums its denominators over the optimiser step, adds its terms up, logs
+each under its own name, and leaves the rest to Hugging Face. Validation is an injected function that ranks the whole
+catalogue, so that early stopping and the best checkpoint go by the metric that users see.
+
+Two hooks below are private to Hugging Face; the tests in `tests/training/test_invariants.py` are what makes depending
+on them safe.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from llm_itemtok.training.objective import Objective
+
+
+class ItemTokenTrainer(Trainer):
+    """A `Trainer` whose loss is an `Objective` and whose evaluation is full ranking."""
+
+    def __init__(
+        self,
+        *args: Any,  # noqa: ANN401 (Hugging Face's own arguments, passed through)
+        objective: Objective,
+        validate: Callable[[], Mapping[str, float]] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Take Hugging Face's arguments, the objective, and a function that returns validation metrics."""
+        super().__init__(*args, **kwargs)
+        self.objective = objective
+        self.validate = validate
+        # Terms are divided by the whole step's denominators: the trainer must not divide by accumulation again.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        self._terms_start = 0  # global step at which `_terms` began to fill; Trainer moves its own mark before `log`
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Mapping[str, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """Sum the objective's terms, and remember each for the next log line."""
+        totals = self.objective.denominators(inputs) if num_items_in_batch is None else num_items_in_batch
+        terms = self.objective(model, inputs, totals)
+        if model.training:
+            if not self._terms:
+                self._terms_start = self.state.global_step
+            for name, value in terms.items():
+                self._terms[name].append(value.detach())
+        loss = torch.stack(list(terms.values())).sum()
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to a training line the mean of each loss term since the last one, as `loss/<name>`."""
+        if "loss" in logs:
+            steps = max(1, self.state.global_step - self._terms_start)
+            for name, values in self._terms.items():
+                total = self.accelerator.gather(torch.stack(values).sum()).mean()
+                logs[f"loss/{name}"] = total.item() / steps
+            self._terms.clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:  # noqa: ANN401
+        """Rank the validation cases; log `validation/<metric>`.
+
+        Returns:
+            The metrics as `eval_<metric>`, the spelling by which Hugging Face finds the best checkpoint.
+
+        Raises:
+            ValueError: if the trainer was made without `validate`.
+        """
+        if self.validate is None:
+            raise ValueError("the trainer must be made with `validate` to evaluate, was: None")
+        self.model.eval()
+        metrics = self.validate()
+        self.log({f"validation/{name}": value for name, value in metrics.items()})
+        named = {f"eval_{name}": value for name, value in metrics.items()}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Tensor]], device: torch.device
+    ) -> dict[str, Tensor] | None:
+        """Sum the objective's denominators over the optimiser step: every micro-batch, every process.
+
+        Gradients are averaged over processes afterwards, so the sum is divided by their number.
+        """
+        if not batch_samples:
+            return None
+        totals: dict[str, Tensor] = {}
+        for batch in batch_samples:
+            for name, value in self.objective.denominators(batch).items():
+                totals[name] = totals.get(name, torch.zeros((), device=device)) + value.to(device)
+        return {
+            name: self.accelerator.gather(value).sum() / self.accelerator.num_processes
+            for name, value in totals.items()
+        }

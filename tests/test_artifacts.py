@@ -1,0 +1,136 @@
+import hashlib
+import json
+import os
+
+import numpy as np
+import pytest
+
+from llm_itemtok import artifacts
+from llm_itemtok.errors import ArtifactError
+
+
+def test_hash_depends_on_content_shape_and_dtype_but_not_on_memory_layout():
+    table = np.arange(6, dtype=np.int32).reshape(2, 3)
+    same = artifacts.sha256_of_arrays(table)
+    assert artifacts.sha256_of_arrays(np.asfortranarray(table)) == same
+    assert artifacts.sha256_of_arrays(table.astype(">i4")) == same
+    assert artifacts.sha256_of_arrays(table[:, :]) == same
+    others = [
+        artifacts.sha256_of_arrays(table.reshape(3, 2)),
+        artifacts.sha256_of_arrays(table.astype(np.int64)),
+        artifacts.sha256_of_arrays(table + 1),
+        artifacts.sha256_of_arrays(table.tobytes()),
+        artifacts.sha256_of_arrays(*table),
+    ]
+    assert len({same, *others}) == 6
+
+
+def test_hash_keeps_the_boundaries_between_its_parts():
+    assert artifacts.sha256_of_arrays("ab", "c") != artifacts.sha256_of_arrays("a", "bc")
+    assert artifacts.sha256_of_arrays(b"ab") != artifacts.sha256_of_arrays("ab")
+
+
+def test_hash_refuses_arrays_of_objects():
+    with pytest.raises(TypeError, match="only arrays of numbers"):
+        artifacts.sha256_of_arrays(np.array(["a", None], dtype=object))
+
+
+def test_hash_of_a_file_is_that_of_its_bytes(tmp_path):
+    (tmp_path / "f").write_bytes(b"content")
+    assert artifacts.sha256_of_file(tmp_path / "f") == hashlib.sha256(b"content").hexdigest()
+
+
+def test_json_comes_back_as_it_was_with_numpy_as_plain_numbers(tmp_path):
+    path = tmp_path / "new" / "folder" / "x.json"
+    artifacts.write_json(path, {"b": np.float32(0.5), "a": np.arange(2), "t": (1, None, "é"), "n": np.bool_(True)})
+    assert artifacts.read_json(path) == {"b": 0.5, "a": [0, 1], "t": [1, None, "é"], "n": True}
+    assert list(artifacts.read_json(path)) == ["b", "a", "t", "n"]
+    assert path.read_text(encoding="utf-8").endswith("}\n")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), np.float32("-inf")])
+def test_json_refuses_numbers_it_cannot_hold_and_names_their_place(tmp_path, number):
+    with pytest.raises(ArtifactError, match=r"x\.json: `test\.ndcg\[1\]` must be a finite number.*was: -?(nan|inf)"):
+        artifacts.write_json(tmp_path / "x.json", {"test": {"ndcg": [0.5, number]}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path):
+    path = tmp_path / "x.json"
+    artifacts.write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        artifacts.write_json(path, {"new": object()})
+    assert artifacts.read_json(path) == {"old": 1}
+    with pytest.raises(IsADirectoryError):
+        artifacts.write_text(tmp_path, "text")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_written_files_are_readable_as_the_umask_allows(tmp_path):
+    mask = os.umask(0o022)
+    try:
+        artifacts.write_text(tmp_path / "x", "text")
+        with artifacts.atomic_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,\n "b"', r"x\.json:2: not JSON"),
+        (b"", r"x\.json:1: not JSON"),
+        (b"\xff\xfe", r"x\.json: JSON must be UTF-8"),
+    ],
+)
+def test_broken_json_is_answered_with_its_place(tmp_path, content, message):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=message):
+        artifacts.read_json(tmp_path / "x.json")
+
+
+def test_missing_json_and_a_folder_in_its_place_are_told_apart(tmp_path):
+    with pytest.raises(ArtifactError, match=r"must be here, found: nothing"):
+        artifacts.read_json(tmp_path / "none.json")
+    with pytest.raises(ArtifactError, match=r"must be here, found: a folder"):
+        artifacts.read_json(tmp_path)
+
+
+def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path):
+    target = tmp_path / "codes" / "v0"
+    for content in ("first", "second"):
+        with artifacts.atomic_folder(target) as folder:
+            (folder / content).write_text(content)
+            (folder / "sub").mkdir()
+            (folder / "sub" / "deep").write_text(content)
+            assert not (target / content).exists()
+        assert sorted(path.name for path in target.iterdir()) == [content, "sub"]
+    assert [path.name for path in target.parent.iterdir()] == ["v0"]
+
+
+def _fill_and_fail(target):
+    with artifacts.atomic_folder(target) as folder:
+        (folder / "half").write_text("half")
+        raise KeyError("stopped half-way")
+
+
+def test_a_folder_whose_filling_fails_leaves_the_old_one(tmp_path):
+    target = tmp_path / "model"
+    with artifacts.atomic_folder(target) as folder:
+        (folder / "old").write_text("old")
+    with pytest.raises(KeyError):
+        _fill_and_fail(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in target.iterdir()] == ["old"]
+
+
+def test_names_of_the_run_folder_are_the_contract():
+    names = ["RECIPE", "ENVIRONMENT", "METRICS_LOG", "METRICS", "CODES", "PREDICTIONS", "MODEL", "REPORT", "STAGES"]
+    assert [getattr(artifacts, name) for name in names] == [
+        "recipe.yaml", "environment.json", "metrics.jsonl", "metrics.json", "codes", "predictions.parquet", "model",
+        "report.html", "stages.json",
+    ]  # fmt: skip
+    assert json.dumps(artifacts.FORMAT_VERSION) == "1"
