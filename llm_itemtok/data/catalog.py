@@ -100,7 +100,7 @@ class Catalog:
             return "the nearest ids are " + ", ".join(map(repr, near))
         return "ids there look like " + ", ".join(map(repr, self.item_ids[:3]))
 
-    def text(self, row: int, *, max_chars: int = 2000) -> str:
+    def text(self, row: int, max_chars: int = 2000) -> str:
         """Everything known about an item in one line: title, categories, brand, description.
 
         Args:
@@ -113,9 +113,9 @@ class Catalog:
         parts = (self.titles[row], ", ".join(self.categories[row]), self.brands[row], self.descriptions[row])
         return ". ".join(part for part in parts if part)[:max_chars]
 
-    def texts(self, *, max_chars: int = 2000) -> list[str]:
+    def texts(self, max_chars: int = 2000) -> list[str]:
         """`text` of every item, in row order."""
-        return [self.text(row, max_chars=max_chars) for row in range(len(self))]
+        return [self.text(row, max_chars) for row in range(len(self))]
 
     @property
     def has_text(self) -> bool:

@@ -8,6 +8,7 @@ stays as it was. Ragged sequences are one flat array with offsets: user `u` owns
 Shape letters in this file: U users, N interactions.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +37,7 @@ class Interactions:
 
     def __post_init__(self) -> None:
         assert self.offsets.shape == (len(self.user_ids) + 1,), "one offset a user and one for the end"
-        assert self.offsets[0] == 0 and self.offsets[-1] == len(self.items), "offsets must span the items"
+        assert (self.offsets[0], self.offsets[-1]) == (0, len(self.items)), "offsets must span the items"
         for array in (self.offsets, self.items, self.timestamps):
             if array is not None:
                 array.flags.writeable = False
@@ -67,7 +68,7 @@ class Interactions:
     def sha256(self) -> str:
         """Hash of users, order and times, 64 hexadecimal digits."""
         times = b"no timestamps" if self.timestamps is None else self.timestamps
-        return sha256_of_arrays("\n".join(self.user_ids), self.offsets, self.items, times)
+        return sha256_of_arrays(json.dumps(self.user_ids), self.offsets, self.items, times)
 
     def take(self, keep: np.ndarray) -> "Interactions":
         """The log with some interactions only; users left with none disappear.

@@ -181,6 +181,17 @@ def _global_cuts(times: np.ndarray, validation_share: float, test_share: float) 
     return float(first), float(second)
 
 
+def _refuse_empty(sizes: dict[str, int], cuts: tuple[float, float], times: np.ndarray) -> None:
+    """Raise if the cuts leave a part without users."""
+    for name, size in sizes.items():
+        if not size:
+            raise DataError(
+                f"the temporal split leaves nothing for {name}: its cuts are at {cuts[0]:.0f} and {cuts[1]:.0f} "
+                f"in a log from {times.min():.0f} to {times.max():.0f} (seconds), and {name} needs users on its side "
+                "who have a history; use other shares, a longer log, or `split: leave-last-out`"
+            )
+
+
 def temporal(
     interactions: Interactions, *, num_items: int, validation_share: float = 0.1, test_share: float = 0.1
 ) -> Split:
@@ -225,21 +236,13 @@ def temporal(
         parts[name] = _cases(interactions, case_users[known], targets[known])
         counts[f"{name}_cases"] = len(parts[name])
         counts[f"{name}_users_without_history"] = int((~known).sum())
-    for name, size in (("training", len(users)), ("validation", len(parts["validation"])), ("test", len(parts["test"]))):
-        if not size:
-            raise DataError(
-                f"the temporal split leaves nothing for {name}: its cuts are at {cuts[0]:.0f} and {cuts[1]:.0f} "
-                f"in a log from {times.min():.0f} to {times.max():.0f} (seconds), and {name} needs users on its side "
-                "who have a history; use other shares, a longer log, or `split: leave-last-out`"
-            )
-    touched = np.zeros(interactions.num_users, dtype=bool)
-    touched[users] = True
-    index_of = {user: index for index, user in enumerate(interactions.user_ids)}
-    touched[[index_of[user] for part in parts.values() for user in part.users]] = True
-    counts["dropped_users"] = int((~touched).sum())
+    _refuse_empty({"training": len(users), **{name: len(part) for name, part in parts.items()}}, cuts, times)
+    train_users = tuple(interactions.user_ids[user] for user in users.tolist())
+    used = {*train_users, *parts["validation"].users, *parts["test"].users}
+    counts["dropped_users"] = interactions.num_users - len(used)
     return Split(
         kind="temporal",
-        train_users=tuple(interactions.user_ids[user] for user in users.tolist()),
+        train_users=train_users,
         train_offsets=offsets_of(train_lengths[users]),
         train_items=interactions.items[trained],
         counts=counts,
@@ -260,9 +263,10 @@ def _require(holds: np.ndarray, users: tuple[str, ...], rule: str) -> None:
 
 
 def _check_prefixes(
-    interactions: Interactions, rows: np.ndarray, users: tuple[str, ...], offsets: np.ndarray, items: np.ndarray, of: str
+    interactions: Interactions, users: tuple[str, ...], rows: np.ndarray, ragged: tuple[np.ndarray, np.ndarray], of: str
 ) -> np.ndarray:
-    """Prove that sequences are prefixes of the users' logs; returns their lengths, int64."""
+    """Prove that sequences (offsets and items) are prefixes of the users' logs; returns their lengths, int64."""
+    offsets, items = ragged
     lengths = np.diff(offsets)
     _require(np.bincount(rows, minlength=interactions.num_users)[rows] == 1, users, f"a user has one {of}")
     _require(lengths <= interactions.lengths[rows], users, f"a {of} is no longer than the user's log")
@@ -294,19 +298,19 @@ def check_leaks(split: Split, interactions: Interactions) -> None:
     train_rows = np.array([index_of[user] for user in split.train_users], dtype=np.int64)
     trained = np.zeros(interactions.num_users, dtype=np.int64)
     trained[train_rows] = _check_prefixes(
-        interactions, train_rows, split.train_users, split.train_offsets, split.train_items, "training sequence"
+        interactions, split.train_users, train_rows, (split.train_offsets, split.train_items), "training sequence"
     )
     earlier = trained
     for name, cases in (("validation", split.validation), ("test", split.test)):
         rows = np.array([index_of[user] for user in cases.users], dtype=np.int64)
-        at = _check_prefixes(interactions, rows, cases.users, cases.offsets, cases.items, f"{name} history")
+        at = _check_prefixes(interactions, cases.users, rows, (cases.offsets, cases.items), f"{name} history")
         _require(at >= earlier[rows], cases.users, f"a {name} target comes after all that was trained on or validated")
         _require(at < interactions.lengths[rows], cases.users, f"a {name} target is in the user's log")
         flat = interactions.offsets[rows] + at
         _require(interactions.items[flat] == cases.targets, cases.users, f"a {name} target follows its history")
         if split.cuts is not None and interactions.timestamps is not None:
             times = interactions.timestamps[flat]
-            begin, end = (split.cuts if name == "validation" else (split.cuts[1], np.inf))
+            begin, end = split.cuts if name == "validation" else (split.cuts[1], np.inf)
             _require((times >= begin) & (times < end), cases.users, f"a {name} target lies on its side of the cuts")
         earlier = earlier.copy()
         earlier[rows] = at + 1

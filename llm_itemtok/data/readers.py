@@ -1,0 +1,278 @@
+"""A path to a checked catalogue and log.
+
+`read` is the only entrance for real data. Whatever the source, it ends in the same two tables (items and
+log, in `foreign` or here), so every source is checked by the same rules and answers bad input in the
+same words. What was dropped or found is counted in `RawData.notes`, never hidden.
+
+The data folder: `items.(jsonl|csv|parquet)[.gz]` with `item_id`, `title` and any of `categories`, `brand`,
+`description`; `interactions.(csv|jsonl|parquet)[.gz]` with `user_id`, `item_id`, and `timestamp` or
+`position` or both; `rating` and `event` are for filters. Other columns are ignored.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llm_itemtok.data import foreign, values
+from llm_itemtok.data.catalog import Catalog
+from llm_itemtok.data.interactions import DEDUPLICATE, Interactions, from_log, k_core
+from llm_itemtok.data.tables import Table, fault, find_file, read_table, shown
+from llm_itemtok.errors import DataError
+
+SOURCES = ("folder", *foreign.SOURCES)
+"""What `source` can be. (The recipe's `synthetic` is made by `synthetic.generate`, not read.)"""
+
+_FILTER_KEYS = ("column", "min", "max", "keep")
+
+
+@dataclass(frozen=True)
+class RawData:
+    """What was read, before k-core and split."""
+
+    catalog: Catalog
+    interactions: Interactions
+    notes: dict[str, int | float | str]
+    """What was found and dropped: rows, users, items; `filtered_rows`, `unknown_items`, `unknown_rows`,
+    `duplicate_rows`, `missing_titles`, `missing_categories`; names of the files."""
+
+    def core(self, k: int) -> "RawData":
+        """Apply k-core to log and catalogue; with 0 everything stays, items nobody touched included.
+
+        Raises:
+            DataError: if `k` is negative or nothing is left.
+        """
+        if k == 0:
+            return self
+        interactions, rows = k_core(self.interactions, k)
+        notes = {
+            **self.notes,
+            "k_core": k,
+            "k_core_dropped_users": self.interactions.num_users - interactions.num_users,
+            "k_core_dropped_items": len(self.catalog) - len(rows),
+            "k_core_dropped_interactions": len(self.interactions) - len(interactions),
+        }
+        return RawData(self.catalog.subset(rows), interactions, notes)
+
+
+def read(
+    path: Path | str,
+    *,
+    source: str = "folder",
+    columns: Mapping[str, str] | None = None,
+    unknown_items: str = "error",
+    event_filter: Mapping[str, object] | None = None,
+    deduplicate: str = "exact",
+) -> RawData:
+    """Read items and log, check every row, and put the log in order.
+
+    Args:
+        path: the folder (for `hub` a Hub id or a saved data set).
+        source: one of `SOURCES`.
+        columns: our name of a column to the file's, where they differ. `items.item_id` or
+            `interactions.item_id` instead of `item_id` maps the column of one file only.
+        unknown_items: `error`, or `drop` rows whose item is not in the items file.
+        event_filter: which rows of the log count: `{"column": "rating", "min": 4}` (also `max`; both ends
+            count) or `{"column": "event", "keep": ["purchase"]}` (compared as text). The column may be any
+            of the file.
+        deduplicate: `exact` drops rows equal to an earlier one in user, item, timestamp, position, rating and
+            event; `first` and `last` keep one interaction of each user and item.
+
+    Returns:
+        the catalogue (all of the items file), the log and what was found.
+
+    Raises:
+        DataError: for everything wrong with the input, naming file, row and column.
+    """
+    _check_choice("source", source, SOURCES)
+    _check_choice("unknown_items", unknown_items, ("error", "drop"))
+    _check_choice("deduplicate", deduplicate, DEDUPLICATE)
+    keep = _check_filter(event_filter or {})
+    log_columns = [*foreign.LOG_COLUMNS]
+    if event_filter and event_filter["column"] not in log_columns:
+        log_columns.append(str(event_filter["column"]))
+    wanted_items, wanted_log = _wanted(foreign.ITEM_COLUMNS, log_columns, columns or {})
+    if source == "folder":
+        items, log = _read_folder(Path(path), wanted_items, wanted_log)
+    else:
+        items, log = foreign.load(path, source=source, wanted_items=wanted_items, wanted_log=wanted_log)
+    catalog = _catalog(items)
+    interactions, notes = _interactions(log, items, catalog, unknown_items, event_filter or {}, keep, deduplicate)
+    return RawData(
+        catalog,
+        interactions,
+        {
+            "source": source,
+            "items_file": Path(items.path).name,
+            "interactions_file": Path(log.path).name,
+            "items": len(catalog),
+            "users": interactions.num_users,
+            "interactions": len(interactions),
+            **notes,
+            "missing_titles": catalog.titles.count(""),
+            "missing_categories": catalog.categories.count(()),
+        },
+    )
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise DataError(f"`{name}` must be one of {', '.join(choices)}, was: {value!r}")
+
+
+def _check_filter(event_filter: Mapping[str, object]) -> frozenset[str]:
+    """Refuse a filter that makes no sense; returns the values to keep as text."""
+    if not event_filter:
+        return frozenset()
+    example = "{column: rating, min: 4} or {column: event, keep: [purchase]}"
+    extra = set(event_filter) - set(_FILTER_KEYS)
+    limits = {"min", "max"} & set(event_filter)
+    if extra or not event_filter.get("column") or bool(limits) == ("keep" in event_filter):
+        raise DataError(f"a filter must be like {example}, was: {dict(event_filter)}")
+    for name in limits:
+        limit = event_filter[name]
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+            raise DataError(f"`{name}` of a filter must be a number, was: {limit!r}")
+    keep = event_filter.get("keep", [])
+    return frozenset(map(str, keep)) if isinstance(keep, (list, tuple)) else frozenset({str(keep)})
+
+
+def _wanted(
+    item_columns: Sequence[str], log_columns: Sequence[str], columns: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Our names to the files' names, of the items file and of the log."""
+    known = {*item_columns, *log_columns}
+    known |= {f"items.{name}" for name in item_columns} | {f"interactions.{name}" for name in log_columns}
+    for name in columns:
+        if name not in known:
+            ours = ", ".join(sorted(known))
+            raise DataError(f"`columns` maps our names to the file's; ours are {ours}; was: {name!r}")
+    items = {name: columns.get(f"items.{name}", columns.get(name, name)) for name in item_columns}
+    log = {name: columns.get(f"interactions.{name}", columns.get(name, name)) for name in log_columns}
+    return items, log
+
+
+def _read_folder(folder: Path, wanted_items: Mapping[str, str], wanted_log: Mapping[str, str]) -> tuple[Table, Table]:
+    kinds = r"\.(csv|jsonl|parquet)(\.gz)?"
+    names = "`{}.jsonl`, `{}.csv` or `{}.parquet` (or packed, `.gz`)"
+    items = find_file(folder, "items" + kinds, what=names.replace("{}", "items"))
+    log = find_file(folder, "interactions" + kinds, what=names.replace("{}", "interactions"))
+    return (
+        read_table(items, wanted_items, foreign.REQUIRED_ITEM_COLUMNS),
+        read_table(log, wanted_log, foreign.REQUIRED_LOG_COLUMNS),
+    )
+
+
+def _catalog(items: Table) -> Catalog:
+    item_ids = values.ids(items, "item_id")
+    if len(set(item_ids)) < len(item_ids):
+        first: dict[str, int] = {}
+        for index, item_id in enumerate(item_ids):
+            if first.setdefault(item_id, index) != index:
+                problem = f"item ids must be distinct, was: {item_id!r}, which row {items.rows[first[item_id]]} has too"
+                raise items.fault(index, "item_id", problem)
+    return Catalog(
+        item_ids=tuple(item_ids),
+        titles=tuple(values.texts(items, "title")),
+        categories=tuple(values.categories(items)),
+        brands=tuple(values.texts(items, "brand")),
+        descriptions=tuple(values.texts(items, "description", limit=values.MAX_DESCRIPTION_CHARS)),
+    )
+
+
+def _interactions(
+    log: Table,
+    items: Table,
+    catalog: Catalog,
+    unknown_items: str,
+    event_filter: Mapping[str, object],
+    keep: frozenset[str],
+    deduplicate: str,
+) -> tuple[Interactions, dict[str, int | float | str]]:
+    user_ids, item_ids = values.ids(log, "user_id"), values.ids(log, "item_id")
+    if not {"timestamp", "position"} & set(log.columns):
+        raise fault(log.path, "a column `timestamp` or `position` must be there, or the interactions have no order")
+    times = values.times(log) if "timestamp" in log.columns else None
+    places = values.positions(log) if "position" in log.columns else None
+    counts = _passes(log, event_filter, keep)
+    if not counts.any():
+        raise fault(log.path, f"the filter {dict(event_filter)} leaves none of {len(log):,} rows")
+    index_of = {item_id: row for row, item_id in enumerate(catalog.item_ids)}
+    rows = np.fromiter((index_of.get(item_id, -1) for item_id in item_ids), dtype=np.int64, count=len(item_ids))
+    unknown = counts & (rows < 0)
+    unknown_ids = {item_ids[index] for index in np.flatnonzero(unknown).tolist()}
+    if unknown_ids:
+        _refuse_unknown(log, items, catalog, item_ids, unknown, counts, drop=unknown_items == "drop")
+    kept = np.flatnonzero(counts & ~unknown)
+    interactions = from_log(
+        [user_ids[index] for index in kept.tolist()],
+        rows[kept],
+        timestamps=None if times is None else times[kept],
+        positions=None if places is None else places[kept],
+        labels=_labels(log)[kept],
+        duplicates=deduplicate,
+    )
+    return interactions, {
+        "log_rows": len(log),
+        "filtered_rows": int((~counts).sum()),
+        "unknown_items": len(unknown_ids),
+        "unknown_rows": int(unknown.sum()),
+        "duplicate_rows": len(kept) - len(interactions),
+    }
+
+
+def _passes(log: Table, event_filter: Mapping[str, object], keep: frozenset[str]) -> np.ndarray:
+    """Which rows of the log count: bool, one a row."""
+    if not event_filter:
+        return np.ones(len(log), dtype=bool)
+    column = str(event_filter["column"])
+    if column not in log.columns:
+        raise fault(log.path, f"the filter's column `{column}` is missing; map it in `data.columns` or drop the filter")
+    if keep or "keep" in event_filter:
+        return np.array([str(value) in keep for value in log.columns[column]], dtype=bool)
+    numbers = values.numbers(log, column)
+    low, high = (float(str(event_filter.get(name, limit))) for name, limit in (("min", "-inf"), ("max", "inf")))
+    return (numbers >= low) & (numbers <= high)
+
+
+def _labels(log: Table) -> np.ndarray:
+    """Rating and event of each row as one number, equal where both are: int64."""
+    columns = [map(repr, log.columns[name]) for name in ("rating", "event") if name in log.columns]
+    codes: dict[tuple[str, ...], int] = {}
+    if not columns:
+        return np.zeros(len(log), dtype=np.int64)
+    return np.array([codes.setdefault(label, len(codes)) for label in zip(*columns, strict=True)], dtype=np.int64)
+
+
+def _refuse_unknown(
+    log: Table,
+    items: Table,
+    catalog: Catalog,
+    item_ids: Sequence[str],
+    unknown: np.ndarray,
+    counts: np.ndarray,
+    *,
+    drop: bool,
+) -> None:
+    """Raise for items of the log that the items file does not have, unless they may be dropped and some rows stay."""
+    if drop and unknown.sum() < counts.sum():
+        return
+    used = {item_ids[index] for index in np.flatnonzero(counts).tolist()}
+    missing = {item_ids[index] for index in np.flatnonzero(unknown).tolist()}
+    first = int(np.argmax(unknown))
+    share = f"{len(missing):,} of the {len(used):,} items in the log are not in {Path(items.path).name}"
+    if len(missing) * 2 > len(used):
+        theirs = ", ".join(map(shown, sorted(missing)[:5]))
+        ours = ", ".join(map(shown, catalog.item_ids[:5]))
+        problem = (
+            f"the ids of the two files do not meet: {share}.\n  ids in the log look like: {theirs}\n"
+            f"  ids in the items file look like: {ours}\n"
+            "  ids are compared as text (`007` is not `7`); map the right columns with `data.columns`"
+        )
+        raise log.fault(first, "item_id", problem)
+    problem = (
+        f"the item must be in the items file, was: {shown(item_ids[first])} ({catalog.nearest(item_ids[first])}); "
+        f"{share} ({int(unknown.sum()):,} rows); complete the items file, or set `data.unknown_items: drop`"
+    )
+    raise log.fault(first, "item_id", problem)
