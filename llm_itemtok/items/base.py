@@ -1,8 +1,8 @@
 """The two abstract things of this layer: an item tokenizer, and the trained module it may leave behind.
 
-`ItemTokenizer.fit` turns item vectors into `ItemCodes`. Some tokenizers also leave a `Quantizer`: codebooks and the map
-into their space, as a torch module. Updates of item tokens need it (gradients through `soft_assign` and `forward`, a warm
-start), and so do new items (`encode`).
+`ItemTokenizer.fit` turns item vectors into `ItemCodes`. Some tokenizers also leave a `Quantizer`: codebooks and the
+map into their space, as a torch module. Updates of item tokens need it (gradients through `soft_assign` and `forward`,
+a warm start), and so do new items (`encode`).
 
 Decisions:
 - A class is either abstract or final. Final quantizers say how to reach the space of the codebooks and back
@@ -10,32 +10,35 @@ Decisions:
 - A hard code is greedy and takes the lowest index on a tie; it is the argmax of `soft_assign` by construction, because
   both read the same distances.
 - Losses are returned per item: who trains decides what to average over (all items, a batch, the distinct targets).
-- A quantizer reads and writes vectors in the units it was fitted on. Whatever scaling helps its training is stored in it.
+- A quantizer reads and writes vectors in the units it was fitted on; scaling that helps its training is stored in it.
 
 Sources: soft assignment as in BLOGER and ETEGRec (softmax over minus the squared distance, temperature 1); losses as in
-TIGER, Rajput et al. 2023 (arXiv:2305.05065), with the scaling of the released LC-Rec code: means over dimensions and levels.
+TIGER, Rajput et al. 2023 (arXiv:2305.05065), scaled as in the released LC-Rec code: means over dimensions and levels.
 
 Shape letters in this file: N items, L levels, K codewords a level, D dimensions of a vector, H of a codeword.
 """
 
 import abc
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from llm_itemtok.artifacts import FORMAT_VERSION, write_bytes
-from llm_itemtok.errors import ArtifactError, DataError
+from llm_itemtok.errors import DataError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.residual import nearest_codes, squared_distances, sum_of_codewords
 
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
+
 QUANTIZER_FILE = "quantizer.safetensors"
-_FORMAT = "llm_itemtok.quantizer"
+QUANTIZER_FORMAT = "llm_itemtok.quantizer"
 
 
 class Quantized(NamedTuple):
@@ -130,8 +133,9 @@ class Quantizer(nn.Module, abc.ABC):
 
         Args:
             latent: float `[N, H]`.
-            straight_through_residual: subtract the straight-through value instead, as the released code of LC-Rec, BLOGER
-                and ETEGRec does. Its residual carries no gradient to `latent`, so only level 0 would train an encoder.
+            straight_through_residual: subtract the straight-through value instead, as the released code of LC-Rec,
+                BLOGER and ETEGRec does. Its residual carries no gradient to `latent`, so only level 0 would train an
+                encoder.
 
         Returns:
             L tensors, float `[N, K]`, rows summing to 1.
@@ -182,7 +186,7 @@ class Quantizer(nn.Module, abc.ABC):
             The path of the file.
         """
         header = {
-            "format": _FORMAT,
+            "format": QUANTIZER_FORMAT,
             "format_version": FORMAT_VERSION,
             "class": type(self).__name__,
             "settings": self.settings(),
@@ -193,47 +197,6 @@ class Quantizer(nn.Module, abc.ABC):
         metadata = {"quantizer": json.dumps(header, sort_keys=True)}
         write_bytes(path, safetensors.torch.save(tensors, metadata=metadata))
         return path
-
-
-def load_quantizer(folder: str | Path) -> Quantizer:
-    """Read a quantizer written by `Quantizer.save`, on the CPU and in evaluation mode.
-
-    Args:
-        folder: the folder that was saved into, or the file itself.
-
-    Raises:
-        ArtifactError: if the file is missing, not of this format or version, or does not fit its own settings.
-    """
-    # Here and not above: the final classes are built on this module.
-    from llm_itemtok.items.residual_kmeans import ResidualKMeansQuantizer
-    from llm_itemtok.items.rqvae import RQVAEQuantizer
-
-    path = Path(folder)
-    path = path / QUANTIZER_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise ArtifactError(f"{path}: no quantizer there; expected a folder with {QUANTIZER_FILE}, or that file")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("quantizer", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ArtifactError(f"{path}: not a readable safetensors file of a quantizer: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ArtifactError(f"{path}: a safetensors file, but not of a quantizer written by this package")
-    if header.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path}: a quantizer of format version {header.get('format_version')!r}; this version of llm-itemtok "
-            f"reads version {FORMAT_VERSION}"
-        )
-    classes = {final.__name__: final for final in (ResidualKMeansQuantizer, RQVAEQuantizer)}
-    if header.get("class") not in classes:
-        raise ArtifactError(f"{path}: unknown kind of quantizer {header.get('class')!r}; known: {', '.join(classes)}")
-    try:
-        quantizer = classes[header["class"]](**header["settings"])
-        quantizer.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError, DataError) as error:
-        raise ArtifactError(f"{path}: the quantizer contradicts its own settings: {error}") from error
-    return quantizer.eval()
 
 
 class ItemTokenizer(abc.ABC):
@@ -261,7 +224,7 @@ class ItemTokenizer(abc.ABC):
 
 
 def check_vectors(vectors: np.ndarray) -> np.ndarray:
-    """Item vectors as contiguous float32 `[N, D]`, after checking them.
+    """Item vectors as contiguous, writable float32 `[N, D]`, after checking them; not copied if they are that.
 
     Raises:
         DataError: if the shape is not two-dimensional and non-empty, the dtype not a float, or a value not finite.
@@ -270,7 +233,8 @@ def check_vectors(vectors: np.ndarray) -> np.ndarray:
         raise DataError(f"item vectors must have the shape (items, dimensions), both at least 1, was: {vectors.shape}")
     if not np.issubdtype(vectors.dtype, np.floating):
         raise DataError(f"item vectors must be floating-point numbers, was: {vectors.dtype}")
-    checked = np.ascontiguousarray(vectors, dtype=np.float32)
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite and is reported below
+        checked = np.require(vectors, dtype=np.float32, requirements=["C", "W"])  # torch wants writable memory
     broken = np.flatnonzero(~np.isfinite(checked).all(axis=1))
     if len(broken):
         raise DataError(

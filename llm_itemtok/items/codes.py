@@ -61,7 +61,7 @@ class ItemCodes:
 
     @property
     def table(self) -> np.ndarray:
-        """The codes, int32 `[N, L]`, read-only."""
+        """The codes, int32 `[N, L]`, read-only; `torch.tensor` copies them, `torch.from_numpy` warns."""
         return self._table
 
     @property

@@ -1,11 +1,16 @@
 """Residual k-means: the same kind of codes as RQ-VAE in seconds, without training a network.
 
-Level by level, k-means on what the levels above left over. There is no encoder: the space of the codebooks is the space
-of the item vectors.
+Level by level, k-means on what the levels above left over. The space of the codebooks is the space of the item vectors,
+or of their first principal components.
 
-Source: residual quantisation by k-means, as in Chen, Guan and Wang 2010 (approximate nearest neighbour search by residual
-vector quantization) and, for item tokens, OneRec (arXiv:2502.18965). Ours differs from the latter in that clusters are
-not forced to equal size.
+Principal components are a trade. Residuals in hundreds of dimensions are nearly all equally far from each other, so
+below level 0 a few codewords catch most items. Measured on Beauty (12,101 MiniLM vectors of 384 dimensions, 3 x 256):
+all dimensions give 25 % collisions, 67 codewords' worth of use at level 2, and 68 % of nearest items share the first
+codeword; 32 components give 9.5 %, 218 and 53 %.
+
+Source: residual quantisation by k-means, as in Chen, Guan and Wang 2010 (approximate nearest neighbour search by
+residual vector quantization) and, for item tokens, OneRec (arXiv:2502.18965). Ours differs from the latter in that
+clusters are not forced to equal size.
 """
 
 from typing import Any, final
@@ -14,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llm_itemtok.errors import DataError
 from llm_itemtok.items.base import ItemTokenizer, Quantizer, check_codebook_shape, check_vectors
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.kmeans import kmeans
@@ -21,33 +27,47 @@ from llm_itemtok.items.kmeans import kmeans
 
 @final
 class ResidualKMeansQuantizer(Quantizer):
-    """Codebooks in the space of the item vectors; encoder and decoder are the identity."""
+    """Codebooks in the space of the item vectors, or of some of their principal components."""
 
+    mean: Tensor
+    components: Tensor
     scale: Tensor
 
-    def __init__(self, *, levels: int, codebook_size: int, dimensions: int) -> None:
-        """Make codebooks of zeros, to be filled.
+    def __init__(
+        self, *, levels: int, codebook_size: int, dimensions: int, latent_dimensions: int | None = None
+    ) -> None:
+        """Make codebooks and principal components of zeros, to be filled.
 
         Args:
             levels: number of levels, at least 1.
             codebook_size: codewords a level, at least 1.
-            dimensions: of an item vector.
+            dimensions: of an item vector, D.
+            latent_dimensions: number of principal components, H; None for the item vectors as they are.
 
         Raises:
             DataError: if a number is below 1.
         """
         super().__init__()
         check_codebook_shape(levels=levels, codebook_size=codebook_size)
-        self.codebooks = nn.Parameter(torch.zeros(levels, codebook_size, dimensions))
+        self.dimensions = dimensions
+        self.latent_dimensions = latent_dimensions
+        self.codebooks = nn.Parameter(torch.zeros(levels, codebook_size, latent_dimensions or dimensions))
         self.register_buffer("scale", torch.ones(()))
+        if latent_dimensions is not None:
+            self.register_buffer("mean", torch.zeros(dimensions))
+            self.register_buffer("components", torch.zeros(dimensions, latent_dimensions))
 
     def to_latent(self, vectors: Tensor) -> Tensor:
-        """The vectors themselves."""
-        return vectors
+        """The vectors themselves, or their principal components."""
+        if self.latent_dimensions is None:
+            return vectors
+        return (vectors - self.mean) @ self.components
 
     def from_latent(self, latent: Tensor) -> Tensor:
-        """The vectors themselves."""
-        return latent
+        """The vectors themselves, or the vectors that have these principal components and no others."""
+        if self.latent_dimensions is None:
+            return latent
+        return latent @ self.components.T + self.mean
 
     def loss_scale(self) -> Tensor:
         """Root mean square of the centred vectors the codebooks were fitted on."""
@@ -55,19 +75,34 @@ class ResidualKMeansQuantizer(Quantizer):
 
     def settings(self) -> dict[str, Any]:
         """Arguments of the constructor."""
-        return dict(zip(("levels", "codebook_size", "dimensions"), self.codebooks.shape, strict=True))
+        return {
+            "levels": self.num_levels,
+            "codebook_size": self.num_codewords,
+            "dimensions": self.dimensions,
+            "latent_dimensions": self.latent_dimensions,
+        }
 
 
 @final
 class ResidualKMeans(ItemTokenizer):
     """Item tokenizer that runs k-means on the residuals, level by level."""
 
-    def __init__(self, *, levels: int = 3, codebook_size: int = 256, iterations: int = 50, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        levels: int = 3,
+        codebook_size: int = 256,
+        components: int | None = None,
+        iterations: int = 50,
+        seed: int = 0,
+    ) -> None:
         """Set the shape of the codes.
 
         Args:
             levels: number of levels, at least 1.
             codebook_size: codewords a level, at least 1; more than distinct items leaves some unused.
+            components: number of principal components to look at, at least 1; None, or as many as there are
+                dimensions, for the vectors as they are.
             iterations: upper bound on the rounds of k-means a level.
             seed: of the starts of k-means.
 
@@ -75,19 +110,29 @@ class ResidualKMeans(ItemTokenizer):
             DataError: if a number is below 1.
         """
         check_codebook_shape(levels=levels, codebook_size=codebook_size)
+        if components is not None and components < 1:
+            raise DataError(f"`components` must be at least 1, or none given, was: {components}")
         self.levels = levels
         self.codebook_size = codebook_size
+        self.components = components
         self.iterations = iterations
         self.seed = seed
 
     def fit(self, vectors: np.ndarray) -> ItemCodes:
         """Make codes for a catalogue; see `ItemTokenizer.fit`."""
         vectors = check_vectors(vectors)
+        num_components = self.components if self.components and self.components < vectors.shape[1] else None
         quantizer = ResidualKMeansQuantizer(
-            levels=self.levels, codebook_size=self.codebook_size, dimensions=vectors.shape[1]
+            levels=self.levels,
+            codebook_size=self.codebook_size,
+            dimensions=vectors.shape[1],
+            latent_dimensions=num_components,
         )
         quantizer.scale.fill_(spread(vectors))
-        residual = vectors
+        if num_components:
+            quantizer.mean.copy_(torch.from_numpy(vectors.mean(axis=0)))
+            quantizer.components.copy_(torch.from_numpy(principal_components(vectors, num_components)))
+        residual = quantizer.to_latent(torch.from_numpy(vectors)).numpy()
         for level in range(self.levels):
             clusters = kmeans(residual, self.codebook_size, iterations=self.iterations, seed=self.seed + level)
             quantizer.codebooks.data[level] = torch.from_numpy(clusters.centres)
@@ -99,6 +144,22 @@ class ResidualKMeans(ItemTokenizer):
             (self.codebook_size,) * self.levels,
             provenance={"tokenizer": {"kind": "residual-kmeans", **quantizer.settings(), "seed": self.seed}},
         )
+
+
+def principal_components(vectors: np.ndarray, num: int) -> np.ndarray:
+    """Directions of largest variance, largest first.
+
+    Args:
+        vectors: float32 `[N, D]`.
+        num: number of directions, H, at most D.
+
+    Returns:
+        float32 `[D, H]`, orthonormal columns; of the two signs, the one that makes the largest entry positive.
+    """
+    covariance = np.cov(vectors, rowvar=False, bias=True, dtype=np.float64).reshape(vectors.shape[1], -1)
+    directions = np.linalg.eigh(covariance)[1][:, ::-1][:, :num]
+    largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=0)[None], axis=0)
+    return (directions * np.sign(largest)).astype(np.float32)
 
 
 def spread(vectors: np.ndarray) -> float:

@@ -1,0 +1,115 @@
+"""The quality report: numbers by hand, and a verdict that names the fault."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from llm_itemtok.errors import DataError
+from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.collisions import extra_level
+from llm_itemtok.items.quality import quality, quality_table
+from llm_itemtok.items.random_codes import RandomCodes
+from llm_itemtok.items.residual_kmeans import ResidualKMeans, ResidualKMeansQuantizer
+
+
+def grouped(num=160, seed=0):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(8, 6))
+    return (centres[np.arange(num) % 8] + 0.1 * rng.normal(size=(num, 6))).astype(np.float32)
+
+
+def test_level_numbers_by_hand():
+    """Level 0 is used 2, 1, 1, 0: entropy 0.5 * 1 + 2 * 0.25 * 2 = 1.5 bits."""
+    report = quality(ItemCodes([[0, 0], [0, 0], [1, 0], [2, 0]], (4, 1)))
+    first, second = report["levels"]
+    assert first == {
+        "name": "level-0", "size": 4, "used": 3, "dead": 1, "usage": 0.75, "entropy_bits": 1.5,
+        "perplexity": pytest.approx(2**1.5), "largest_prefix": 2, "counts_only": False,
+    }  # fmt: skip
+    assert (second["entropy_bits"], second["perplexity"], second["usage"]) == (0.0, 1.0, 1.0)
+    assert math.copysign(1, second["entropy_bits"]) == 1
+    assert report["collision_rate"] == 0.5
+    assert not report["unique"]
+
+
+def test_collision_rate_is_the_one_before_resolution():
+    codes = extra_level(ItemCodes([[0], [0], [1], [2]], (4,)))
+    report = quality(codes)
+    assert report["collision_rate"] == 0.5
+    assert report["unique"]
+    assert [level["counts_only"] for level in report["levels"]] == [False, True]
+
+
+def test_neighbours_and_chance_by_hand():
+    """Two pairs of opposite directions: with one neighbour looked up each, all share; 2 of 6 pairs share by chance."""
+    vectors = np.array([[1, 0], [1, 0.1], [-1, 0], [-1, 0.1]], dtype=np.float32)
+    report = quality(ItemCodes([[0], [0], [1], [1]], (2,)), vectors)
+    # All three other items are neighbours here, one of them in the same group.
+    assert report["neighbours"] == [{"depth": 1, "share": pytest.approx(1 / 3), "chance": pytest.approx(1 / 3)}]
+
+
+def test_reconstruction_error_by_hand():
+    """0 and 4 around the mean 2 have squared deviations 8; rebuilt as 0 and 3 they are off by 1: an eighth."""
+    quantizer = ResidualKMeansQuantizer(levels=1, codebook_size=2, dimensions=1)
+    quantizer.codebooks.data = torch.tensor([[[0.0], [3.0]]])
+    vectors = np.array([[0.0], [4.0]], dtype=np.float32)
+    codes = ItemCodes([[0], [1]], (2,))
+    assert quality(codes, vectors, quantizer)["reconstruction_error"] == pytest.approx(1 / 8)
+    assert quality(extra_level(codes), vectors, quantizer)["reconstruction_error"] == pytest.approx(1 / 8)
+
+
+def test_learned_codes_keep_neighbours_together_and_random_ones_do_not():
+    learned = quality(ResidualKMeans(levels=2, codebook_size=8).fit(grouped()), grouped())
+    random = quality(RandomCodes(levels=2, codebook_size=16).fit(grouped()), grouped())
+    assert learned["neighbours"][0]["share"] > 0.9
+    assert random["neighbours"][0]["share"] < 2 * random["neighbours"][0]["chance"]
+    assert "prefixes carry little meaning" in random["verdict"]
+
+
+def test_the_verdict_names_collapse_dead_codewords_and_collisions():
+    collapsed = ItemCodes([[0, 0]] * 50 + [[1, word] for word in range(8)], (8, 16))
+    verdict = quality(collapsed)["verdict"]
+    assert "collapsed at level-0" in verdict
+    assert "8 of 16 codewords of level-1 are dead" in verdict
+    assert "86.2% of items shared their code" in verdict
+    assert "not unique" in verdict
+
+
+def test_the_verdict_names_a_deeper_level_on_which_items_crowd():
+    crowded = ItemCodes([[row % 8, 0 if row % 64 < 56 else row % 8] for row in range(512)], (8, 8))
+    assert "items crowd at level-1: 2 of 8 codewords' worth" in quality(crowded)["verdict"]
+
+
+def test_the_verdict_on_even_and_unique_codes_is_good():
+    codes = RandomCodes(levels=2, codebook_size=4).deal(16)
+    assert quality(codes)["verdict"].startswith("Good")
+    assert quality(extra_level(codes))["verdict"].startswith("Good")
+
+
+def test_the_report_is_plain_json_and_prints_as_a_table():
+    tokenizer = ResidualKMeans(levels=2, codebook_size=8)
+    report = quality(extra_level(tokenizer.fit(grouped())), grouped(), tokenizer.quantizer)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    lines = quality_table(report).splitlines()
+    assert lines[0].split()[:4] == ["level", "size", "used", "usage"]
+    assert [line.split()[0] for line in lines[1:4]] == ["level-0", "level-1", "extra"]
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert "collision rate before resolution" in lines[6]
+    assert lines[-1] == report["verdict"]
+
+
+def test_a_catalogue_of_one_item_has_a_report():
+    report = quality(ItemCodes([[0]], (4,)), np.ones((1, 2), np.float32))
+    assert report["neighbours"] == []
+
+
+def test_vectors_and_quantizers_that_do_not_fit_are_refused():
+    codes = ItemCodes([[0], [1]], (2,))
+    with pytest.raises(DataError, match="one vector a code, 2 of them, was: 3"):
+        quality(codes, np.ones((3, 2), np.float32))
+    quantizer = ResidualKMeansQuantizer(levels=2, codebook_size=2, dimensions=2)
+    with pytest.raises(DataError, match="same levels"):
+        quality(codes, np.eye(2, dtype=np.float32), quantizer)
