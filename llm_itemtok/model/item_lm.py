@@ -68,6 +68,7 @@ class ItemTokenModel(nn.Module):
         self.input_dropout = nn.Dropout(input_dropout)
         self.output_dropout = nn.Dropout(output_dropout)
         self.register_state_dict_post_hook(_keep_trainable)
+        self.register_load_state_dict_post_hook(_expect_trainable)
 
     @property
     def device(self) -> torch.device:
@@ -181,8 +182,19 @@ def _slides(config: Any) -> bool:  # noqa: ANN401
     return "sliding_attention" in (getattr(config, "layer_types", None) or ())
 
 
+def _trainable(module: nn.Module) -> set[str]:
+    """Names of what training changes, once each: no frozen table, no tied copy."""
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def _keep_trainable(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
-    """Keep what training changes, once each: checkpoints hold no frozen table and no tied copy."""
-    trainable = {prefix + name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    for name in [name for name in state if name.startswith(prefix) and name not in trainable]:
+    """Leave what training does not change out of checkpoints."""
+    kept = {prefix + name for name in _trainable(module)}
+    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
         del state[name]
+
+
+def _expect_trainable(module: nn.Module, incompatible: Any) -> None:  # noqa: ANN401 (torch's own private class)
+    """Do not call missing what a checkpoint leaves out on purpose."""
+    expected = _trainable(module)
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name in expected]

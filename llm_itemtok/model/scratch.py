@@ -114,7 +114,7 @@ def build_model(
         config = kinds[family](
             num_hidden_layers=layers,
             hidden_size=width,
-            intermediate_size=4 * width,
+            intermediate_size=-(-8 * width // 96) * 32,  # Llama's ratio of 8/3, in steps of 32
             num_attention_heads=heads,
             num_key_value_heads=heads,
             head_dim=width // heads,
