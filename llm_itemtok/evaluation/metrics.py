@@ -161,16 +161,16 @@ def ranks_from_lists(
 
 def _checked(ranks: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return ranks as float64 [C], or say what is wrong with them."""
-    ranks = np.asarray(ranks, dtype=np.float64)
-    if ranks.ndim != 1 or not len(ranks):
-        raise ValueError(f"ranks must be one number a case, of at least one case, was: shape {ranks.shape}")
-    wrong = ~(np.isfinite(ranks) & ((ranks == 0) | (ranks >= 1)))
+    checked: NDArray[np.float64] = np.asarray(ranks, dtype=np.float64)
+    if checked.ndim != 1 or not len(checked):
+        raise ValueError(f"ranks must be one number a case, of at least one case, was: shape {checked.shape}")
+    wrong = ~(np.isfinite(checked) & ((checked == 0) | (checked >= 1)))
     if wrong.any():
         raise ValueError(
-            f"a rank must be 0 (not found) or at least 1, was: {ranks[wrong][0]} in case {wrong.argmax()}, "
+            f"a rank must be 0 (not found) or at least 1, was: {checked[wrong][0]} in case {wrong.argmax()}, "
             f"{wrong.sum()} such values in all"
         )
-    return ranks
+    return checked
 
 
 def _gains(ranks: NDArray[np.float64]) -> NDArray[np.float64]:

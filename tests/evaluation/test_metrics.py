@@ -185,7 +185,7 @@ def test_equal_users_leave_no_doubt():
 
 
 def test_the_options_of_the_bootstrap_are_checked():
-    with pytest.raises(ValueError, match="was: resamples=0, level=0.95"):
+    with pytest.raises(ValueError, match=r"was: resamples=0, level=0\.95"):
         bootstrap(np.ones(2), resamples=0)
     with pytest.raises(ValueError, match="was: resamples=1000, level=1"):
         bootstrap(np.ones(2), level=1)
