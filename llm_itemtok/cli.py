@@ -1,0 +1,208 @@
+"""The command `itemtok`: arguments in, exit status out; everything else is imported when a command needs it.
+
+Exit status: 0 done, 1 the run failed, 2 bad usage or bad input (one message on standard error, a traceback only with
+`--debug`), 143 after a checkpoint on SIGTERM.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+STOPPED = 143
+STAGES = ("data", "items", "vocab", "train", "evaluate", "report")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: as given on the command line, without the program's name.
+
+    Returns:
+        The exit status.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        print("itemtok: interrupted; `itemtok run … --resume` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of standard output went away (such as `| head`): not a fault, and nothing to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """Say what went wrong, and return the status it stands for."""
+    from llm_itemtok.errors import ItemTokError
+
+    if isinstance(error, ItemTokError):
+        print(f"itemtok: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
+        print(f"itemtok: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    print(f"itemtok: failed: {type(error).__name__}: {error}\n  `--debug` shows where", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="itemtok", description="Turn a pretrained language model into a recommender with item tokens."
+    )
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something goes wrong")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _command(commands, "run", _run, "carry out a recipe: data, items, vocab, train, evaluate, report")
+    _recipe_arguments(run)
+    run.add_argument("--out", type=Path, help="run folder (default: runs/<recipe name>)")
+    run.add_argument("--from", dest="start", choices=STAGES, help="run this stage and all after it again")
+    run.add_argument("--until", choices=STAGES, help="stop after this stage")
+    run.add_argument("--resume", action="store_true", help="let training go on from its last checkpoint")
+    run.add_argument("--fresh", action="store_true", help="empty the run folder first")
+
+    check = _command(commands, "check", _check, "validate a recipe and its data; print sizes and estimates")
+    _recipe_arguments(check)
+
+    inspect = _command(commands, "inspect", _inspect, "quality of the item tokens of a run, a model or a codes folder")
+    inspect.add_argument("path", type=Path)
+    inspect.add_argument("--compare", type=Path, help="other codes of the same items: what moved")
+
+    evaluate = _command(commands, "evaluate", _evaluate, "measure a run or a model by full ranking")
+    evaluate.add_argument("path", help="run folder, model folder or Hub id")
+    evaluate.add_argument("--data", type=Path, help="data folder (default: the run's own)")
+    evaluate.add_argument("--json", action="store_true", help="print metrics.json instead of a table")
+
+    recommend = _command(commands, "recommend", _recommend, "recommend items for a history, or for many on standard input")
+    recommend.add_argument("model", help="run folder, model folder or Hub id")
+    recommend.add_argument("--history", help="item ids, oldest first, separated by commas; empty for a new user")
+    recommend.add_argument("-k", type=int, default=10, help="number of items (default: 10)")
+    recommend.add_argument("--json", action="store_true", help="print JSON")
+
+    report = _command(commands, "report", _write_report, "write report.html of a run again")
+    report.add_argument("run", type=Path)
+
+    explain = _command(commands, "explain", _explain, "what a recipe setting means")
+    explain.add_argument("setting", nargs="?", default="", help="such as tokenizer.levels; all of them if left out")
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    function: Callable[[argparse.Namespace], int],
+    text: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="override a setting; may be repeated"
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from llm_itemtok.config import RunConfig
+
+    config = RunConfig.load(options.recipe, options.overrides)
+    from llm_itemtok.pipeline.fit import Stopped
+    from llm_itemtok.pipeline.run import run
+
+    out = options.out or Path("runs") / options.recipe.stem
+    try:
+        folder = run(
+            config,
+            out,
+            start=options.start,
+            until=options.until,
+            resume=options.resume,
+            fresh=options.fresh,
+            log=_say,
+        )
+    except Stopped:
+        print("itemtok: stopped after a checkpoint; the same command with --resume goes on from it", file=sys.stderr)
+        return STOPPED
+    _say(f"run folder: {folder}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from llm_itemtok.config import RunConfig
+
+    config = RunConfig.load(options.recipe, options.overrides)
+    from llm_itemtok.pipeline.check import check
+
+    print(check(config))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from llm_itemtok.pipeline.inspect import inspect
+
+    print(inspect(options.path, options.compare))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from llm_itemtok.pipeline.evaluate import evaluate_path, table
+
+    metrics = evaluate_path(options.path, options.data)
+    print(json.dumps(metrics, indent=2) if options.json else table(metrics))
+    return 0
+
+
+def _recommend(options: argparse.Namespace) -> int:
+    from llm_itemtok.recommender import Recommender
+    from llm_itemtok.serving import answer, answer_lines
+
+    recommender = Recommender.from_pretrained(options.model)
+    if options.history is None:
+        for line in answer_lines(recommender, sys.stdin, options.k):
+            print(line, flush=True)
+        return 0
+    history = [item_id.strip() for item_id in options.history.split(",") if item_id.strip()]
+    unknown = recommender.known(history)[1]
+    if unknown:
+        print(f"itemtok: skipped {len(unknown)} unknown items: {', '.join(unknown[:5])}", file=sys.stderr)
+    reply = answer(None, recommender.recommend(history, options.k))
+    if options.json:
+        print(json.dumps(reply, ensure_ascii=False))
+    else:
+        for item in reply["items"]:
+            print(f"{item['rank']:>3}  {item['score']:8.3f}  {item['item_id']:<14}  {item['title']}")
+    return 0
+
+
+def _write_report(options: argparse.Namespace) -> int:
+    from llm_itemtok.report import write_report
+
+    print(write_report(options.run))
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from llm_itemtok.config import explain
+
+    print(explain(options.setting))
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A recipe carried out, stage by stage: the only reader of `RunConfig`."""

@@ -1,0 +1,213 @@
+"""The evaluation stage: a bundle, a split and the baselines → `metrics.json`, predictions and examples."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm_itemtok.artifacts import CODES, METRICS, MODEL, PREDICTIONS, RECIPE, read_json, write_json
+from llm_itemtok.config import RunConfig
+from llm_itemtok.data.splits import Cases
+from llm_itemtok.errors import ArtifactError
+from llm_itemtok.evaluation import baselines
+from llm_itemtok.evaluation.full_ranking import Ranking, rank_cases
+from llm_itemtok.evaluation.metrics import bootstrap, metrics_from_ranks, ranks_from_scores
+from llm_itemtok.evaluation.segments import segment_masks, segment_metrics
+from llm_itemtok.model.prompts import Prompts
+from llm_itemtok.items.quality import quality
+from llm_itemtok.pipeline.prepare import Dataset, Log, load_data
+from llm_itemtok.recommender import Recommender
+from llm_itemtok.settings import Data
+from llm_itemtok.vocab.trie import ItemTrie
+
+EXAMPLES = "examples.json"
+
+
+def rank(recommender: Recommender, cases: Cases, *, batch_size: int) -> Ranking:
+    """Rank cases as the bundle says that it is decoded."""
+    generation = recommender.generation
+    return rank_cases(
+        recommender.model,
+        ItemTrie(recommender.model.vocab.codes),
+        Prompts(recommender.tokenizer, recommender.model.vocab),
+        cases,
+        beam=generation.beam,
+        history_length=generation.history_length,
+        normaliser=generation.normaliser,
+        mask_seen=generation.mask_seen,
+        batch_size=batch_size,
+    )
+
+
+def measure(
+    recommender: Recommender,
+    data: Dataset,
+    *,
+    k_core: int,
+    seed: int,
+    batch_size: int,
+    baseline_names: tuple[str, ...],
+    quality: Mapping[str, Any],
+) -> tuple[dict[str, Any], Ranking]:
+    """Measure a recommender: the contract's `metrics.json`, and the test lists.
+
+    Args:
+        recommender: whose catalogue must be the data's.
+        data: catalogue, log and split.
+        k_core: of the data, for the protocol stamp.
+        seed: of the bootstrap.
+        batch_size: users decoded at a time.
+        baseline_names: measured beside it; the generator's oracle is added on synthetic data.
+        quality: of the item codes, copied.
+
+    Raises:
+        ArtifactError: if model and data have different catalogues.
+    """
+    recommender.check_catalog(data.catalog)
+    test, generation = data.split.test, recommender.generation
+    started = time.perf_counter()
+    ranking = rank(recommender, test, batch_size=batch_size)
+    seconds = time.perf_counter() - started
+    validation = rank(recommender, data.split.validation, batch_size=batch_size)
+    others = baselines.evaluate_baselines(baseline_names, data.split, test, generation.mask_seen, seed)
+    if data.oracle is not None:
+        scores = data.oracle.scores(test.histories(), test.users)
+        ranks = ranks_from_scores(scores, test.targets)
+        others["oracle"] = {"test": metrics_from_ranks(ranks), "ci95": bootstrap(ranks, seed=seed)}
+    metrics = {
+        "protocol": {
+            "split": data.split.kind,
+            "k_core": k_core,
+            "history_length": generation.history_length,
+            "mask_seen": generation.mask_seen,
+            "candidates": "full",
+            "beam": generation.beam,
+            "normaliser": generation.normaliser,
+            "seed": seed,
+            "catalog_sha256": data.catalog.sha256,
+            "interactions_sha256": data.interactions.sha256,
+            "counts": {"items": len(data.catalog), **data.split.counts},
+        },
+        "test": metrics_from_ranks(ranking.ranks),
+        "ci95": bootstrap(ranking.ranks, seed=seed),
+        "segments": segment_metrics(ranking.ranks, segment_masks(test, data.split.item_counts())),
+        "validation": metrics_from_ranks(validation.ranks),
+        "baselines": others,
+        "codes": dict(quality),
+        "speed": {"test_seconds": round(seconds, 3), "users_per_second": round(len(test) / seconds, 1)},
+    }
+    return metrics, ranking
+
+
+def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
+    """Measure the run's bundle; write `metrics.json`, `predictions.parquet` and `examples.json`."""
+    recommender = Recommender.from_pretrained(
+        folder / MODEL, trust_remote_code=config.model.trust_remote_code
+    )
+    metrics, ranking = measure(
+        recommender,
+        data,
+        k_core=config.data.k_core,
+        seed=config.seed,
+        batch_size=config.evaluation.batch_size,
+        baseline_names=config.evaluation.baselines,
+        quality=read_json(folder / CODES / "v0" / "quality.json"),
+    )
+    test = data.split.test
+    write_predictions(folder / PREDICTIONS, ranking, test, recommender.item_ids, config.evaluation.k)
+    write_json(folder / EXAMPLES, _examples(ranking, test, recommender))
+    write_json(folder / METRICS, metrics)
+    log(table(metrics))
+
+
+def evaluate_path(path: str, data_folder: Path | None) -> dict[str, Any]:
+    """Measure a run or a bundle again, by default on the data of its run.
+
+    Args:
+        path: run folder, bundle or Hub id.
+        data_folder: data folder to use instead of the run's.
+
+    Returns:
+        As `metrics.json`.
+
+    Raises:
+        ArtifactError: if `path` is a bundle without a run around it and no data folder is given.
+    """
+    recommender = Recommender.from_pretrained(path)
+    recipe = next((folder / RECIPE for folder in (Path(path), Path(path).parent) if (folder / RECIPE).is_file()), None)
+    if recipe is None and data_folder is None:
+        raise ArtifactError(f"{path}: a model without its run folder has no data; name a folder with `--data`")
+    overrides = [] if data_folder is None else [f"data.path={data_folder}"]
+    config = RunConfig.load(recipe, overrides) if recipe else None
+    settings = config.data if config else Data(path=str(data_folder))
+    seed = config.seed if config else 0
+    return measure(
+        recommender,
+        load_data(settings, seed),
+        k_core=settings.k_core,
+        seed=seed,
+        batch_size=config.evaluation.batch_size if config else 64,
+        baseline_names=config.evaluation.baselines if config else ("popularity", "markov"),
+        quality=quality(recommender.model.vocab.codes),
+    )[0]
+
+
+def write_predictions(path: Path, ranking: Ranking, cases: Cases, item_ids: tuple[str, ...], k: int) -> None:
+    """Write the first `k` of every list: user, rank, item, score."""
+    items, scores = ranking.items[:, :k], ranking.scores[:, :k]
+    case, place = np.nonzero(items >= 0)
+    names = np.asarray(item_ids, dtype=object)
+    columns = {
+        "user": pa.array(np.asarray(cases.users, dtype=object)[case], pa.string()),
+        "rank": pa.array(place + 1, pa.int32()),
+        "item": pa.array(names[items[case, place]], pa.string()),
+        "score": pa.array(scores[case, place], pa.float32()),
+    }
+    temporary = path.with_suffix(".partial")
+    pq.write_table(pa.table(columns), temporary)
+    temporary.replace(path)
+
+
+def _examples(ranking: Ranking, cases: Cases, recommender: Recommender, each: int = 3) -> list[dict[str, Any]]:
+    """Users chosen by rule: the best ranks, the middle of those found, and targets not found; first in file order."""
+    found = np.flatnonzero(ranking.ranks > 0)
+    by_rank = found[np.argsort(ranking.ranks[found], kind="stable")]
+    middle = len(by_rank) // 2
+    chosen = [*by_rank[:each], *by_rank[max(each, middle) : max(each, middle) + each]]
+    chosen += np.flatnonzero(ranking.ranks == 0)[:each].tolist()
+
+    def item(row: int) -> dict[str, str]:
+        return {"item_id": recommender.item_ids[row], "title": recommender.titles[row]}
+
+    return [
+        {
+            "user": cases.users[case],
+            "history": [item(row) for row in cases.history(case)[-recommender.generation.history_length :].tolist()],
+            "target": item(int(cases.targets[case])),
+            "rank": float(ranking.ranks[case]),
+            "recommendations": [
+                {**item(int(row)), "score": float(score)}
+                for row, score in zip(ranking.items[case][:10], ranking.scores[case][:10], strict=True)
+                if row >= 0
+            ],
+        }
+        for case in chosen
+    ]
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """Plain-text table of the test metrics, the model last but for the oracle."""
+    rows = [(name, part) for name, part in metrics["baselines"].items() if name != "oracle"]
+    rows.append(("model", metrics))
+    rows += [(name, part) for name, part in metrics["baselines"].items() if name == "oracle"]
+    lines = [f"{'test, full ranking':<20} {'Recall@10':>9} {'95 % interval':>17} {'NDCG@10':>8}"]
+    for name, part in rows:
+        low, high = part["ci95"]["recall@10"]
+        lines.append(
+            f"{name:<20} {part['test']['recall@10']:>9.4f} {f'{low:.4f} – {high:.4f}':>17} {part['test']['ndcg@10']:>8.4f}"
+        )
+    return "\n".join(lines)

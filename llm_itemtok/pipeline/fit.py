@@ -1,0 +1,212 @@
+"""The training stage: examples, model and trainer of a recipe; ends with the bundle of the best checkpoint."""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset as ExampleTable
+from peft import PeftModel
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from llm_itemtok.artifacts import METRICS_LOG, MODEL
+from llm_itemtok.config import RunConfig
+from llm_itemtok.data.splits import Cases
+from llm_itemtok.decoding.beams import DecodeNormaliser
+from llm_itemtok.errors import ArtifactError, DataError
+from llm_itemtok.evaluation.full_ranking import rank_cases
+from llm_itemtok.evaluation.metrics import metrics_from_ranks
+from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.load import add_lora, with_item_tokens
+from llm_itemtok.model.prompts import Prompts
+from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, read_vocab
+from llm_itemtok.recommender import Generation, Recommender
+from llm_itemtok.training import examples
+from llm_itemtok.training.arguments import build_arguments
+from llm_itemtok.training.callbacks import MetricsLog, Progress, StopOnSignal
+from llm_itemtok.training.collator import Collator
+from llm_itemtok.training.next_token import NextToken
+from llm_itemtok.training.trainer import ItemTokenTrainer
+from llm_itemtok.vocab.trie import ItemTrie
+
+CHECKPOINTS = "checkpoints"
+
+
+class Stopped(Exception):  # noqa: N818 (not an error: the run was asked to stop, and can go on)
+    """Training was stopped by a signal, after a checkpoint."""
+
+
+def make_examples(config: RunConfig, data: Dataset) -> ExampleTable:
+    """Training examples of every task of the recipe."""
+    titles = data.catalog.titles
+    return examples.build(
+        data.split.train_sequences(),
+        kind=config.examples.kind,
+        history_length=config.examples.history_length,
+        tasks=config.examples.tasks,
+        text_rows=np.array([row for row, title in enumerate(titles) if title], dtype=np.int64),
+    )
+
+
+def make_model(
+    config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path, log: Log
+) -> tuple[ItemTokenModel, PreTrainedTokenizerBase, PeftModel | None]:
+    """Base model with item tokens, as training begins; PEFT's view of it when it has LoRA."""
+    lm, tokenizer = base_model(config, data.catalog, folder, log)
+    peft_model = None
+    if config.model.adapter == "lora":
+        lora = config.model.lora
+        lm, peft_model = add_lora(
+            lm, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, rslora=lora.rslora, seed=config.seed
+        )
+    _, rows = read_vocab(folder)
+    model = with_item_tokens(
+        lm,
+        tokenizer,
+        codes,
+        lambda _vocab, _table: rows,
+        normaliser=config.objective.normaliser,
+        label_smoothing=config.objective.label_smoothing,
+        input_dropout=config.model.input_dropout,
+        output_dropout=config.model.output_dropout,
+    )
+    return model, tokenizer, peft_model
+
+
+def decode_normaliser(config: RunConfig) -> DecodeNormaliser:
+    """What beams are normalised over: as in training unless the recipe says otherwise."""
+    chosen = config.evaluation.decode_normaliser
+    return config.objective.normaliser if chosen == "same" else chosen
+
+
+def training_arguments(config: RunConfig, folder: Path, num_examples: int) -> TrainingArguments:
+    """The recipe's `trainer` section, with validation and checkpoints at the recipe's interval."""
+    arguments = build_arguments(config.trainer, output_dir=folder / CHECKPOINTS, seed=config.seed)
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    steps_an_epoch = math.ceil(num_examples / batch)
+    total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(steps_an_epoch * arguments.num_train_epochs)
+    interval = min(max(1, round(config.evaluation.every * steps_an_epoch)), total)
+    return replace(
+        arguments,
+        eval_strategy="steps",
+        eval_steps=interval,
+        save_strategy="steps",
+        save_steps=interval,
+        save_total_limit=config.trainer.get("save_total_limit", 1),
+        load_best_model_at_end=True,
+        metric_for_best_model="ndcg@10",
+        greater_is_better=True,
+        # Pinning needs an accelerator; without one the library would warn at every epoch.
+        dataloader_pin_memory=arguments.dataloader_pin_memory and torch.cuda.is_available(),
+    )
+
+
+def train(config: RunConfig, data: Dataset, folder: Path, *, resume: bool, log: Log) -> None:
+    """Train, keep the best checkpoint by validation NDCG@10, write the bundle.
+
+    Args:
+        config: the recipe.
+        data: its data.
+        folder: the run folder.
+        resume: go on from the last checkpoint, if there is one; otherwise start over.
+        log: called with progress lines.
+
+    Raises:
+        Stopped: on SIGTERM, after a checkpoint.
+        DataError: if no validation case exists, by which the best checkpoint could be chosen.
+    """
+    if not len(data.split.validation):
+        raise DataError("training needs at least one validation case to choose the best checkpoint by, found none")
+    codes, _ = read_vocab(folder)
+    model, tokenizer, peft_model = make_model(config, data, codes, folder, log)
+    table = make_examples(config, data)
+    tasks = [task for task, weight in config.examples.tasks.items() if weight > 0]
+    texts = data.catalog.titles if set(tasks) - {"next-item"} else ()
+    prompts = Prompts(tokenizer, model.vocab, texts)
+    trie = ItemTrie(codes)
+    arguments = training_arguments(config, folder, len(table))
+    checkpoints = Path(arguments.output_dir)
+    last = get_last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None
+    if last is None and checkpoints.is_dir() and arguments.should_save:
+        shutil.rmtree(checkpoints)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    log(f"  {trainable:,} trainable parameters, {len(table):,} examples{f', resumed from {Path(last).name}' if last else ''}")
+    stop = StopOnSignal()
+    callbacks = [MetricsLog(folder / METRICS_LOG), Progress(log), stop]
+    if config.evaluation.patience:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.evaluation.patience))
+    trainer = ItemTokenTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=table,
+        eval_dataset=table.select([0]),  # validation ranks cases; Trainer only asks that something is here
+        data_collator=Collator(prompts, codes.num_levels),
+        objective=NextToken(tasks),
+        validate=_validation(config, model, trie, prompts, data.split.validation),
+        callbacks=callbacks,
+    )
+    for library_printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(library_printer)
+    trainer.train(resume_from_checkpoint=last)
+    if stop.stopped:
+        raise Stopped
+    if not arguments.should_save:
+        return
+    generation = Generation(
+        layout="adapter" if peft_model is not None and config.model.name != "scratch" else "merged",
+        base=None if config.model.name == "scratch" else config.model.name,
+        revision=config.model.revision,
+        normaliser=decode_normaliser(config),
+        training_normaliser=config.objective.normaliser,
+        beam=config.evaluation.beam,
+        history_length=config.examples.history_length,
+        mask_seen=config.evaluation.mask_seen,
+        catalog_sha256=data.catalog.sha256,
+        codes_sha256=codes.sha256,
+    )
+    Recommender(
+        model,
+        tokenizer,
+        item_ids=data.catalog.item_ids,
+        titles=data.catalog.titles,
+        generation=generation,
+        peft_model=peft_model,
+    ).save_pretrained(folder / MODEL)
+    best = trainer.state.best_metric
+    if best is None:
+        raise ArtifactError("training must validate at least once to choose a checkpoint, but never did")
+    log(f"  best validation NDCG@10 {best:.4f} at step {trainer.state.best_global_step:,} of {trainer.state.global_step:,}")
+
+
+def _validation(
+    config: RunConfig, model: ItemTokenModel, trie: ItemTrie, prompts: Prompts, cases: Cases
+) -> Callable[[], dict[str, float]]:
+    """A function that ranks the validation cases (a seeded sample of them if the recipe says so)."""
+    sample = cases.head(config.evaluation.validation_users, config.seed) if config.evaluation.validation_users else cases
+
+    def validate() -> dict[str, float]:
+        ranking = rank_cases(
+            model,
+            trie,
+            prompts,
+            sample,
+            beam=config.evaluation.beam,
+            history_length=config.examples.history_length,
+            normaliser=decode_normaliser(config),
+            mask_seen=config.evaluation.mask_seen,
+            batch_size=config.evaluation.batch_size,
+        )
+        return metrics_from_ranks(ranking.ranks)
+
+    return validate

@@ -1,0 +1,104 @@
+"""Carry a recipe out: from any stage to any stage, each once for its inputs."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import PartialState
+
+from llm_itemtok.config import RunConfig
+from llm_itemtok.errors import RecipeError
+from llm_itemtok.pipeline import evaluate, fit, prepare, stages
+from llm_itemtok.report import write_report
+from llm_itemtok.training.arguments import check_settings
+
+
+def run(
+    config: RunConfig,
+    out: Path | str,
+    *,
+    start: str | None = None,
+    until: str | None = None,
+    resume: bool = False,
+    fresh: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Carry a recipe out.
+
+    Args:
+        config: the recipe.
+        out: run folder; made when missing. Stages finished there with the same inputs are not run again.
+        start: run this stage and all after it again.
+        until: the last stage to run.
+        resume: let training go on from its last checkpoint.
+        fresh: empty the folder first.
+        log: called with progress lines, on the main process only.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ItemTokError: for everything wrong with the recipe, the data or the folder, before anything is trained.
+        Stopped: on SIGTERM while training, after a checkpoint.
+    """
+    folder = Path(out)
+    first, last = _span(start, until)
+    check_settings(config.trainer)
+    state = PartialState()
+    say = log if state.is_main_process else lambda _line: None
+    data = prepare.load_data(config.data, config.seed)
+    prepare.refuse_textless(config, data.catalog)
+    if state.is_main_process:
+        stages.claim(folder, config, fresh=fresh)
+    state.wait_for_everyone()
+    keys = stages.keys(config, data.sha256, stages.input_hashes(config))
+    book = stages.Stages.open(folder)
+    if start is not None:
+        prepare.check_start(start, book.finished, stages.STAGE_NAMES)
+        if state.is_main_process:
+            book.forget_from(start)
+    for stage in stages.STAGE_NAMES[first : last + 1]:
+        if book.done(stage, keys[stage]):
+            say(f"{stage}: done before, kept")
+            continue
+        say(f"{stage}:")
+        began = time.perf_counter()
+        if stage == "train" or state.is_main_process:
+            _carry_out(stage, config, data, folder, resume, say)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            book.mark(stage, keys[stage])
+        book.finished[stage] = keys[stage]
+        say(f"{stage}: finished in {time.perf_counter() - began:.0f} s")
+    return folder
+
+
+def _span(start: str | None, until: str | None) -> tuple[int, int]:
+    """Indices of the first and the last stage to run."""
+    names = stages.STAGE_NAMES
+    for flag, stage in (("--from", start), ("--until", until)):
+        if stage is not None and stage not in names:
+            raise RecipeError(f"`{flag}` must be one of {', '.join(names)}, was: {stage}")
+    last = len(names) - 1 if until is None else names.index(until)
+    if start is not None and names.index(start) > last:
+        raise RecipeError(f"`--from {start}` comes after `--until {until}`; nothing would run")
+    return 0, last
+
+
+def _carry_out(
+    stage: str, config: RunConfig, data: prepare.Dataset, folder: Path, resume: bool, log: prepare.Log
+) -> None:
+    """Run one stage."""
+    if stage == "data":
+        counts = data.split.counts
+        log(f"  {len(data.catalog):,} items; " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
+    elif stage == "items":
+        prepare.make_codes(config, data, folder, log)
+    elif stage == "vocab":
+        prepare.make_vocab(config, data, prepare.ItemCodes.load(folder / prepare.CODES / "v0"), folder, log)
+    elif stage == "train":
+        fit.train(config, data, folder, resume=resume, log=log)
+    elif stage == "evaluate":
+        evaluate.evaluate(config, data, folder, log)
+    else:
+        log(f"  {write_report(folder)}")

@@ -1,0 +1,171 @@
+"""Which stages a run has, which of them are finished, and for which inputs.
+
+A stage is finished when `stages.json` holds its key, and the key is a hash of everything that went into it: its
+sections of the recipe, the content of the data, the keys of the stages before it. So an interrupted run goes on where
+it stopped, and a changed input runs exactly what it touches.
+"""
+
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_itemtok.artifacts import (
+    ENVIRONMENT,
+    RECIPE,
+    STAGES,
+    atomic_folder,
+    read_json,
+    sha256_of_arrays,
+    sha256_of_file,
+    write_json,
+    write_text,
+)
+from llm_itemtok.config import RunConfig
+from llm_itemtok.errors import ArtifactError
+
+STAGE_NAMES = ("data", "items", "vocab", "train", "evaluate", "report")
+
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "data": ("seed", "data"),
+    "items": ("vectors", "tokenizer", "model"),
+    "vocab": ("vocab",),
+    "train": ("examples", "objective", "update", "scoring", "trainer", "evaluation"),
+    "evaluate": (),
+    "report": (),
+}
+"""Sections of the recipe that each stage reads first; later stages depend on it through its key."""
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl", "numpy", "scikit-learn", "llm-itemtok")
+
+
+@dataclass
+class Stages:
+    """The book of finished stages in a run folder.
+
+    Attributes:
+        folder: the run folder.
+        finished: stage → key.
+    """
+
+    folder: Path
+    finished: dict[str, str]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Stages":
+        """Read the book, or begin one."""
+        path = folder / STAGES
+        return cls(folder, read_json(path) if path.exists() else {})
+
+    def done(self, stage: str, key: str) -> bool:
+        """Say whether a stage was finished with exactly these inputs."""
+        return self.finished.get(stage) == key
+
+    def mark(self, stage: str, key: str) -> None:
+        """Write a stage down as finished."""
+        self.finished[stage] = key
+        write_json(self.folder / STAGES, self.finished)
+
+    def forget_from(self, stage: str) -> None:
+        """Strike a stage and all after it out."""
+        for name in STAGE_NAMES[STAGE_NAMES.index(stage) :]:
+            self.finished.pop(name, None)
+        write_json(self.folder / STAGES, self.finished)
+
+
+def keys(config: RunConfig, data_sha256: str, file_sha256: Mapping[str, str]) -> dict[str, str]:
+    """Key of every stage.
+
+    Args:
+        config: the recipe.
+        data_sha256: hash of catalogue and interactions as read.
+        file_sha256: hash of each other local input (vectors file, base model), by recipe key.
+    """
+    settings = config.to_dict()
+    settings["data"] = {**settings["data"], "path": data_sha256}
+    result: dict[str, str] = {}
+    before = ""
+    for stage in STAGE_NAMES:
+        inputs = {section: settings[section] for section in SECTIONS[stage]}
+        files = {key: value for key, value in file_sha256.items() if key.split(".")[0] in SECTIONS[stage]}
+        before = sha256_of_arrays(before, repr(_sorted(inputs)), repr(_sorted(files)))
+        result[stage] = before
+    return result
+
+
+def _sorted(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, Mapping):
+        return [(key, _sorted(inner)) for key, inner in sorted(value.items())]
+    return [_sorted(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def input_hashes(config: RunConfig) -> dict[str, str]:
+    """Hash local files and folders that the recipe names, other than the data, by recipe key."""
+    settings = config.to_dict()
+    paths = {
+        "vectors.path": settings["vectors"].get("path"),
+        "vectors.model": settings["vectors"].get("model"),
+        "model.name": settings["model"]["name"],
+    }
+    return {key: _hash_path(Path(path)) for key, path in paths.items() if path and Path(path).exists()}
+
+
+def _hash_path(path: Path) -> str:
+    if path.is_file():
+        return sha256_of_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return sha256_of_arrays(*(text for file in files for text in (str(file.relative_to(path)), sha256_of_file(file))))
+
+
+def claim(folder: Path, config: RunConfig, *, fresh: bool) -> None:
+    """Make the run folder this recipe's.
+
+    Args:
+        folder: made when missing.
+        config: the resolved recipe, written to the folder.
+        fresh: empty the folder first, whatever run it holds.
+
+    Raises:
+        ArtifactError: if the folder holds another resolved recipe, or files that are no run, and `fresh` is not set.
+    """
+    recipe, text = folder / RECIPE, config.to_yaml()
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder}: the run folder must be a folder, found: a file; choose another `--out`")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not recipe.exists():
+            raise ArtifactError(f"{folder}: the run folder must be new or a run, found other files; choose another `--out`")
+        if not fresh and recipe.read_text(encoding="utf-8") != text:
+            raise ArtifactError(
+                f"{folder}: this folder holds another run, whose {RECIPE} differs in: "
+                f"{_difference(recipe.read_text(encoding='utf-8'), text)}\n"
+                "  choose another `--out`, or start it anew with `--fresh`"
+            )
+    if fresh:
+        with atomic_folder(folder):
+            pass
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(recipe, text)
+    write_json(folder / ENVIRONMENT, environment())
+
+
+def _difference(old: str, new: str) -> str:
+    before, after = set(old.splitlines()), set(new.splitlines())
+    lines = sorted(line.strip() for line in before ^ after)
+    return "; ".join(lines[:4]) + (" …" if len(lines) > 4 else "")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "packages": {name: version(name) for name in PACKAGES},
+    }

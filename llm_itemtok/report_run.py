@@ -1,0 +1,176 @@
+"""Reading a run folder for the report: what is there, and what is not.
+
+A run may have stopped anywhere. A missing file is no error but a note; a file that is there and is not what it should
+be is an `ArtifactError`, because a report must not guess. The one exception is the end of the training log, where a
+killed run leaves half a line: unreadable lines are left out, and the note says how many.
+
+This module knows files; it does not know what the report shows of them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+import yaml
+
+from llm_itemtok import artifacts
+from llm_itemtok.errors import ArtifactError
+from llm_itemtok.items.codes import ItemCodes
+
+_QUALITY, _EXAMPLES, _ITEMS = "quality.json", "examples.json", "items.jsonl"
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """What the predictions of all test users cover."""
+
+    users: int
+    items: int
+    most_title: str
+    most_share: float
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What was found in a run folder; None or empty where a file is missing."""
+
+    name: str
+    recipe_text: str
+    recipe: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    log: tuple[dict[str, Any], ...]
+    metrics: Mapping[str, Any]
+    quality: Mapping[str, Mapping[str, Any]]  # by code version, oldest first
+    codes: ItemCodes | None
+    examples: tuple[Mapping[str, Any], ...]
+    recommended: Recommended | None
+    notes: tuple[str, ...]
+
+
+def read_run(folder: Path) -> RunFolder:
+    """Read what there is.
+
+    Args:
+        folder: a folder that holds at least `recipe.yaml`.
+
+    Raises:
+        ArtifactError: if the folder is no run, or a file in it cannot be read as what it should be.
+    """
+    if not (folder / artifacts.RECIPE).is_file():
+        raise ArtifactError(
+            f"{folder}: a run folder holds `{artifacts.RECIPE}`, "
+            f"found: {'no such file in it' if folder.is_dir() else 'no such folder'}; give the folder of `itemtok run`"
+        )
+    notes: list[str] = []
+    recipe_text = (folder / artifacts.RECIPE).read_text(encoding="utf-8")
+    recipe = _parsed_recipe(folder / artifacts.RECIPE, recipe_text)
+    versions = sorted((folder / artifacts.CODES).glob("v[0-9]*"), key=lambda path: int(path.name[1:]))
+    environment = _optional_json(folder / artifacts.ENVIRONMENT, {}, "the environment of the run", notes)
+    quality = _read_quality(versions, folder, notes)
+    log = _read_log(folder / artifacts.METRICS_LOG, notes)
+    titles = _read_titles(folder / artifacts.MODEL / _ITEMS, notes)
+    metrics = _optional_json(folder / artifacts.METRICS, {}, "metrics (the run was not evaluated)", notes)
+    return RunFolder(
+        name=folder.resolve().name,
+        recipe_text=recipe_text,
+        recipe=recipe,
+        environment=environment,
+        log=log,
+        metrics=metrics,
+        quality=quality,
+        codes=ItemCodes.load(versions[-1]) if versions and any(versions[-1].glob("*.safetensors")) else None,
+        examples=tuple(_optional_json(folder / _EXAMPLES, [], "example recommendations", notes)),
+        recommended=_read_predictions(folder / artifacts.PREDICTIONS, titles, notes),
+        notes=tuple(notes),
+    )
+
+
+def _parsed_recipe(path: Path, text: str) -> Mapping[str, Any]:
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ArtifactError(f"{path}: the recipe of a run must be YAML, found: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ArtifactError(f"{path}: the recipe of a run must be a mapping, found: {type(recipe).__name__}")
+    return recipe
+
+
+def _optional_json(path: Path, missing: Any, what: str, notes: list[str]) -> Any:
+    """Read a JSON file of the same type as `missing`, or note that it is not there."""
+    if not path.exists():
+        notes.append(f"Missing: {what}. There is no {path.name} in the run folder.")
+        return missing
+    value = artifacts.read_json(path)
+    if not isinstance(value, type(missing)):
+        raise ArtifactError(f"{path}: must hold a {type(missing).__name__}, found: {type(value).__name__}")
+    return value
+
+
+def _read_log(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
+    """Read the training log. A run killed while writing leaves half a line, which is no reason to show nothing."""
+    if not path.exists():
+        notes.append(f"Missing: the training log. There is no {path.name} in the run folder.")
+        return ()
+    lines, broken = [], []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            line = json.loads(text) if text.strip() else {}
+        except json.JSONDecodeError:
+            line = None
+        if isinstance(line, dict):
+            lines.append(line)
+        else:
+            broken.append(number)
+    if broken:
+        notes.append(f"Left out: {len(broken)} of the lines of {path.name} cannot be read, first line {broken[0]}.")
+    return tuple(lines)
+
+
+def _read_quality(versions: list[Path], folder: Path, notes: list[str]) -> dict[str, Mapping[str, Any]]:
+    if not versions:
+        notes.append(f"Missing: item tokens. There is no {artifacts.CODES}/v0 in the run folder.")
+    quality = {}
+    for version in versions:
+        name = str((version / _QUALITY).relative_to(folder))
+        if (version / _QUALITY).exists():
+            quality[version.name] = _optional_json(version / _QUALITY, {}, name, notes)
+        else:
+            notes.append(f"Missing: the quality of the item tokens. There is no {name} in the run folder.")
+    return quality
+
+
+def _read_titles(path: Path, notes: list[str]) -> dict[str, str]:
+    if not path.exists():
+        notes.append(f"Missing: the model to use. There is no {path.parent.name}/{path.name} in the run folder.")
+        return {}
+    titles = {}
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            item = json.loads(text)
+            titles[str(item["id"])] = item.get("title") or ""
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}:{number}: a line must hold an item with `id`, found: {text[:60]!r}") from error
+    return titles
+
+
+def _read_predictions(path: Path, titles: Mapping[str, str], notes: list[str]) -> Recommended | None:
+    """Count which items stand in the first ten places."""
+    if not path.exists():
+        notes.append(f"Missing: the recommendations of the test users. There is no {path.name} in the run folder.")
+        return None
+    try:
+        table = pyarrow.parquet.read_table(path, columns=["user", "rank", "item"])
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ArtifactError(f"{path}: must be parquet with columns user, rank and item, found: {error}") from error
+    counts = table.filter(pyarrow.compute.less_equal(table["rank"], 10))["item"].value_counts().to_pylist()
+    users = len(table["user"].unique())
+    if not counts:
+        return None
+    most = max(counts, key=lambda entry: (entry["counts"], str(entry["values"])))
+    item = str(most["values"])
+    return Recommended(users, len(counts), titles.get(item) or item, most["counts"] / users)
