@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", type=Path, help="data folder (default: the run's own)")
     evaluate.add_argument("--json", action="store_true", help="print metrics.json instead of a table")
 
-    recommend = _command(commands, "recommend", _recommend, "recommend items for a history, or for many on standard input")
+    recommend = _command(
+        commands, "recommend", _recommend, "recommend items for a history, or for many on standard input"
+    )
     recommend.add_argument("model", help="run folder, model folder or Hub id")
     recommend.add_argument("--history", help="item ids, oldest first, separated by commas; empty for a new user")
     recommend.add_argument("-k", type=int, default=10, help="number of items (default: 10)")
@@ -110,7 +112,12 @@ def _command(
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="override a setting; may be repeated"
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        dest="overrides",
+        help="override a setting; may be repeated",
     )
 
 
@@ -121,6 +128,7 @@ def _run(options: argparse.Namespace) -> int:
     from llm_itemtok.pipeline.fit import Stopped
     from llm_itemtok.pipeline.run import run
 
+    _quiet()
     out = options.out or Path("runs") / options.recipe.stem
     try:
         folder = run(
@@ -159,6 +167,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from llm_itemtok.pipeline.evaluate import evaluate_path, table
 
+    _quiet()
     metrics = evaluate_path(options.path, options.data)
     print(json.dumps(metrics, indent=2) if options.json else table(metrics))
     return 0
@@ -168,6 +177,7 @@ def _recommend(options: argparse.Namespace) -> int:
     from llm_itemtok.recommender import Recommender
     from llm_itemtok.serving import answer, answer_lines
 
+    _quiet()
     recommender = Recommender.from_pretrained(options.model)
     if options.history is None:
         for line in answer_lines(recommender, sys.stdin, options.k):
@@ -198,6 +208,13 @@ def _explain(options: argparse.Namespace) -> int:
 
     print(explain(options.setting))
     return 0
+
+
+def _quiet() -> None:
+    """Keep the libraries' progress bars for single files out of our own progress lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _say(line: str) -> None:

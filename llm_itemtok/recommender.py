@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from llm_itemtok.artifacts import FORMAT_VERSION, atomic_folder, read_json, write_json, write_text
+from llm_itemtok.artifacts import FORMAT_VERSION, ITEMS, atomic_folder, read_json, write_json, write_text
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.decoding.beams import DecodeNormaliser, beam_search
 from llm_itemtok.decoding.scoring import score_items
@@ -29,11 +29,11 @@ from llm_itemtok.model import export
 from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
 from llm_itemtok.model.load import DTYPES, load_base
 from llm_itemtok.model.prompts import Prompts
-from llm_itemtok.model.rows import ItemRows
+from llm_itemtok.model.rows import ItemRows, input_table, output_head
 from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.trie import ItemTrie
 
-GENERATION, ITEMS, CARD = "generation.json", "items.jsonl", "README.md"
+GENERATION, CARD = "generation.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ class Recommender:
         vocab = self.model.vocab
         with atomic_folder(folder) as new:
             if self.generation.layout == "adapter":
-                assert self._peft_model is not None and self.generation.base is not None
+                assert self._peft_model is not None
+                assert self.generation.base is not None
                 export.save_adapter(
                     self.model, self._peft_model, new, base=self.generation.base, revision=self.generation.revision
                 )
@@ -269,7 +270,7 @@ class Recommender:
                 f"{len(set(self.item_ids) & set(catalog.item_ids))} in both"
             )
 
-    def with_generation(self, **changes: Any) -> "Recommender":  # noqa: ANN401
+    def with_generation(self, **changes: Any) -> "Recommender":
         """The same model, decoded in another way, such as `beam=50`."""
         return Recommender(
             self.model,
@@ -314,13 +315,13 @@ def _load_merged(
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES["auto"], use_safetensors=True)
     span = slice(vocab.first_id, vocab.first_id + vocab.num_tokens)
     rows = ItemRows(
-        lm.get_input_embeddings().weight[span].detach(),
+        input_table(lm).weight[span].detach(),
         first_id=vocab.first_id,
         tied=bool(lm.config.tie_word_embeddings),
     )
     if rows.output_rows is not None:
         with torch.no_grad():
-            rows.output_rows.copy_(lm.get_output_embeddings().weight[span])
+            rows.output_rows.copy_(output_head(lm).weight[span])
     return ItemTokenModel(lm, rows, vocab, normaliser=generation.training_normaliser), None
 
 
@@ -330,15 +331,14 @@ def _load_adapter(
     """The base model with the adapter's LoRA inside and the item rows beside it."""
     if generation.base is None:
         raise ArtifactError(f"{folder / GENERATION}: an adapter must name its base model, was: null")
-    lm, _ = load_base(
-        generation.base, revision=generation.revision, dtype="auto", trust_remote_code=trust_remote_code
-    )
+    lm, _ = load_base(generation.base, revision=generation.revision, dtype="auto", trust_remote_code=trust_remote_code)
     config, weights, input_rows, output_rows = export.load_adapter(folder)
     peft_model = get_peft_model(lm, config)
+    assert isinstance(peft_model, PeftModel)
     set_peft_model_state_dict(peft_model, weights)
     rows = ItemRows(input_rows.to(lm.dtype), first_id=vocab.first_id, tied=output_rows is None)
     if rows.output_rows is not None and output_rows is not None:
         with torch.no_grad():
             rows.output_rows.copy_(output_rows)
-    model = ItemTokenModel(peft_model.get_base_model(), rows, vocab, normaliser=generation.training_normaliser)
+    model = ItemTokenModel(lm, rows, vocab, normaliser=generation.training_normaliser)
     return model, peft_model

@@ -22,8 +22,6 @@ from llm_itemtok import artifacts
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.items.codes import ItemCodes
 
-_QUALITY, _EXAMPLES, _ITEMS = "quality.json", "examples.json", "items.jsonl"
-
 
 @dataclass(frozen=True)
 class Recommended:
@@ -73,7 +71,7 @@ def read_run(folder: Path) -> RunFolder:
     environment = _optional_json(folder / artifacts.ENVIRONMENT, {}, "the environment of the run", notes)
     quality = _read_quality(versions, folder, notes)
     log = _read_log(folder / artifacts.METRICS_LOG, notes)
-    titles = _read_titles(folder / artifacts.MODEL / _ITEMS, notes)
+    titles = _read_titles(folder / artifacts.MODEL / artifacts.ITEMS, notes)
     metrics = _optional_json(folder / artifacts.METRICS, {}, "metrics (the run was not evaluated)", notes)
     return RunFolder(
         name=folder.resolve().name,
@@ -84,7 +82,7 @@ def read_run(folder: Path) -> RunFolder:
         metrics=metrics,
         quality=quality,
         codes=ItemCodes.load(versions[-1]) if versions and any(versions[-1].glob("*.safetensors")) else None,
-        examples=tuple(_optional_json(folder / _EXAMPLES, [], "example recommendations", notes)),
+        examples=tuple(_optional_json(folder / artifacts.EXAMPLES, [], "example recommendations", notes)),
         recommended=_read_predictions(folder / artifacts.PREDICTIONS, titles, notes),
         notes=tuple(notes),
     )
@@ -136,9 +134,9 @@ def _read_quality(versions: list[Path], folder: Path, notes: list[str]) -> dict[
         notes.append(f"Missing: item tokens. There is no {artifacts.CODES}/v0 in the run folder.")
     quality = {}
     for version in versions:
-        name = str((version / _QUALITY).relative_to(folder))
-        if (version / _QUALITY).exists():
-            quality[version.name] = _optional_json(version / _QUALITY, {}, name, notes)
+        name = str((version / artifacts.QUALITY).relative_to(folder))
+        if (version / artifacts.QUALITY).exists():
+            quality[version.name] = _optional_json(version / artifacts.QUALITY, {}, name, notes)
         else:
             notes.append(f"Missing: the quality of the item tokens. There is no {name} in the run folder.")
     return quality

@@ -197,7 +197,7 @@ class Lora:
 
     rank: Count = 16
     """Rank of the adapters."""
-    alpha: Positive = 32.0
+    alpha: Count = 32
     """Scale: the adapter's output is multiplied by alpha / rank."""
     dropout: Dropout = 0.05
     """Dropout on the adapter's input."""

@@ -21,7 +21,26 @@ from llm_itemtok.model.load import with_item_tokens
 from llm_itemtok.vocab import init
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
-WORDS = "red blue green old new big small lamp chair table title item music film story one two three".split()
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "old",
+    "new",
+    "big",
+    "small",
+    "lamp",
+    "chair",
+    "table",
+    "title",
+    "item",
+    "music",
+    "film",
+    "story",
+    "one",
+    "two",
+    "three",
+]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:

@@ -22,7 +22,6 @@ from transformers import DynamicCache
 
 from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
 
-
 State = TypeVar("State")
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from llm_itemtok.artifacts import write_json
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.rows import input_table, output_head
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name; the values are absolute rows, not differences
@@ -35,11 +36,11 @@ def fold_rows(lm: PreTrainedModel, model: ItemTokenModel) -> PreTrainedModel:
         `lm`; its logits over the whole vocabulary equal `model.vocab_logits`.
     """
     first, after = model.rows.first_id, model.rows.first_id + len(model.rows)
-    if lm.get_input_embeddings().num_embeddings < after:
+    if input_table(lm).num_embeddings < after:
         lm.resize_token_embeddings(after, mean_resizing=False)
-    lm.get_input_embeddings().weight[first:after] = model.rows.input_rows.to(lm.dtype)
+    input_table(lm).weight[first:after] = model.rows.input_rows.to(lm.dtype)
     if model.rows.output_rows is not None:
-        lm.get_output_embeddings().weight[first:after] = model.rows.output_rows.to(lm.dtype)
+        output_head(lm).weight[first:after] = model.rows.output_rows.to(lm.dtype)
     return lm
 
 
@@ -54,7 +55,9 @@ def merged(model: ItemTokenModel, peft_model: PeftModel | None) -> PreTrainedMod
     return fold_rows(lm, model).eval()
 
 
-def save_adapter(model: ItemTokenModel, peft_model: PeftModel, folder: Path, *, base: str, revision: str | None) -> None:
+def save_adapter(
+    model: ItemTokenModel, peft_model: PeftModel, folder: Path, *, base: str, revision: str | None
+) -> None:
     """Write LoRA weights and item rows as a PEFT adapter with trainable tokens.
 
     Plain `PeftModel.from_pretrained` loads it onto the base model after `resize_token_embeddings(len(tokenizer))`.
@@ -75,6 +78,7 @@ def save_adapter(model: ItemTokenModel, peft_model: PeftModel, folder: Path, *, 
     for name, rows in sides.items():
         tensors[f"base_model.model.{name}.{_ROWS}"] = rows.detach().contiguous().cpu()
     config = copy.deepcopy(peft_model.peft_config["default"])
+    assert isinstance(config, LoraConfig)
     config.base_model_name_or_path = base
     config.revision = revision
     config.inference_mode = True
@@ -94,7 +98,7 @@ def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], Tensor, T
     Raises:
         ArtifactError: if the files are not such an adapter.
     """
-    config = LoraConfig.from_pretrained(folder)
+    config = LoraConfig.from_pretrained(str(folder))
     tensors = load_file(folder / ADAPTER_WEIGHTS)
     rows = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_ROWS)}
     output = [value for name, value in rows.items() if ".lm_head." in name]

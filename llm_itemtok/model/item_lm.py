@@ -17,12 +17,12 @@ Shape letters: B rows, S positions, D model width, T item tokens.
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_itemtok.errors import UnsupportedModelError
-from llm_itemtok.model.rows import ItemRows
+from llm_itemtok.model.rows import ItemRows, input_table, output_head
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
 Normaliser = Literal["level", "items", "vocab"]
@@ -76,11 +76,11 @@ class ItemTokenModel(nn.Module):
         return self.rows.input_rows.device
 
     @property
-    def config(self) -> Any:  # noqa: ANN401 (each family has its own class)
+    def config(self) -> Any:
         """The base model's configuration."""
         return self.lm.config
 
-    def hidden(self, input_ids: Tensor, **body_arguments: Any) -> Any:  # noqa: ANN401
+    def hidden(self, input_ids: Tensor, **body_arguments: Any) -> Any:
         """Run the body.
 
         Args:
@@ -90,7 +90,7 @@ class ItemTokenModel(nn.Module):
         Returns:
             The body's output; its `last_hidden_state` is `[B, S, D]`, after the final norm.
         """
-        embeds = self.rows.embed(input_ids, self.lm.get_input_embeddings())
+        embeds = self.rows.embed(input_ids, input_table(self.lm))
         return self.lm.base_model(inputs_embeds=self.input_dropout(embeds), **body_arguments)
 
     def item_logits(self, hidden: Tensor, level: int | None = None) -> Tensor:
@@ -106,7 +106,7 @@ class ItemTokenModel(nn.Module):
 
         Item tokens that fell into the padding of the base table replace its columns there.
         """
-        base = self.lm.get_output_embeddings()(hidden)
+        base = output_head(self.lm)(hidden)
         first, after = self.rows.first_id, self.rows.first_id + len(self.rows)
         return torch.cat([base[..., :first], self.item_logits(hidden), base[..., after:]], dim=-1)
 
@@ -178,7 +178,7 @@ def refuse_unsupported(lm: PreTrainedModel) -> None:
         )
 
 
-def _slides(config: Any) -> bool:  # noqa: ANN401
+def _slides(config: Any) -> bool:
     return "sliding_attention" in (getattr(config, "layer_types", None) or ())
 
 
@@ -194,7 +194,7 @@ def _keep_trainable(module: nn.Module, state: dict[str, Tensor], prefix: str, _m
         del state[name]
 
 
-def _expect_trainable(module: nn.Module, incompatible: Any) -> None:  # noqa: ANN401 (torch's own private class)
+def _expect_trainable(module: nn.Module, incompatible: Any) -> None:
     """Do not call missing what a checkpoint leaves out on purpose."""
     expected = _trainable(module)
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name in expected]

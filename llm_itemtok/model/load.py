@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from llm_itemtok.errors import ItemTokError, UnsupportedModelError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, ItemTokenModel, Normaliser, refuse_unsupported
-from llm_itemtok.model.rows import ItemRows
+from llm_itemtok.model.rows import ItemRows, input_table
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
@@ -82,7 +82,8 @@ def add_lora(
         fan_in_fan_out=lm.config.model_type == "gpt2",  # GPT-2 stores its linear layers transposed
     )
     peft_model = get_peft_model(lm, config)
-    return peft_model.get_base_model(), peft_model
+    assert isinstance(peft_model, PeftModel)
+    return lm, peft_model
 
 
 def with_item_tokens(
@@ -109,7 +110,7 @@ def with_item_tokens(
         output_dropout: share of each final state dropped while training.
     """
     vocab = ItemVocab.add_to(tokenizer, codes)
-    table = lm.get_input_embeddings().weight
+    table = input_table(lm).weight
     rows = ItemRows(
         initial_rows(vocab, table.detach()).to(table.dtype),
         first_id=vocab.first_id,

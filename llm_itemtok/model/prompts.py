@@ -14,7 +14,8 @@ from llm_itemtok.model.load import start_id
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
 TITLE, ITEM = "Title: ", "\nItem: "
-"""`title-to-item` reads `Title: <text> Item: <item tokens>`; `item-to-title` reads `Item: <item tokens> Title: <text>`."""
+"""`title-to-item` reads `Title: <text> Item: <item tokens>`,
+`item-to-title` the reverse: `Item: <item tokens> Title: <text>`."""
 
 MAX_TEXT_TOKENS = 64
 """Text of one item beyond this many tokens is cut off."""

@@ -10,6 +10,7 @@ Shape letters: T item tokens, D model width, V rows of the base table.
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 class ItemRows(nn.Module):
@@ -51,6 +52,20 @@ class ItemRows(nn.Module):
     def head(self) -> Tensor:
         """Rows `[T, D]` that hidden states are multiplied with."""
         return self.input_rows if self.output_rows is None else self.output_rows
+
+
+def input_table(lm: PreTrainedModel) -> nn.Embedding:
+    """The base model's input embedding; its weight is `[V, D]`."""
+    table = lm.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    return table
+
+
+def output_head(lm: PreTrainedModel) -> nn.Linear:
+    """The base model's output head; its weight is `[V, D]`, the input table itself on a tied model."""
+    head = lm.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return head
 
 
 def embedding_scale(base: nn.Embedding) -> float:

@@ -1,4 +1,4 @@
-"""`itemtok check`: validate a recipe and its data, and estimate what a run will take. Trains nothing, writes nothing."""
+"""`itemtok check`: validate a recipe and its data, and estimate what a run will take. Trains and writes nothing."""
 
 import math
 import time
@@ -35,7 +35,9 @@ def check(config: RunConfig) -> str:
     total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(steps * arguments.num_train_epochs)
     levels = config.tokenizer.levels + (config.tokenizer.collisions == "extra-level")
     tokens = sum(table["length"]) * levels
-    lines.append(f"  {len(table):,} examples, about {tokens:,} item tokens an epoch, {steps:,} steps of {batch} an epoch")
+    lines.append(
+        f"  {len(table):,} examples, about {tokens:,} item tokens an epoch, {steps:,} steps of {batch} an epoch"
+    )
     lines.append(f"  {total:,} steps in all, validation and a checkpoint every {config.evaluation.every:g} epochs")
     size = _parameters(config)
     if size is None:
@@ -79,9 +81,7 @@ def _parameters(config: RunConfig) -> tuple[int, int] | None:
     return sum(p.numel() for p in lm.parameters()) - table, table
 
 
-def _cost(
-    config: RunConfig, body: int, vocabulary: int, item_rows: int, tokens: float, device: str
-) -> list[str]:
+def _cost(config: RunConfig, body: int, vocabulary: int, item_rows: int, tokens: float, device: str) -> list[str]:
     """Lines on parameters, memory and time."""
     lora = config.model.adapter == "lora"
     # A LoRA pair of rank r on a d x d matrix adds 2 d r to d^2; d is about the square root of a layer's matrices.
@@ -97,7 +97,9 @@ def _cost(
     if device == "cpu":
         rate = _matmul_rate()
         # Measured on small models: about half of the matrix rate is reached; attention and optimiser take the rest.
-        lines.append(f"  time here, at {rate / 1e9:.0f} GFLOP/s: about {work / rate * 2 / 60:.0f} minutes and validation")
+        lines.append(
+            f"  time here, at {rate / 1e9:.0f} GFLOP/s: about {work / rate * 2 / 60:.0f} minutes and validation"
+        )
     return lines
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm_itemtok.artifacts import CODES, METRICS, MODEL, PREDICTIONS, RECIPE, read_json, write_json
+from llm_itemtok.artifacts import CODES, EXAMPLES, METRICS, MODEL, PREDICTIONS, QUALITY, RECIPE, read_json, write_json
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.errors import ArtifactError
@@ -17,14 +17,12 @@ from llm_itemtok.evaluation import baselines
 from llm_itemtok.evaluation.full_ranking import Ranking, rank_cases
 from llm_itemtok.evaluation.metrics import bootstrap, metrics_from_ranks, ranks_from_scores
 from llm_itemtok.evaluation.segments import segment_masks, segment_metrics
-from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.items.quality import quality
+from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.pipeline.prepare import Dataset, Log, load_data
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.settings import Data
 from llm_itemtok.vocab.trie import ItemTrie
-
-EXAMPLES = "examples.json"
 
 
 def rank(recommender: Recommender, cases: Cases, *, batch_size: int) -> Ranking:
@@ -105,9 +103,7 @@ def measure(
 
 def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
     """Measure the run's bundle; write `metrics.json`, `predictions.parquet` and `examples.json`."""
-    recommender = Recommender.from_pretrained(
-        folder / MODEL, trust_remote_code=config.model.trust_remote_code
-    )
+    recommender = Recommender.from_pretrained(folder / MODEL, trust_remote_code=config.model.trust_remote_code)
     metrics, ranking = measure(
         recommender,
         data,
@@ -115,7 +111,7 @@ def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
         seed=config.seed,
         batch_size=config.evaluation.batch_size,
         baseline_names=config.evaluation.baselines,
-        quality=read_json(folder / CODES / "v0" / "quality.json"),
+        quality=read_json(folder / CODES / "v0" / QUALITY),
     )
     test = data.split.test
     write_predictions(folder / PREDICTIONS, ranking, test, recommender.item_ids, config.evaluation.k)
@@ -206,8 +202,6 @@ def table(metrics: Mapping[str, Any]) -> str:
     rows += [(name, part) for name, part in metrics["baselines"].items() if name == "oracle"]
     lines = [f"{'test, full ranking':<20} {'Recall@10':>9} {'95 % interval':>17} {'NDCG@10':>8}"]
     for name, part in rows:
-        low, high = part["ci95"]["recall@10"]
-        lines.append(
-            f"{name:<20} {part['test']['recall@10']:>9.4f} {f'{low:.4f} – {high:.4f}':>17} {part['test']['ndcg@10']:>8.4f}"
-        )
+        test, interval = part["test"], "{:.4f} – {:.4f}".format(*part["ci95"]["recall@10"])
+        lines.append(f"{name:<20} {test['recall@10']:>9.4f} {interval:>17} {test['ndcg@10']:>8.4f}")
     return "\n".join(lines)

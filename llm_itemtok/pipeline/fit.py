@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -23,7 +24,7 @@ from llm_itemtok.artifacts import METRICS_LOG, MODEL
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import DecodeNormaliser
-from llm_itemtok.errors import ArtifactError, DataError
+from llm_itemtok.errors import DataError
 from llm_itemtok.evaluation.full_ranking import rank_cases
 from llm_itemtok.evaluation.metrics import metrics_from_ranks
 from llm_itemtok.items.codes import ItemCodes
@@ -43,7 +44,7 @@ from llm_itemtok.vocab.trie import ItemTrie
 CHECKPOINTS = "checkpoints"
 
 
-class Stopped(Exception):  # noqa: N818 (not an error: the run was asked to stop, and can go on)
+class Stopped(Exception):
     """Training was stopped by a signal, after a checkpoint."""
 
 
@@ -54,7 +55,7 @@ def make_examples(config: RunConfig, data: Dataset) -> ExampleTable:
         data.split.train_sequences(),
         kind=config.examples.kind,
         history_length=config.examples.history_length,
-        tasks=config.examples.tasks,
+        tasks={str(task): weight for task, weight in config.examples.tasks.items()},
         text_rows=np.array([row for row, title in enumerate(titles) if title], dtype=np.int64),
     )
 
@@ -131,41 +132,79 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, resume: bool, log: 
     codes, _ = read_vocab(folder)
     model, tokenizer, peft_model = make_model(config, data, codes, folder, log)
     table = make_examples(config, data)
-    tasks = [task for task, weight in config.examples.tasks.items() if weight > 0]
-    texts = data.catalog.titles if set(tasks) - {"next-item"} else ()
-    prompts = Prompts(tokenizer, model.vocab, texts)
-    trie = ItemTrie(codes)
     arguments = training_arguments(config, folder, len(table))
-    checkpoints = Path(arguments.output_dir)
-    last = get_last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None
-    if last is None and checkpoints.is_dir() and arguments.should_save:
-        shutil.rmtree(checkpoints)
+    last = _last_checkpoint(folder / CHECKPOINTS, resume=resume, may_delete=arguments.should_save)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    log(f"  {trainable:,} trainable parameters, {len(table):,} examples{f', resumed from {Path(last).name}' if last else ''}")
+    log(f"  {trainable:,} trainable parameters, {len(table):,} examples")
+    if last is not None:
+        log(f"  resumed from {last.name}")
     stop = StopOnSignal()
     callbacks = [MetricsLog(folder / METRICS_LOG), Progress(log), stop]
+    trainer = _trainer(config, data, model, tokenizer, table, arguments, callbacks)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if stop.stopped:
+        raise Stopped
+    state = trainer.state
+    log(
+        f"  best validation NDCG@10 {state.best_metric:.4f} at step {state.best_global_step:,} of {state.global_step:,}"
+    )
+    if arguments.should_save:
+        bundle(config, data, model, tokenizer, peft_model).save_pretrained(folder / MODEL)
+
+
+def _last_checkpoint(folder: Path, *, resume: bool, may_delete: bool) -> Path | None:
+    """The checkpoint to go on from; without `resume`, older ones are deleted and there is none."""
+    if not folder.is_dir():
+        return None
+    if resume:
+        found = get_last_checkpoint(str(folder))
+        return None if found is None else Path(found)
+    if may_delete:
+        shutil.rmtree(folder)
+    return None
+
+
+def _trainer(
+    config: RunConfig,
+    data: Dataset,
+    model: ItemTokenModel,
+    tokenizer: PreTrainedTokenizerBase,
+    table: ExampleTable,
+    arguments: TrainingArguments,
+    callbacks: list[TrainerCallback],
+) -> ItemTokenTrainer:
+    """The trainer of a recipe, ready to run."""
+    tasks = [task for task, weight in config.examples.tasks.items() if weight > 0]
+    prompts = Prompts(tokenizer, model.vocab, data.catalog.titles if set(tasks) - {"next-item"} else ())
     if config.evaluation.patience:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.evaluation.patience))
+        callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.evaluation.patience)]
     trainer = ItemTokenTrainer(
         model=model,
         args=arguments,
         train_dataset=table,
         eval_dataset=table.select([0]),  # validation ranks cases; Trainer only asks that something is here
-        data_collator=Collator(prompts, codes.num_levels),
+        data_collator=Collator(prompts, model.vocab.num_levels),
         objective=NextToken(tasks),
-        validate=_validation(config, model, trie, prompts, data.split.validation),
+        validate=_validation(config, model, prompts, data.split.validation),
         callbacks=callbacks,
     )
     for library_printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(library_printer)
-    trainer.train(resume_from_checkpoint=last)
-    if stop.stopped:
-        raise Stopped
-    if not arguments.should_save:
-        return
+    return trainer
+
+
+def bundle(
+    config: RunConfig,
+    data: Dataset,
+    model: ItemTokenModel,
+    tokenizer: PreTrainedTokenizerBase,
+    peft_model: PeftModel | None,
+) -> Recommender:
+    """The trained model as what users load: an adapter beside its base, or a whole model."""
+    scratch = config.model.name == "scratch"
     generation = Generation(
-        layout="adapter" if peft_model is not None and config.model.name != "scratch" else "merged",
-        base=None if config.model.name == "scratch" else config.model.name,
+        layout="merged" if scratch or peft_model is None else "adapter",
+        base=None if scratch else config.model.name,
         revision=config.model.revision,
         normaliser=decode_normaliser(config),
         training_normaliser=config.objective.normaliser,
@@ -173,27 +212,24 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, resume: bool, log: 
         history_length=config.examples.history_length,
         mask_seen=config.evaluation.mask_seen,
         catalog_sha256=data.catalog.sha256,
-        codes_sha256=codes.sha256,
+        codes_sha256=model.vocab.codes.sha256,
     )
-    Recommender(
+    return Recommender(
         model,
         tokenizer,
         item_ids=data.catalog.item_ids,
         titles=data.catalog.titles,
         generation=generation,
         peft_model=peft_model,
-    ).save_pretrained(folder / MODEL)
-    best = trainer.state.best_metric
-    if best is None:
-        raise ArtifactError("training must validate at least once to choose a checkpoint, but never did")
-    log(f"  best validation NDCG@10 {best:.4f} at step {trainer.state.best_global_step:,} of {trainer.state.global_step:,}")
+    )
 
 
 def _validation(
-    config: RunConfig, model: ItemTokenModel, trie: ItemTrie, prompts: Prompts, cases: Cases
+    config: RunConfig, model: ItemTokenModel, prompts: Prompts, cases: Cases
 ) -> Callable[[], dict[str, float]]:
     """A function that ranks the validation cases (a seeded sample of them if the recipe says so)."""
-    sample = cases.head(config.evaluation.validation_users, config.seed) if config.evaluation.validation_users else cases
+    trie = ItemTrie(model.vocab.codes)
+    sample = cases.head(config.evaluation.validation_users or len(cases), config.seed)
 
     def validate() -> dict[str, float]:
         ranking = rank_cases(

@@ -43,4 +43,6 @@ def _load(path: Path) -> tuple[ItemCodes, Path]:
     for place in (path, *reversed(versions), path / MODEL):
         if (place / "item_codes.safetensors").is_file():
             return ItemCodes.load(place), place
-    raise ArtifactError(f"{path}: no item codes here; name a run, a model folder or a folder with item_codes.safetensors")
+    raise ArtifactError(
+        f"{path}: no item codes here; name a run, a model folder or a folder with item_codes.safetensors"
+    )

@@ -1,5 +1,6 @@
 """The stages before training: data, item vectors, codes, base model, vocabulary."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,11 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_itemtok import settings
-from llm_itemtok.artifacts import CODES, atomic_folder, read_json, sha256_of_arrays, write_json
+from llm_itemtok.artifacts import CODES, QUALITY, atomic_folder, read_json, sha256_of_arrays, write_json
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data import splits, synthetic
 from llm_itemtok.data.catalog import Catalog
-from llm_itemtok.data.interactions import Interactions, k_core
+from llm_itemtok.data.interactions import Interactions
 from llm_itemtok.data.readers import RawData, read
 from llm_itemtok.errors import ArtifactError, DataError, RecipeError
 from llm_itemtok.items import collisions, vectors
@@ -30,6 +31,7 @@ from llm_itemtok.items.rqvae import RQVAE
 from llm_itemtok.model import scratch
 from llm_itemtok.model.load import load_base
 from llm_itemtok.model.prompts import encode_text
+from llm_itemtok.model.rows import input_table
 from llm_itemtok.vocab import init
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
@@ -78,23 +80,19 @@ def load_data(data: settings.Data, seed: int) -> Dataset:
         catalog, interactions, oracle = synthetic.generate(num_items=data.items, num_users=data.users, seed=seed)
         raw = RawData(catalog, interactions, {})
     else:
-        event_filter = None
-        if data.filter is not None:
-            chosen = {"min": data.filter.min, "max": data.filter.max, "keep": data.filter.keep}
-            event_filter = {"column": data.filter.column}
-            event_filter |= {key: value for key, value in chosen.items() if value is not None}
+        rule = None if data.filter is None else dataclasses.asdict(data.filter)
         raw = read(
             data.path,
             source=data.source,
             columns=data.columns,
             unknown_items=data.unknown_items,
-            event_filter=event_filter,
+            event_filter=rule and {key: value for key, value in rule.items() if value is not None},
             deduplicate=data.deduplicate,
         )
-    if data.k_core:
-        interactions, kept = k_core(raw.interactions, data.k_core)
-        oracle = oracle if len(kept) == len(raw.catalog) else None  # it knows the whole catalogue only
-        raw = RawData(raw.catalog.subset(kept), interactions, raw.notes)
+    core = raw.core(data.k_core)
+    if len(core.catalog) < len(raw.catalog):
+        oracle = None  # it knows the whole catalogue only
+    raw = core
     if data.split == "temporal":
         split = splits.temporal(
             raw.interactions,
@@ -113,12 +111,12 @@ def refuse_textless(config: RunConfig, catalog: Catalog) -> None:
     if catalog.has_text:
         return
     needs = []
-    if isinstance(config.vectors, settings.TfidfSvdVectors | settings.SentenceTransformersVectors | settings.LlmVectors):
-        if not isinstance(config.tokenizer, settings.RandomTokenizer):
-            needs.append(f"`vectors.kind: {config.vectors.kind}` (use `file`, or `tokenizer.kind: random`)")
+    from_text = not isinstance(config.vectors, settings.FileVectors)
+    if from_text and not isinstance(config.tokenizer, settings.RandomTokenizer):
+        needs.append(f"`vectors.kind: {config.vectors.kind}` (use `file`, or `tokenizer.kind: random`)")
     if config.vocab.init == "text-mean":
         needs.append("`vocab.init: text-mean` (use `codebook` or `normal`)")
-    if config.vocab.init == "codebook" and not isinstance(config.vectors, settings.FileVectors):
+    if config.vocab.init == "codebook" and from_text:
         needs.append("`vocab.init: codebook` on text vectors (use `vectors.kind: file`, or `normal`)")
     needs += [
         f"`examples.tasks.{task}` (set it to 0)"
@@ -129,7 +127,9 @@ def refuse_textless(config: RunConfig, catalog: Catalog) -> None:
         raise DataError("no item of the catalogue has any text, but the recipe needs it:\n  " + "\n  ".join(needs))
 
 
-def base_model(config: RunConfig, catalog: Catalog, folder: Path, log: Log) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def base_model(
+    config: RunConfig, catalog: Catalog, folder: Path, log: Log
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base model; for `scratch`, make it once per run folder."""
     model = config.model
     if model.name != "scratch":
@@ -270,7 +270,7 @@ def make_codes(config: RunConfig, data: Dataset, folder: Path, log: Log) -> Item
         unique.save(new)
         if tokenizer.quantizer is not None:
             tokenizer.quantizer.save(new)
-        write_json(new / "quality.json", {**figures, "resolved": quality(unique, matrix)})
+        write_json(new / QUALITY, {**figures, "resolved": quality(unique, matrix)})
     return unique
 
 
@@ -278,7 +278,7 @@ def make_vocab(config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path,
     """Extend the tokenizer and compute the initial rows; write both to `vocab/`."""
     lm, tokenizer = base_model(config, data.catalog, folder, log)
     vocab = ItemVocab.add_to(tokenizer, codes)
-    table = lm.get_input_embeddings().weight.detach().float()
+    table = input_table(lm).weight.detach().float()
     if config.vocab.init == "text-mean":
         rows = init.text_mean(vocab, table, encode_text(tokenizer, data.catalog.texts()), seed=config.seed)
     elif config.vocab.init == "codebook":
@@ -301,7 +301,9 @@ def read_vocab(folder: Path) -> tuple[ItemCodes, Tensor]:
     """
     rows = folder / VOCAB / "initial_rows.safetensors"
     if not rows.is_file():
-        raise ArtifactError(f"{rows}: the stage `vocab` must have run, but its file is missing; start with `--from vocab`")
+        raise ArtifactError(
+            f"{rows}: the stage `vocab` must have run, but its file is missing; start with `--from vocab`"
+        )
     return ItemCodes.load(folder / CODES / "v0"), load_file(rows)["rows"]
 
 

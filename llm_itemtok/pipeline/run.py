@@ -91,7 +91,10 @@ def _carry_out(
     """Run one stage."""
     if stage == "data":
         counts = data.split.counts
-        log(f"  {len(data.catalog):,} items; " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
+        log(
+            f"  {len(data.catalog):,} items; "
+            + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items())
+        )
     elif stage == "items":
         prepare.make_codes(config, data, folder, log)
     elif stage == "vocab":

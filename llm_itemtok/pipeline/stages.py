@@ -98,7 +98,7 @@ def keys(config: RunConfig, data_sha256: str, file_sha256: Mapping[str, str]) ->
     return result
 
 
-def _sorted(value: Any) -> Any:  # noqa: ANN401
+def _sorted(value: Any) -> Any:
     if isinstance(value, Mapping):
         return [(key, _sorted(inner)) for key, inner in sorted(value.items())]
     return [_sorted(inner) for inner in value] if isinstance(value, list | tuple) else value
@@ -138,7 +138,9 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool) -> None:
         raise ArtifactError(f"{folder}: the run folder must be a folder, found: a file; choose another `--out`")
     if folder.is_dir() and any(folder.iterdir()):
         if not recipe.exists():
-            raise ArtifactError(f"{folder}: the run folder must be new or a run, found other files; choose another `--out`")
+            raise ArtifactError(
+                f"{folder}: the run folder must be new or a run, found other files; choose another `--out`"
+            )
         if not fresh and recipe.read_text(encoding="utf-8") != text:
             raise ArtifactError(
                 f"{folder}: this folder holds another run, whose {RECIPE} differs in: "

@@ -24,9 +24,7 @@ class MetricsLog(TrainerCallback):
         """Write to `path`."""
         self.path = path
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep the lines up to the step that training starts from."""
         if state.is_world_process_zero:
             kept = read_log(self.path) if state.global_step and self.path.exists() else []
@@ -68,9 +66,7 @@ class Progress(TrainerCallback):
         self._began = self._last = 0.0
         self._first_step = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
         self._began = self._last = time.monotonic()
         self._first_step = state.global_step
@@ -88,7 +84,9 @@ class Progress(TrainerCallback):
             return
         now = time.monotonic()
         if "validation/ndcg@10" in logs:
-            measured = f"validation Recall@10 {logs['validation/recall@10']:.4f}, NDCG@10 {logs['validation/ndcg@10']:.4f}"
+            measured = (
+                f"validation Recall@10 {logs['validation/recall@10']:.4f}, NDCG@10 {logs['validation/ndcg@10']:.4f}"
+            )
         elif "loss" in logs and now - self._last >= self.every_seconds:
             measured = f"loss {logs['loss']:.3f}"
         else:
@@ -111,9 +109,7 @@ class StopOnSignal(TrainerCallback):
         self.stopped = False
         self._before: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take the signal over."""
         self._before = signal.signal(signal.SIGTERM, self._remember)
 
@@ -126,9 +122,7 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
         return control
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Give the signal back."""
         signal.signal(signal.SIGTERM, self._before)
 

@@ -24,14 +24,14 @@ class ItemTokenTrainer(Trainer):
 
     def __init__(
         self,
-        *args: Any,  # noqa: ANN401 (Hugging Face's own arguments, passed through)
+        *args: Any,
         objective: Objective,
         validate: Callable[[], Mapping[str, float]] | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """Take Hugging Face's arguments, the objective, and a function that returns validation metrics."""
         super().__init__(*args, **kwargs)
-        self.objective = objective
+        self.objective: Objective = objective
         self.validate = validate
         # Terms are divided by the whole step's denominators: the trainer must not divide by accumulation again.
         self.model_accepts_loss_kwargs = True
@@ -39,7 +39,7 @@ class ItemTokenTrainer(Trainer):
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._terms_start = 0  # global step at which `_terms` began to fill; Trainer moves its own mark before `log`
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]  # what Hugging Face calls a count is our mapping of totals
         self,
         model: nn.Module,
         inputs: Mapping[str, Tensor],
@@ -67,7 +67,7 @@ class ItemTokenTrainer(Trainer):
             self._terms.clear()
         super().log(logs, start_time)
 
-    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:  # noqa: ANN401
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Rank the validation cases; log `validation/<metric>`.
 
         Returns:
@@ -78,14 +78,13 @@ class ItemTokenTrainer(Trainer):
         """
         if self.validate is None:
             raise ValueError("the trainer must be made with `validate` to evaluate, was: None")
-        self.model.eval()
         metrics = self.validate()
         self.log({f"validation/{name}": value for name, value in metrics.items()})
         named = {f"eval_{name}": value for name, value in metrics.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
-    def _get_num_items_in_batch(
+    def _get_num_items_in_batch(  # type: ignore[override]
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> dict[str, Tensor] | None:
         """Sum the objective's denominators over the optimiser step: every micro-batch, every process.

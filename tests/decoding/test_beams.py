@@ -74,7 +74,8 @@ def test_every_recommendation_is_an_existing_item_and_comes_once(sizes: tuple[in
     rng = np.random.default_rng(1)
     rendered = [prompts.history(rng.integers(0, codes.num_items, size=rng.integers(0, 9))) for _ in range(50)]
     beams = beam_search(TreeDecoder(model), trie, rendered, beam=20)
-    assert beams.items.min() >= 0 and beams.items.max() < codes.num_items
+    assert beams.items.min() >= 0
+    assert beams.items.max() < codes.num_items
     assert all(len(set(row)) == 20 for row in beams.items.tolist())
     assert (np.diff(beams.scores, axis=1) <= 0).all()
 
