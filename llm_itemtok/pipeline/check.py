@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -13,7 +14,7 @@ from llm_itemtok.model import scratch
 from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES
 from llm_itemtok.pipeline.fit import make_examples
 from llm_itemtok.pipeline.prepare import load_data, refuse_textless
-from llm_itemtok.training.arguments import build_arguments
+from llm_itemtok.training.arguments import build_arguments, check_settings
 
 
 def check(config: RunConfig) -> str:
@@ -29,7 +30,10 @@ def check(config: RunConfig) -> str:
     refuse_textless(config, data.catalog)
     lines = [describe_text(describe(data.raw, data.split)), "", "training"]
     table = make_examples(config, data)
-    arguments = build_arguments(config.trainer, output_dir="checkpoints", seed=config.seed)
+    check_settings(config.trainer)
+    # A recipe for a GPU is checked on machines without one; precision changes neither steps nor batches.
+    portable = {name: value for name, value in config.trainer.items() if name not in ("bf16", "fp16", "tf32")}
+    arguments = build_arguments(portable, output_dir=Path("checkpoints"), seed=config.seed)
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     steps = math.ceil(len(table) / batch)
     total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(steps * arguments.num_train_epochs)
@@ -91,8 +95,8 @@ def _cost(config: RunConfig, body: int, vocabulary: int, item_rows: int, tokens:
     work = tokens * (4 if lora else 6) * body
     lines = [
         f"  {body + vocabulary:,} parameters of the base model, about {trainable:,} of them or beside them trainable",
-        f"  memory for weights, gradients and optimiser: about {memory / 2**30:.1f} GiB, activations besides",
-        f"  work: {work / 1e15:.2f} PFLOP",
+        f"  memory for weights, gradients and optimiser: about {_scaled(memory)}B, activations besides",
+        f"  work: {_scaled(work)}FLOP",
     ]
     if device == "cpu":
         rate = _matmul_rate()
@@ -101,6 +105,13 @@ def _cost(config: RunConfig, body: int, vocabulary: int, item_rows: int, tokens:
             f"  time here, at {rate / 1e9:.0f} GFLOP/s: about {work / rate * 2 / 60:.0f} minutes and validation"
         )
     return lines
+
+
+def _scaled(number: float) -> str:
+    """Write a number with two digits or so and a prefix of a thousand, such as `3.2 G`."""
+    prefixes = ("", "k", "M", "G", "T", "P", "E")
+    power = min(len(prefixes) - 1, max(0, int(math.log10(max(number, 1)) // 3)))
+    return f"{number / 1000**power:.3g} {prefixes[power]}"
 
 
 def _matmul_rate(size: int = 512, repeats: int = 8) -> float:

@@ -1,0 +1,205 @@
+"""A recipe carried out: what a run folder holds, what is run again, and what stays the same."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from llm_itemtok.config import RunConfig
+from llm_itemtok.data import synthetic
+from llm_itemtok.errors import ArtifactError, DataError, RecipeError
+from llm_itemtok.pipeline.check import check
+from llm_itemtok.pipeline.evaluate import evaluate_path
+from llm_itemtok.pipeline.inspect import inspect
+from llm_itemtok.pipeline.run import run
+from llm_itemtok.recommender import Recommender
+
+RECIPE = """
+data: {source: synthetic, items: 60, users: 80}
+vectors: {kind: tfidf-svd, dimensions: 16}
+tokenizer: {kind: residual-kmeans, levels: 2, codebook_size: 8}
+model: {name: scratch, scratch: {layers: 1, width: 16, heads: 2, vocab_size: 400, pretrain_epochs: 1}}
+examples: {history_length: 8}
+trainer: {max_steps: 6, per_device_train_batch_size: 16, learning_rate: 5.0e-3, logging_steps: 2, use_cpu: true}
+evaluation: {every: 0.5}
+"""
+
+
+def recipe(folder: Path, *overrides: str) -> RunConfig:
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE)
+    return RunConfig.load(path, overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    return run(recipe(folder), folder / "run")
+
+
+def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "metrics.json",
+        "codes",
+        "predictions.parquet",
+        "model",
+        "report.html",
+    }
+    assert (finished / "codes/v0/item_codes.safetensors").is_file()
+    assert not [path for path in finished.rglob("*") if path.suffix in (".pkl", ".bin") and "checkpoint" not in str(path)]
+
+
+def test_metrics_json_has_the_keys_of_the_contract(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    keys = {"recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr@20"}
+    assert set(metrics["test"]) == set(metrics["validation"]) == set(metrics["ci95"]) == keys
+    assert metrics["protocol"]["candidates"] == "full"
+    assert set(metrics["baselines"]) == {"popularity", "markov", "oracle"}
+    assert set(metrics) == {"protocol", "test", "ci95", "segments", "validation", "baselines", "codes", "speed"}
+    assert all(low <= metrics["test"][key] <= high for key, (low, high) in metrics["ci95"].items())
+
+
+def test_predictions_are_ranked_items_of_the_catalogue_each_once_a_user(finished: Path) -> None:
+    table = pq.read_table(finished / "predictions.parquet").to_pandas()
+    known = {json.loads(line)["id"] for line in (finished / "model/items.jsonl").read_text().splitlines()}
+    assert set(table["item"]) <= known
+    assert not table.duplicated(["user", "item"]).any()
+    assert table.groupby("user")["rank"].apply(list).map(lambda ranks: ranks == list(range(1, 11))).all()
+    assert table.groupby("user")["score"].apply(lambda scores: scores.is_monotonic_decreasing).all()
+
+
+def test_the_metrics_log_is_json_lines_with_loss_terms_and_validation(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert any("loss/next-item" in line for line in lines)
+    assert any("validation/ndcg@10" in line for line in lines)
+    assert all("step" in line for line in lines)
+
+
+def test_the_same_recipe_and_seed_give_the_same_metrics_timings_aside(finished: Path, tmp_path: Path) -> None:
+    again = run(recipe(tmp_path), tmp_path / "again")
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (finished, again))
+    del first["speed"], second["speed"]
+    assert first == second
+
+
+def test_another_seed_gives_other_metrics(finished: Path, tmp_path: Path) -> None:
+    other = run(recipe(tmp_path, "seed=1"), tmp_path / "other", until="evaluate")
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (finished, other))
+    assert first["test"] != second["test"]
+
+
+def test_finished_stages_are_not_run_again(finished: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "model").iterdir()}
+    lines: list[str] = []
+    run(recipe(tmp_path), finished, log=lines.append)
+    assert {path: path.stat().st_mtime_ns for path in (finished / "model").iterdir()} == before
+    assert sum("done before" in line for line in lines) == 6
+
+
+def test_from_runs_a_stage_and_all_after_it_again(finished: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    run(recipe(tmp_path), finished, start="evaluate", log=lines.append)
+    assert [line for line in lines if line.endswith(":")] == ["evaluate:", "report:"]
+
+
+def test_a_folder_that_holds_another_recipe_is_refused_and_left_alone(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"another run.*seed: 1(.|\n)*--fresh"):
+        run(recipe(tmp_path, "seed=1"), finished)
+    assert (finished / "metrics.json").is_file()
+
+
+def test_a_folder_that_is_no_run_is_never_emptied(tmp_path: Path) -> None:
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    for fresh in (False, True):
+        with pytest.raises(ArtifactError, match="found other files"):
+            run(recipe(tmp_path), out, fresh=fresh)
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_from_a_stage_whose_predecessors_never_ran_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--from train.*data, items, vocab never ran"):
+        run(recipe(tmp_path), tmp_path / "new", start="train")
+    with pytest.raises(RecipeError, match="nothing would run"):
+        run(recipe(tmp_path), tmp_path / "new", start="train", until="data")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("tokenizer.kind=random", "vocab.init=normal", "tokenizer.collisions=reassign", "tokenizer.levels=3"),
+        ("tokenizer.kind=rqvae", "tokenizer.epochs=3", "tokenizer.hidden=[16]", "tokenizer.latent=8"),
+        ("examples.kind=windows", "objective.normaliser=vocab", "vocab.init=codebook"),
+        ("examples.kind=last", "objective.normaliser=items", "evaluation.decode_normaliser=children"),
+        ("examples.tasks={next-item: 1.0, title-to-item: 0.5, item-to-title: 0.5}", "vectors.kind=llm"),
+        ("model.adapter=lora", "model.scratch.family=qwen3", "evaluation.mask_seen=true"),
+        ("model.scratch.family=gpt2", "data.split=temporal", "data.k_core=2", "tokenizer.collisions=reassign"),
+    ],
+    ids=["random", "rqvae", "windows-vocab", "last-items", "text-tasks", "lora-qwen3", "gpt2-temporal"],
+)
+def test_every_choice_of_the_recipe_runs_from_data_to_report(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    out = run(recipe(tmp_path, "trainer.max_steps=2", *overrides), tmp_path / "run")
+    assert len(Recommender.from_pretrained(out).recommend([], k=5)) == 5
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    catalog, interactions, _ = synthetic.generate(num_items=60, num_users=80, seed=0)
+    synthetic.write_folder(catalog, interactions, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_a_catalogue_without_any_text_is_refused_where_text_is_needed(folder: Path, tmp_path: Path) -> None:
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    (folder / "items.jsonl").write_text(
+        "".join(json.dumps({"item_id": item["item_id"], "title": None}) + "\n" for item in items)
+    )
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {folder}"))
+    with pytest.raises(DataError, match=r"no item .* has any text(.|\n)*tfidf-svd(.|\n)*text-mean"):
+        check(RunConfig.load(path))
+    config = RunConfig.load(path, ["tokenizer.kind=random", "vocab.init=normal", "trainer.max_steps=2"])
+    assert (run(config, tmp_path / "run") / "report.html").is_file()
+
+
+def test_check_prints_what_it_found_and_writes_nothing(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    text = check(config)
+    assert "80" in text
+    assert "steps" in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_evaluate_measures_a_run_again_to_the_same_numbers(finished: Path, folder: Path, tmp_path: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert evaluate_path(str(finished), None)["test"] == metrics["test"]
+    with pytest.raises(ArtifactError, match="items differ"):
+        evaluate_path(str(finished / "model"), folder.parent / "other" if False else _other_data(tmp_path))
+
+
+def _other_data(tmp_path: Path) -> Path:
+    catalog, interactions, _ = synthetic.generate(num_items=50, num_users=40, seed=5)
+    synthetic.write_folder(catalog, interactions, tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_inspect_finds_codes_in_a_run_a_bundle_and_a_codes_folder(finished: Path) -> None:
+    texts = [inspect(finished / part) for part in (".", "model", "codes/v0")]
+    assert all("level" in text for text in texts)
+    assert "100.0% to level 1" in inspect(finished, finished / "model")
+    with pytest.raises(ArtifactError, match="no item codes here"):
+        inspect(finished.parent / "nowhere")
+
+
+def test_a_bundle_holds_no_user(finished: Path) -> None:
+    users = set(pq.read_table(finished / "predictions.parquet")["user"].to_pylist())
+    for file in (finished / "model").iterdir():
+        content = file.read_bytes()
+        assert not any(f'"{user}"'.encode() in content for user in users), file
