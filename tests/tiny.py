@@ -18,6 +18,7 @@ from transformers import (
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.load import with_item_tokens
+from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.vocab import init
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
@@ -96,9 +97,10 @@ def tiny_codes(num_items: int = 60, sizes: tuple[int, ...] = (6, 5, 4), seed: in
 def tiny_item_model(
     family: str = "llama", *, codes: ItemCodes | None = None, seed: int = 0, **changes: object
 ) -> tuple[ItemTokenModel, PreTrainedTokenizerBase]:
-    """A tiny model with item tokens, in evaluation mode, and its tokenizer."""
+    """A tiny model with item tokens, in evaluation mode, and its tokenizer (with `extra_tokens` the model lacks)."""
     normaliser = changes.pop("normaliser", "level")
     tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"extra{number}" for number in range(changes.pop("extra_tokens", 0))])
     lm = tiny_lm(family, seed=seed, **changes)
     model = with_item_tokens(
         lm,
@@ -108,3 +110,9 @@ def tiny_item_model(
         normaliser=normaliser,
     )
     return model.eval(), tokenizer
+
+
+def tiny_prompts(model: ItemTokenModel, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """Prompts whose item texts are three words; every tenth item has none."""
+    texts = [" ".join(WORDS[(row + step) % len(WORDS)] for step in range(3)) if row % 10 else "" for row in range(60)]
+    return Prompts(tokenizer, model.vocab, texts)

@@ -36,8 +36,11 @@ def fold_rows(lm: PreTrainedModel, model: ItemTokenModel) -> PreTrainedModel:
         `lm`; its logits over the whole vocabulary equal `model.vocab_logits`.
     """
     first, after = model.rows.first_id, model.rows.first_id + len(model.rows)
-    if input_table(lm).num_embeddings < after:
+    before = input_table(lm).num_embeddings
+    if before < after:
         lm.resize_token_embeddings(after, mean_resizing=False)
+        input_table(lm).weight[before:first] = 0  # ids of the tokenizer alone, if any
+        output_head(lm).weight[before:first] = 0
     input_table(lm).weight[first:after] = model.rows.input_rows.to(lm.dtype)
     if model.rows.output_rows is not None:
         output_head(lm).weight[first:after] = model.rows.output_rows.to(lm.dtype)

@@ -80,6 +80,10 @@ class ItemTokenModel(nn.Module):
         """The base model's configuration."""
         return self.lm.config
 
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        """Trade time for memory in the body; called by `transformers.Trainer`."""
+        self.lm.activation_checkpointing_enable(**settings)
+
     def hidden(self, input_ids: Tensor, **body_arguments: Any) -> Any:
         """Run the body.
 
@@ -104,10 +108,12 @@ class ItemTokenModel(nn.Module):
     def vocab_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the extended vocabulary `[..., max(V, first_id + T)]`, in the order of token ids.
 
-        Item tokens that fell into the padding of the base table replace its columns there.
+        Item tokens that fell into the padding of the base table replace its columns there. Ids between the table's end
+        and the first item token have logit 0: some tokenizers have more tokens than their model has rows (Gemma 3).
         """
         base = output_head(self.lm)(hidden)
         first, after = self.rows.first_id, self.rows.first_id + len(self.rows)
+        base = F.pad(base, (0, max(0, first - base.shape[-1])))
         return torch.cat([base[..., :first], self.item_logits(hidden), base[..., after:]], dim=-1)
 
     def level_log_probs(self, hidden: Tensor, level: int, normaliser: Normaliser) -> Tensor:
@@ -170,6 +176,11 @@ def refuse_unsupported(lm: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"sliding-window attention is tested for gemma3_text only, was: {config.model_type} with a window of "
             f"{config.sliding_window}; load it with `use_sliding_window: false` or choose another `model.name`"
+        )
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        raise UnsupportedModelError(
+            "logits must be the plain product of states and head, but this model caps them at "
+            f"{config.final_logit_softcapping} (`final_logit_softcapping`); choose another `model.name`"
         )
     head = lm.get_output_embeddings()
     if getattr(head, "bias", None) is not None:

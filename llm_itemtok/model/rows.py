@@ -46,8 +46,8 @@ class ItemRows(nn.Module):
         slots = input_ids - self.first_id
         is_item = (slots >= 0) & (slots < len(self))
         text = base(input_ids.masked_fill(is_item, 0))
-        rows = self.input_rows[slots.clamp(0, len(self) - 1)] * embedding_scale(base)
-        return torch.where(is_item.unsqueeze(-1), rows.to(text.dtype), text)
+        rows = self.input_rows[slots.clamp(0, len(self) - 1)].to(text.dtype)
+        return torch.where(is_item.unsqueeze(-1), rows * embedding_scale(base), text)
 
     def head(self) -> Tensor:
         """Rows `[T, D]` that hidden states are multiplied with."""
@@ -68,6 +68,6 @@ def output_head(lm: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def embedding_scale(base: nn.Embedding) -> float:
-    """Factor that an embedding module applies to its rows: 1, or `sqrt(D)` for Gemma's scaled embedding."""
-    return float(getattr(base, "scalar_embed_scale", 1.0))
+def embedding_scale(base: nn.Embedding) -> Tensor:
+    """Factor that an embedding module applies to its rows: 1, or `sqrt(D)`, in its own dtype, for Gemma's."""
+    return torch.tensor(getattr(base, "scalar_embed_scale", 1.0), dtype=base.weight.dtype)

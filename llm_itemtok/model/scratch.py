@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import sentencepiece
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -57,7 +57,7 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> PreTrainedToken
         processor = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
         pieces += [(processor.id_to_piece(i), processor.get_score(i)) for i in range(3, processor.get_piece_size())]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
-    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" {2,}", " ")])
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     return PreTrainedTokenizerFast(

@@ -137,8 +137,10 @@ def evaluate_path(path: str, data_folder: Path | None) -> dict[str, Any]:
     recipe = next((folder / RECIPE for folder in (Path(path), Path(path).parent) if (folder / RECIPE).is_file()), None)
     if recipe is None and data_folder is None:
         raise ArtifactError(f"{path}: a model without its run folder has no data; name a folder with `--data`")
-    overrides = [] if data_folder is None else [f"data.path={data_folder}"]
-    config = RunConfig.load(recipe, overrides) if recipe else None
+    config = RunConfig.load(recipe) if recipe else None
+    if recipe and config and data_folder is not None:
+        source = "folder" if config.data.source == "synthetic" else config.data.source
+        config = RunConfig.load(recipe, [f"data.source={source}", f"data.path={data_folder}"])
     settings = config.data if config else Data(path=str(data_folder))
     seed = config.seed if config else 0
     return measure(

@@ -64,8 +64,8 @@ def codebook(vocab: ItemVocab, table: Tensor, vectors: np.ndarray, *, seed: int)
     """Project what each codeword stands for in vector space, level by level.
 
     At each level the row of a codeword is the mean of what the levels above left over of its items' vectors, the
-    residual that a residual quantizer would store there; a random orthogonal map brings it to the model's width, so
-    that distances are kept.
+    residual that a residual quantizer would store there; a random orthogonal map brings it to the model's width. It
+    keeps distances, exactly where the model is as wide as the vectors, otherwise on average.
 
     Args:
         vocab: the item vocabulary.

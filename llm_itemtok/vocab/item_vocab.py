@@ -13,6 +13,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -67,7 +68,8 @@ class ItemVocab:
                 f"item tokens must be new to the tokenizer, but it already has {len(known)} of {len(tokens)}, "
                 f"such as {sorted(known)[0]}; start from the model as it was before item tokens were added to it"
             )
-        tokenizer.add_tokens(tokens)
+        # Not normalised: tokenizers of the first Llamas put a space mark before a text, and before a normalised token too.
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
         return cls.resolve(tokenizer, codes)
 
     @classmethod

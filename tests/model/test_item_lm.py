@@ -1,0 +1,305 @@
+"""The model with item tokens is the base model, plus item rows, and nothing else."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, OPTConfig, Qwen2Config
+
+from llm_itemtok.errors import UnsupportedModelError
+from llm_itemtok.model.export import fold_rows
+from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, ItemTokenModel, refuse_unsupported
+from llm_itemtok.model.rows import input_table
+from llm_itemtok.training.collator import Collator
+from llm_itemtok.training.examples import build
+from tests.tiny import FAMILIES, WORDS, tiny_codes, tiny_item_model, tiny_lm, tiny_prompts
+
+NUM_TEXT = 3 + len(WORDS)
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_TIE = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+EVERY_PADDING = pytest.mark.parametrize("padding", [0, 7, 40])
+NORMALISERS = pytest.mark.parametrize("normaliser", ["level", "items", "vocab"])
+
+
+def mixed_ids(model: ItemTokenModel) -> torch.Tensor:
+    """Two rows of 11 ids, of text and of items."""
+    generator = torch.Generator().manual_seed(9)
+    text = torch.randint(0, NUM_TEXT, (2, 11), generator=generator)
+    items = torch.randint(0, model.vocab.num_tokens, (2, 11), generator=generator) + model.vocab.first_id
+    return torch.where(torch.arange(11) % 3 == 0, text, items)
+
+
+@EVERY_PADDING
+@EVERY_TIE
+@EVERY_FAMILY
+@torch.no_grad()
+def test_adding_item_tokens_changes_no_old_logit(family, tied, padding):
+    """Ids below the item range are the base model's own; item ids may lie beyond its table, astride, or inside."""
+    model, _ = tiny_item_model(family, tied=tied, padding=padding)
+    base = tiny_lm(family, tied=tied, padding=padding)
+    ids = torch.randint(0, NUM_TEXT, (2, 12), generator=torch.Generator().manual_seed(1))
+    ours = model.vocab_logits(model.hidden(ids).last_hidden_state)
+    theirs = base(input_ids=ids).logits
+    assert ours.shape[-1] == max(NUM_TEXT + padding, model.vocab.first_id + model.vocab.num_tokens)
+    assert torch.equal(ours[..., :NUM_TEXT], theirs[..., :NUM_TEXT])
+    after = model.vocab.first_id + model.vocab.num_tokens
+    assert torch.equal(ours[..., after:], theirs[..., after:])
+
+
+@EVERY_PADDING
+@EVERY_TIE
+@EVERY_FAMILY
+@torch.no_grad()
+def test_logits_are_those_of_the_plain_model_with_the_rows_in_its_table(family, tied, padding):
+    model, _ = tiny_item_model(family, tied=tied, padding=padding)
+    if model.rows.output_rows is not None:
+        model.rows.output_rows.copy_(torch.randn_like(model.rows.output_rows))
+    plain = fold_rows(copy.deepcopy(model.lm), model)
+    ids = mixed_ids(model)
+    ours = model.vocab_logits(model.hidden(ids).last_hidden_state)
+    assert torch.allclose(ours, plain(input_ids=ids).logits, atol=1e-5)
+    assert bool(plain.config.tie_word_embeddings) is tied
+
+
+@EVERY_TIE
+@EVERY_FAMILY
+@torch.no_grad()
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_shifts_nothing(family, tied):
+    """As Gemma 3's, whose tokenizer has a token for images that its text model lacks."""
+    model, _ = tiny_item_model(family, tied=tied, extra_tokens=2)
+    assert (model.vocab.first_id, input_table(model.lm).num_embeddings) == (NUM_TEXT + 2, NUM_TEXT)
+    plain = fold_rows(copy.deepcopy(model.lm), model)
+    ids = mixed_ids(model)
+    hidden = model.hidden(ids).last_hidden_state
+    ours = model.vocab_logits(hidden)
+    assert ours.shape[-1] == NUM_TEXT + 2 + model.vocab.num_tokens
+    assert torch.allclose(ours, plain(input_ids=ids).logits, atol=1e-5)
+    assert torch.equal(ours[..., model.vocab.first_id :], model.item_logits(hidden))
+
+
+@NORMALISERS
+@EVERY_FAMILY
+@torch.no_grad()
+def test_probabilities_sum_to_one_over_what_they_are_normalised_over(family, normaliser):
+    model, _ = tiny_item_model(family, tied=False, padding=7)
+    hidden = model.hidden(mixed_ids(model)).last_hidden_state
+    levels = [model.level_log_probs(hidden, level, normaliser) for level in range(3)]
+    assert [part.shape[-1] for part in levels] == [6, 5, 4]
+    sums = torch.stack([part.exp().sum(-1) for part in levels], dim=-1)
+    if normaliser == "level":
+        assert torch.allclose(sums, torch.ones(()), atol=1e-5)
+    elif normaliser == "items":
+        assert torch.allclose(sums.sum(-1), torch.ones(()), atol=1e-5)
+    else:
+        first, after = model.vocab.first_id, model.vocab.first_id + model.vocab.num_tokens
+        everything = model.vocab_logits(hidden).log_softmax(-1)
+        assert torch.allclose(torch.cat(levels, dim=-1), everything[..., first:after], atol=1e-5)
+        text = everything.exp()[..., :first].sum(-1) + everything.exp()[..., after:].sum(-1)
+        assert torch.allclose(sums.sum(-1) + text, torch.ones(()), atol=1e-5)
+
+
+@NORMALISERS
+@torch.no_grad()
+def test_the_nll_of_a_target_is_its_negative_log_probability(normaliser):
+    model, _ = tiny_item_model(normaliser=normaliser)
+    ids = mixed_ids(model)
+    hidden = model.hidden(ids).last_hidden_state
+    levels = torch.tensor([[-1, 0, 1, 2, 3, -1, 0, 2, 1, 3, 3]]).expand(2, -1)
+    codes = torch.arange(11).expand(2, -1) % 4
+    starts = torch.tensor([*model.vocab.level_starts, 0, 0])
+    labels = torch.where(levels == 3, codes, codes + model.vocab.first_id + starts[levels])
+    nll = model(ids, labels, levels)
+    assert nll.dtype == torch.float32
+    for row in range(2):
+        for place in range(11):
+            level, code = int(levels[row, place]), int(codes[row, place])
+            if level == -1:
+                expected = 0.0
+            elif level == 3:  # text
+                expected = -float(model.vocab_logits(hidden[row, place]).log_softmax(-1)[code])
+            else:
+                expected = -float(model.level_log_probs(hidden[row, place], level, normaliser)[code])
+            assert float(nll[row, place]) == pytest.approx(expected, abs=1e-5)
+
+
+@torch.no_grad()
+def test_label_smoothing_spreads_its_share_over_the_normalisers_tokens():
+    model, _ = tiny_item_model()
+    model.label_smoothing = 0.3
+    ids = mixed_ids(model)
+    log_probs = model.level_log_probs(model.hidden(ids).last_hidden_state, 1, "level")
+    labels = torch.full_like(ids, model.vocab.first_id + model.vocab.level_starts[1] + 2)
+    expected = -(0.7 * log_probs[..., 2] + 0.3 * log_probs.mean(-1))
+    assert torch.allclose(model(ids, labels, torch.ones_like(ids)), expected, atol=1e-5)
+
+
+@NORMALISERS
+@EVERY_FAMILY
+@torch.no_grad()
+def test_more_padding_changes_no_loss(family, normaliser):
+    model, tokenizer = tiny_item_model(family, normaliser=normaliser)
+    table = build([torch.arange(n).numpy() for n in (2, 9, 5)], kind="all-positions", history_length=20,
+                  tasks={"next-item": 1.0}, text_rows=torch.arange(0).numpy())  # fmt: skip
+    batch = Collator(tiny_prompts(model, tokenizer), 3)(list(table))
+    arguments = {name: batch[name] for name in ("input_ids", "labels", "levels")}
+    nll = model(**arguments)
+    wider = {name: F.pad(value, (0, 8), value=-1 if name == "levels" else 2) for name, value in arguments.items()}
+    more = model(**wider)
+    assert torch.allclose(more[:, : nll.shape[1]], nll, atol=1e-5)
+    assert not more[:, nll.shape[1] :].any()
+    shortest = {name: value[:1, :6] for name, value in arguments.items()}
+    assert torch.allclose(model(**shortest), nll[:1, :6], atol=1e-5)
+
+
+@EVERY_FAMILY
+@torch.no_grad()
+def test_one_row_for_all_targets_gives_the_losses_of_one_row_a_target(family):
+    """Also where histories are longer than a chunk: a target's loss is that of its own context."""
+    model, tokenizer = tiny_item_model(family)
+    collate = Collator(tiny_prompts(model, tokenizer), 3)
+    sequences = [torch.randperm(60, generator=torch.Generator().manual_seed(n))[:n].numpy() for n in (2, 5, 11)]
+    losses: dict[str, list[float]] = {}
+    for kind in ("all-positions", "windows"):
+        table = build(sequences, kind=kind, history_length=20, tasks={"next-item": 1.0},
+                      text_rows=torch.arange(0).numpy())  # fmt: skip
+        batch = collate(list(table))
+        nll = model(batch["input_ids"], batch["labels"], batch["levels"])
+        losses[kind] = []
+        for row, example in enumerate(table):
+            by_item = nll[row][batch["levels"][row] >= 0].reshape(-1, 3).sum(1).tolist()
+            # `windows` has no example for a user's first item.
+            losses[kind] += by_item[1:] if kind == "all-positions" else by_item
+            assert len(by_item) == len(example["items"]) - example["first"]
+    assert len(losses["windows"]) == 1 + 4 + 10
+    assert losses["all-positions"] == pytest.approx(losses["windows"], abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@EVERY_FAMILY
+@torch.no_grad()
+def test_item_rows_pass_through_the_scale_of_the_models_own_embedding(family, dtype):
+    """Gemma multiplies embeddings by sqrt(width), rounded to the table's dtype."""
+    model, _ = tiny_item_model(family)
+    model.to(dtype)
+    plain = fold_rows(copy.deepcopy(model.lm), model)
+    ids = mixed_ids(model)
+    assert torch.equal(model.rows.embed(ids, input_table(model.lm)), input_table(plain)(ids))
+    scale = 4.0 if family == "gemma3" else 1.0
+    item = torch.tensor([model.vocab.first_id + 5])
+    assert torch.equal(model.rows.embed(item, input_table(model.lm))[0], model.rows.input_rows[5] * scale)
+
+
+@EVERY_TIE
+@EVERY_FAMILY
+def test_checkpoints_hold_what_is_trained_once_and_load_without_missing_keys(family, tied):
+    model, _ = tiny_item_model(family, tied=tied)
+    for name, parameter in model.lm.named_parameters():
+        parameter.requires_grad_("mlp" in name)
+    state = model.state_dict()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(state) == trained
+    assert ("rows.output_rows" in state) is not tied
+    assert 1 < len(trained) < 15
+    other, _ = tiny_item_model(family, tied=tied, seed=1)
+    for name, parameter in other.lm.named_parameters():
+        parameter.requires_grad_("mlp" in name)
+    result = other.load_state_dict(state, strict=True)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in state.items())
+
+
+@EVERY_TIE
+def test_checkpoints_of_full_training_hold_a_tied_table_once(tied):
+    model, _ = tiny_item_model(tied=tied)
+    state = model.state_dict()
+    assert "lm.model.embed_tokens.weight" in state
+    assert ("lm.lm_head.weight" in state) is not tied
+    assert len({value.data_ptr() for value in state.values()}) == len(state)
+
+
+def test_a_checkpoint_that_lacks_something_trained_is_refused():
+    model, _ = tiny_item_model()
+    state = model.state_dict()
+    del state["rows.input_rows"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"rows.input_rows\""):
+        model.load_state_dict(state)
+
+
+@EVERY_TIE
+def test_input_and_output_rows_train_on_their_own_only_where_the_base_has_them_apart(tied):
+    model, _ = tiny_item_model(tied=tied)
+    assert len(model.rows) == model.vocab.num_tokens
+    ids = mixed_ids(model)
+    labels = torch.full_like(ids, model.vocab.first_id)
+    model(ids, labels, torch.zeros_like(ids)).sum().backward()
+    assert model.rows.input_rows.grad.any()
+    if tied:
+        assert model.rows.output_rows is None
+    else:
+        assert model.rows.output_rows.grad[:6].any()
+        assert not model.rows.output_rows.grad[6:].any()  # the level softmax reads no other level
+
+
+@EVERY_FAMILY
+def test_dropout_acts_in_training_alone(family):
+    model, _ = tiny_item_model(family)
+    model.input_dropout.p = model.output_dropout.p = 0.5
+    ids = mixed_ids(model)
+    inputs = (ids, torch.full_like(ids, model.vocab.first_id), torch.zeros_like(ids))
+    with torch.no_grad():
+        assert torch.equal(model(*inputs), model(*inputs))
+        model.train()
+        assert not torch.equal(model(*inputs), model(*inputs))
+
+
+@EVERY_FAMILY
+def test_activation_checkpointing_changes_no_gradient(family):
+    gradients = []
+    for checkpointing in (False, True):
+        model, _ = tiny_item_model(family)
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        ids = mixed_ids(model)
+        model(ids, torch.full_like(ids, model.vocab.first_id), torch.zeros_like(ids)).sum().backward()
+        gradients.append(model.rows.input_rows.grad)
+    assert torch.equal(*gradients)
+
+
+def test_new_codes_over_the_same_tokens_need_no_new_model():
+    model, _ = tiny_item_model()
+    rows = model.rows.input_rows.clone()
+    model.vocab = model.vocab.with_codes(tiny_codes(seed=5))
+    assert torch.equal(model.rows.input_rows, rows)
+
+
+@pytest.mark.parametrize("config", [
+    MistralConfig(vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                  num_key_value_heads=1),
+    OPTConfig(vocab_size=24, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+              word_embed_proj_dim=16),
+])  # fmt: skip
+def test_other_families_are_refused_by_name(config):
+    lm = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnsupportedModelError, match=f"llama, qwen2, qwen3, gemma3_text, gpt2, was: {config.model_type}"):
+        refuse_unsupported(lm)
+
+
+def test_sliding_windows_of_other_families_than_gemma_are_refused():
+    changes = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    with pytest.raises(UnsupportedModelError, match="for gemma3_text only, was: qwen2 with a window of 8; load it with"):
+        tiny_item_model("qwen2", **changes)
+    assert Qwen2Config().model_type in SUPPORTED_FAMILIES
+
+
+def test_capped_logits_are_refused():
+    with pytest.raises(UnsupportedModelError, match=r"caps them at 30.0 \(`final_logit_softcapping`\)"):
+        tiny_item_model("gemma3", final_logit_softcapping=30.0)
+
+
+def test_a_head_with_a_bias_is_refused():
+    lm = tiny_lm("gpt2", tied=False)
+    lm.set_output_embeddings(torch.nn.Linear(16, GPT2Config().vocab_size, bias=True))
+    with pytest.raises(UnsupportedModelError, match="must have no bias, but that of GPT2LMHeadModel has one"):
+        refuse_unsupported(lm)

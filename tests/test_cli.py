@@ -1,0 +1,144 @@
+"""The command: exit statuses, one message and no traceback, JSON alone on standard output."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llm_itemtok.cli import main
+from tests.test_pipeline import RECIPE
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    assert main(["run", str(folder / "tiny.yaml"), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_commands_and_flags_are_frozen(capsys: pytest.CaptureFixture[str]) -> None:
+    """A new flag is a promise; whoever adds one changes this list and the docs with it."""
+    expected = {
+        "run": {"--set", "--out", "--from", "--until", "--resume", "--fresh"},
+        "check": {"--set"},
+        "inspect": {"--compare"},
+        "evaluate": {"--data", "--json"},
+        "recommend": {"--history", "-k", "--json"},
+        "report": set(),
+        "explain": set(),
+    }
+    for command, flags in expected.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        words = capsys.readouterr().out.replace(",", " ").replace("[", " ").replace("]", " ").split()
+        assert {word for word in words if word.startswith("-")} - {"-h", "--help"} == flags, command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "missing.yaml"], "missing.yaml"),
+        (["run", "."], "folder"),
+        (["check", "tiny.yaml", "--set", "tokenizer.codebok_size=8"], "did you mean `tokenizer.codebook_size`"),
+        (["check", "tiny.yaml", "--set", "trainer.learning_rate='2e-5'"], "2.0e-5"),
+        (["check", "tiny.yaml", "--set", "trainer.learning_rate=-1.0"], "learning_rate"),
+        (["check", "tiny.yaml", "--set", "trainer.num_train_epochs=-3"], "num_train_epochs"),
+        (["check", "tiny.yaml", "--set", "evaluation.beam=10"], "beam"),
+        (["check", "tiny.yaml", "--set", "data.k_core=500"], "k_core"),
+        (["evaluate", "nowhere"], "nowhere"),
+        (["recommend", "nowhere", "--history", "1"], "nowhere"),
+        (["inspect", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["explain", "tokenizer.nonsense"], "nonsense"),
+    ],
+)
+def test_bad_input_is_status_2_with_one_message_and_no_traceback(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.startswith("itemtok: ")
+    assert "Traceback" not in output.err
+    assert output.out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.yaml"]
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="missing"):
+        main(["--debug", "run", str(tmp_path / "missing.yaml")])
+
+
+def test_recommend_prints_json_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    items = [json.loads(line)["id"] for line in (finished / "model/items.jsonl").read_text().splitlines()]
+    assert main(["recommend", str(finished), "--history", f"{items[0]},{items[1]},unheard-of", "-k", "3", "--json"]) == 0
+    output = capsys.readouterr()
+    reply = json.loads(output.out)
+    assert [item["rank"] for item in reply["items"]] == [1, 2, 3]
+    assert {item["item_id"] for item in reply["items"]} <= set(items)
+    assert "unheard-of" in output.err
+
+
+def test_recommend_answers_json_lines_in_order(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests = [{"user": f"u{number}", "history": []} for number in range(40)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(json.dumps(request) for request in requests)))
+    assert main(["recommend", str(finished), "-k", "2"]) == 0
+    replies = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [reply["user"] for reply in replies] == [request["user"] for request in requests]
+
+
+def test_a_request_that_is_no_json_is_named_after_the_ones_before_it_are_answered(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"user": 1, "history": []}\nnonsense\n'))
+    assert main(["recommend", str(finished), "-k", "2"]) == 2
+    output = capsys.readouterr()
+    assert json.loads(output.out)["user"] == "1"
+    assert "line 2" in output.err
+
+
+def test_evaluate_inspect_report_check_and_explain_answer(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(finished), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["protocol"]["beam"] == 20
+    for arguments in (["inspect"], ["report"], ["evaluate"]):
+        assert main([*arguments, str(finished)]) == 0
+        assert capsys.readouterr().out
+    assert main(["check", str(finished.parent / "tiny.yaml")]) == 0
+    assert "steps" in capsys.readouterr().out
+    assert main(["explain", "tokenizer.levels"]) == 0
+    assert "tokenizer.levels" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sigterm_stops_after_a_checkpoint_with_143_and_resume_ends_as_an_unbroken_run(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("max_steps: 6", "max_steps: 60"))
+    command = [sys.executable, "-m", "llm_itemtok", "run", str(tmp_path / "tiny.yaml"), "--out"]
+    assert subprocess.run([*command, str(tmp_path / "whole")], check=False, capture_output=True).returncode == 0
+    with subprocess.Popen([*command, str(tmp_path / "broken")], env=os.environ, stdout=subprocess.DEVNULL) as process:
+        log = tmp_path / "broken/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 2):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 143
+    assert not (tmp_path / "broken/model").exists()
+    resumed = subprocess.run([*command, str(tmp_path / "broken"), "--resume"], check=False, capture_output=True)
+    assert resumed.returncode == 0, resumed.stderr
+    whole, broken = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "broken"))
+    del whole["speed"], broken["speed"]
+    assert whole == broken
