@@ -144,7 +144,24 @@ def _run(options: argparse.Namespace) -> int:
         print("itemtok: stopped after a checkpoint; the same command with --resume goes on from it", file=sys.stderr)
         return STOPPED
     _say(f"run folder: {folder}")
+    if options.until is None:
+        _say(_next_steps(folder))
     return 0
+
+
+def _next_steps(folder: Path) -> str:
+    """What to do with a finished run, with ids from its own catalogue."""
+    from llm_itemtok.artifacts import EXAMPLES, REPORT, read_json
+
+    history = read_json(folder / EXAMPLES)[0]["history"][-3:]
+    ids = ",".join(item["item_id"] for item in history)
+    return (
+        "next:\n"
+        f"  open {folder / REPORT} in a browser\n"
+        f"  itemtok recommend {folder} --history {ids}\n"
+        f"  itemtok inspect {folder}\n"
+        "  your own data: a folder with items.csv and interactions.csv, `itemtok check`, then `itemtok run` (docs/data.md)"
+    )
 
 
 def _check(options: argparse.Namespace) -> int:

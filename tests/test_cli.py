@@ -84,7 +84,8 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 def test_recommend_prints_json_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     items = [json.loads(line)["id"] for line in (finished / "model/items.jsonl").read_text().splitlines()]
-    assert main(["recommend", str(finished), "--history", f"{items[0]},{items[1]},unheard-of", "-k", "3", "--json"]) == 0
+    history = f"{items[0]},{items[1]},unheard-of"
+    assert main(["recommend", str(finished), "--history", history, "-k", "3", "--json"]) == 0
     output = capsys.readouterr()
     reply = json.loads(output.out)
     assert [item["rank"] for item in reply["items"]] == [1, 2, 3]

@@ -51,7 +51,8 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
         "report.html",
     }
     assert (finished / "codes/v0/item_codes.safetensors").is_file()
-    assert not [path for path in finished.rglob("*") if path.suffix in (".pkl", ".bin") and "checkpoint" not in str(path)]
+    shipped = [*(finished / "model").iterdir(), *(finished / "codes").rglob("*"), *(finished / "base").iterdir()]
+    assert not [path for path in shipped if path.suffix in (".pkl", ".bin", ".pt")]
 
 
 def test_metrics_json_has_the_keys_of_the_contract(finished: Path) -> None:

@@ -30,7 +30,7 @@ def load_base(
 
     Raises:
         UnsupportedModelError: for a family that the tests do not cover.
-        ItemTokError: when there is no such model.
+        ItemTokError: when there is no such model, or the library cannot read it.
     """
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
@@ -42,7 +42,9 @@ def load_base(
             )
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
         lm = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **where)
-    except OSError as error:
+    except UnsupportedModelError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a type that the library does not know, or code not trusted
         raise ItemTokError(
             f"`model.name` must be a folder with a safetensors model or a Hub id that can be reached, was: {name}\n"
             f"  {str(error).splitlines()[0]}"

@@ -9,7 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm_itemtok.artifacts import CODES, EXAMPLES, METRICS, MODEL, PREDICTIONS, QUALITY, RECIPE, read_json, write_json
+from llm_itemtok.artifacts import (
+    CODES,
+    EXAMPLES,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    QUALITY,
+    RECIPE,
+    read_json,
+    write_json,
+    write_text,
+)
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.errors import ArtifactError
@@ -19,8 +30,9 @@ from llm_itemtok.evaluation.metrics import bootstrap, metrics_from_ranks, ranks_
 from llm_itemtok.evaluation.segments import segment_masks, segment_metrics
 from llm_itemtok.items.quality import quality
 from llm_itemtok.model.prompts import Prompts
+from llm_itemtok.pipeline.card import card
 from llm_itemtok.pipeline.prepare import Dataset, Log, load_data
-from llm_itemtok.recommender import Recommender
+from llm_itemtok.recommender import CARD, Recommender
 from llm_itemtok.settings import Data
 from llm_itemtok.vocab.trie import ItemTrie
 
@@ -102,7 +114,7 @@ def measure(
 
 
 def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
-    """Measure the run's bundle; write `metrics.json`, `predictions.parquet` and `examples.json`."""
+    """Measure the run's bundle; write `metrics.json`, `predictions.parquet`, `examples.json` and the model card."""
     recommender = Recommender.from_pretrained(folder / MODEL, trust_remote_code=config.model.trust_remote_code)
     metrics, ranking = measure(
         recommender,
@@ -116,6 +128,9 @@ def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
     test = data.split.test
     write_predictions(folder / PREDICTIONS, ranking, test, recommender.item_ids, config.evaluation.k)
     write_json(folder / EXAMPLES, _examples(ranking, test, recommender))
+    vocab = recommender.model.vocab
+    text = card(metrics, recommender.generation, levels=vocab.num_levels, spelling=vocab.spell(0))
+    write_text(folder / MODEL / CARD, text)
     write_json(folder / METRICS, metrics)
     log(table(metrics))
 

@@ -137,7 +137,9 @@ def test_the_first_level_keeps_the_distances_between_cluster_means():
 
 def test_the_second_level_stands_for_what_the_first_left_over():
     """Items are the sum of a coarse and a fine part, crossed: the fine rows must not see the coarse part."""
-    coarse, fine = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)).numpy() * np.array([9, 1])[:, None, None]
+    coarse, fine = (
+        torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)).numpy() * np.array([9, 1])[:, None, None]
+    )
     table = np.stack([np.repeat(np.arange(3), 3), np.tile(np.arange(3), 3)], axis=1)
     vectors = (coarse[table[:, 0]] + fine[table[:, 1]]).astype(np.float32)
     made = init.codebook(ItemVocab(ItemCodes(table, (3, 3)), 100), TABLE, vectors, seed=0)[3:]

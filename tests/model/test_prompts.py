@@ -1,0 +1,71 @@
+"""Prompts, token by token."""
+
+import numpy as np
+import pytest
+
+from llm_itemtok.errors import ItemTokError
+from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.model.load import start_id
+from llm_itemtok.model.prompts import MAX_TEXT_TOKENS, Prompts, encode_text
+from llm_itemtok.vocab.item_vocab import ItemVocab
+from tests.tiny import tiny_tokenizer
+
+CODES = ItemCodes(np.array([[0, 1], [1, 0], [1, 1]]), (2, 2))
+
+
+def make(texts=()):
+    tokenizer = tiny_tokenizer()
+    vocab = ItemVocab.add_to(tokenizer, CODES)
+    return Prompts(tokenizer, vocab, texts), tokenizer
+
+
+def words(tokenizer, ids) -> str:
+    return " ".join(tokenizer.convert_ids_to_tokens(ids.tolist()))
+
+
+def test_a_history_is_the_start_token_and_one_path_after_the_other():
+    prompts, tokenizer = make()
+    ids = prompts.history([1, 0, 1])
+    assert ids.dtype == np.int64
+    assert words(tokenizer, ids) == "<s> <a_1> <b_0> <a_0> <b_1> <a_1> <b_0>"
+
+
+@pytest.mark.parametrize("empty", [[], np.array([]), np.array([], dtype=np.int64)])
+def test_an_empty_history_is_the_start_token_alone(empty):
+    ids = make()[0].history(empty)
+    assert (ids.tolist(), ids.dtype) == ([1], np.int64)
+
+
+def test_text_tasks_say_what_they_show_and_how_much_of_it_is_the_target():
+    prompts, tokenizer = make(["red lamp", "blue", "old chair table"])
+    ids, targets = prompts.title_to_item(0)
+    # `Title` and `Item` with a capital are not among the words of this tokenizer.
+    assert words(tokenizer, ids) == "<s> <unk> <unk> red lamp <unk> <unk> <a_0> <b_1>"
+    assert (targets, ids.dtype) == (2, np.int64)
+    ids, targets = prompts.item_to_title(2)
+    assert words(tokenizer, ids) == "<s> <unk> <unk> <a_1> <b_1> <unk> <unk> old chair table </s>"
+    assert (targets, ids.dtype) == (4, np.int64)
+
+
+def test_without_an_end_token_a_text_ends_with_its_last_word():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    vocab = ItemVocab.add_to(tokenizer, CODES)
+    ids, targets = Prompts(tokenizer, vocab, ["red", "blue", "old lamp"]).item_to_title(2)
+    assert (words(tokenizer, ids[-targets:]), targets) == ("old lamp", 2)
+
+
+def test_texts_are_cut_and_get_no_special_tokens():
+    long = encode_text(tiny_tokenizer(), ["red " * 500, "", "blue"])
+    assert [len(ids) for ids in long] == [MAX_TEXT_TOKENS, 0, 1]
+    assert set(long[0]) == {3}
+
+
+def test_the_start_token_is_bos_or_else_eos():
+    tokenizer = tiny_tokenizer()
+    assert start_id(tokenizer) == 1
+    tokenizer.bos_token = None
+    assert start_id(tokenizer) == 2
+    tokenizer.eos_token = None
+    with pytest.raises(ItemTokError, match="must have a BOS or an EOS token to begin a prompt with"):
+        start_id(tokenizer)
