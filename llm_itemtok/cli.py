@@ -160,7 +160,8 @@ def _next_steps(folder: Path) -> str:
         f"  open {folder / REPORT} in a browser\n"
         f"  itemtok recommend {folder} --history {ids}\n"
         f"  itemtok inspect {folder}\n"
-        "  your own data: a folder with items.csv and interactions.csv, `itemtok check`, then `itemtok run` (docs/data.md)"
+        "  for your own data, make a folder with items.csv and interactions.csv (docs/data.md), then\n"
+        "  itemtok check RECIPE --set data.path=FOLDER"
     )
 
 

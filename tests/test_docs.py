@@ -3,8 +3,8 @@
 Conventions of a page:
 - A fenced `bash` block holds commands as they can be typed; a fenced `yaml` block is a recipe, named in its first line
   (`# my.yaml`) where commands of the page use it.
-- A fenced `python` block under the line `<!-- run -->` is executed after a small quickstart, in the folder of that run.
-- Code in a sentence, such as `tokenizer.levels` or `tokenizer.kind: rqvae`, is a setting that exists and takes the value.
+- A fenced `python` block under the line `<!-- run -->` is executed after a small quickstart, in the folder of the run.
+- Code in a sentence, such as `tokenizer.levels` or `tokenizer.kind: rqvae`, is a setting, and takes the value.
 """
 
 import argparse
@@ -24,23 +24,12 @@ from llm_itemtok.cli import _parser
 from llm_itemtok.config import RunConfig, explain
 from llm_itemtok.settings import Data
 from llm_itemtok.training.arguments import check_settings
+from tests.test_recipes import SMALL
 
 ROOT = Path(__file__).parents[1]  # the checkout, or the folder that .ci/run copies tests and recipes to
 README = ROOT / "README.md"
 PAGES = [page for page in (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))) if page.exists()]
 MAX_README_LINES = 150
-
-SMALL = [
-    "data.items=60",
-    "data.users=80",
-    "model.scratch.layers=1",
-    "model.scratch.width=32",
-    "model.scratch.heads=2",
-    "model.scratch.pretrain_epochs=1",
-    "tokenizer.codebook_size=16",
-    "trainer.max_steps=20",
-]
-"""What makes the quickstart a matter of seconds."""
 
 FENCE = re.compile(r"^(?P<mark><!-- run -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 SETTING = re.compile(r"(?P<name>[a-z]+(?:\.[a-z0-9_]+)+)(?:: (?P<value>\S+))?")

@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.describe import describe, describe_text
 from llm_itemtok.errors import UnsupportedModelError
-from llm_itemtok.model import scratch
 from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES
+from llm_itemtok.model.scratch import train_tokenizer
 from llm_itemtok.pipeline.fit import make_examples
-from llm_itemtok.pipeline.prepare import load_data, refuse_textless
+from llm_itemtok.pipeline.prepare import load_data, refuse_textless, scratch_model
 from llm_itemtok.training.arguments import build_arguments, check_settings
 
 
@@ -57,18 +57,9 @@ def _parameters(config: RunConfig) -> tuple[int, int] | None:
     """Parameters of the body and of the input table, without loading weights; None if the model is out of reach."""
     model = config.model
     if model.name == "scratch":
-        sizes = model.scratch
         with torch.device("meta"):
-            lm = scratch.build_model(
-                scratch.train_tokenizer([], vocab_size=300),
-                family=sizes.family,
-                layers=sizes.layers,
-                width=sizes.width,
-                heads=sizes.heads,
-                dropout=sizes.dropout,
-                seed=config.seed,
-            )
-        return sum(p.numel() for p in lm.parameters()), sizes.vocab_size * sizes.width
+            lm = scratch_model(config, train_tokenizer([], vocab_size=model.scratch.vocab_size))
+        return sum(p.numel() for p in lm.parameters()), model.scratch.vocab_size * model.scratch.width
     try:
         found: PreTrainedConfig = AutoConfig.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code

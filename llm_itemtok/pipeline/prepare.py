@@ -20,7 +20,7 @@ from llm_itemtok.data import splits, synthetic
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.interactions import Interactions
 from llm_itemtok.data.readers import RawData, read
-from llm_itemtok.errors import ArtifactError, DataError, RecipeError
+from llm_itemtok.errors import ArtifactError, DataError
 from llm_itemtok.items import collisions, vectors
 from llm_itemtok.items.base import ItemTokenizer
 from llm_itemtok.items.codes import ItemCodes
@@ -141,15 +141,7 @@ def base_model(
     if not (place / "key.json").exists() or read_json(place / "key.json") != key:
         texts = catalog.texts()
         tokenizer = scratch.train_tokenizer(texts, vocab_size=sizes.vocab_size)
-        lm = scratch.build_model(
-            tokenizer,
-            family=sizes.family,
-            layers=sizes.layers,
-            width=sizes.width,
-            heads=sizes.heads,
-            dropout=sizes.dropout,
-            seed=config.seed,
-        )
+        lm = scratch_model(config, tokenizer)
         log(f"  base model: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tokenizer):,} text tokens")
         report = _every_tenth(log, "pre-training on the item texts")
         scratch.pretrain(lm, tokenizer, texts, epochs=sizes.pretrain_epochs, seed=config.seed, progress=report)
@@ -159,6 +151,20 @@ def base_model(
             write_json(new / "key.json", key)
     dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
     return AutoModelForCausalLM.from_pretrained(place, dtype=dtype), AutoTokenizer.from_pretrained(place)
+
+
+def scratch_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """An untrained `scratch` model of the recipe's size."""
+    sizes = config.model.scratch
+    return scratch.build_model(
+        tokenizer,
+        family=sizes.family,
+        layers=sizes.layers,
+        width=sizes.width,
+        heads=sizes.heads,
+        dropout=sizes.dropout,
+        seed=config.seed,
+    )
 
 
 def scratch_version() -> str:
@@ -305,10 +311,3 @@ def read_vocab(folder: Path) -> tuple[ItemCodes, Tensor]:
             f"{rows}: the stage `vocab` must have run, but its file is missing; start with `--from vocab`"
         )
     return ItemCodes.load(folder / CODES / "v0"), load_file(rows)["rows"]
-
-
-def check_start(stage: str, finished: dict[str, str], names: tuple[str, ...]) -> None:
-    """Raise `RecipeError` if a run is to begin at a stage whose predecessors never ran."""
-    missing = [name for name in names[: names.index(stage)] if name not in finished]
-    if missing:
-        raise RecipeError(f"`--from {stage}` needs the stages before it, but {', '.join(missing)} never ran here")

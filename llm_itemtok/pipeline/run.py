@@ -42,22 +42,23 @@ def run(
         Stopped: on SIGTERM while training, after a checkpoint.
     """
     folder = Path(out)
-    first, last = _span(start, until)
+    last = _last_stage(start, until)
     check_settings(config.trainer)
     state = PartialState()
     say = log if state.is_main_process else lambda _line: None
     data = prepare.load_data(config.data, config.seed)
     prepare.refuse_textless(config, data.catalog)
+    keys = stages.keys(config, data.sha256, stages.input_hashes(config))
+    book = stages.Stages.open(folder, fresh=fresh, writes=state.is_main_process)
+    if start is not None:
+        book.require_before(start)
+    state.wait_for_everyone()  # nobody writes before everybody has read
     if state.is_main_process:
         stages.claim(folder, config, fresh=fresh)
     state.wait_for_everyone()
-    keys = stages.keys(config, data.sha256, stages.input_hashes(config))
-    book = stages.Stages.open(folder)
     if start is not None:
-        prepare.check_start(start, book.finished, stages.STAGE_NAMES)
-        if state.is_main_process:
-            book.forget_from(start)
-    for stage in stages.STAGE_NAMES[first : last + 1]:
+        book.forget_from(start)
+    for stage in stages.STAGE_NAMES[: last + 1]:
         if book.done(stage, keys[stage]):
             say(f"{stage}: done before, kept")
             continue
@@ -66,15 +67,13 @@ def run(
         if stage == "train" or state.is_main_process:
             _carry_out(stage, config, data, folder, resume, say)
         state.wait_for_everyone()
-        if state.is_main_process:
-            book.mark(stage, keys[stage])
-        book.finished[stage] = keys[stage]
+        book.mark(stage, keys[stage])
         say(f"{stage}: finished in {time.perf_counter() - began:.0f} s")
     return folder
 
 
-def _span(start: str | None, until: str | None) -> tuple[int, int]:
-    """Indices of the first and the last stage to run."""
+def _last_stage(start: str | None, until: str | None) -> int:
+    """Index of the last stage to run."""
     names = stages.STAGE_NAMES
     for flag, stage in (("--from", start), ("--until", until)):
         if stage is not None and stage not in names:
@@ -82,7 +81,7 @@ def _span(start: str | None, until: str | None) -> tuple[int, int]:
     last = len(names) - 1 if until is None else names.index(until)
     if start is not None and names.index(start) > last:
         raise RecipeError(f"`--from {start}` comes after `--until {until}`; nothing would run")
-    return 0, last
+    return last
 
 
 def _carry_out(

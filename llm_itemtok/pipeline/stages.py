@@ -27,7 +27,7 @@ from llm_itemtok.artifacts import (
     write_text,
 )
 from llm_itemtok.config import RunConfig
-from llm_itemtok.errors import ArtifactError
+from llm_itemtok.errors import ArtifactError, RecipeError
 
 STAGE_NAMES = ("data", "items", "vocab", "train", "evaluate", "report")
 
@@ -51,31 +51,43 @@ class Stages:
     Attributes:
         folder: the run folder.
         finished: stage → key.
+        writes: whether this process keeps the book on disk; every process keeps it in mind.
     """
 
     folder: Path
     finished: dict[str, str]
+    writes: bool
 
     @classmethod
-    def open(cls, folder: Path) -> "Stages":
-        """Read the book, or begin one."""
+    def open(cls, folder: Path, *, fresh: bool, writes: bool) -> "Stages":
+        """Read the book, or begin one: for a new folder, or a `fresh` one."""
         path = folder / STAGES
-        return cls(folder, read_json(path) if path.exists() else {})
+        return cls(folder, read_json(path) if path.exists() and not fresh else {}, writes)
 
     def done(self, stage: str, key: str) -> bool:
         """Say whether a stage was finished with exactly these inputs."""
         return self.finished.get(stage) == key
 
+    def require_before(self, stage: str) -> None:
+        """Raise `RecipeError` if a run is to begin at a stage whose predecessors never ran."""
+        missing = [name for name in STAGE_NAMES[: STAGE_NAMES.index(stage)] if name not in self.finished]
+        if missing:
+            raise RecipeError(f"`--from {stage}` needs the stages before it, but {', '.join(missing)} never ran here")
+
     def mark(self, stage: str, key: str) -> None:
-        """Write a stage down as finished."""
+        """Note a stage as finished."""
         self.finished[stage] = key
-        write_json(self.folder / STAGES, self.finished)
+        self._write()
 
     def forget_from(self, stage: str) -> None:
         """Strike a stage and all after it out."""
         for name in STAGE_NAMES[STAGE_NAMES.index(stage) :]:
             self.finished.pop(name, None)
-        write_json(self.folder / STAGES, self.finished)
+        self._write()
+
+    def _write(self) -> None:
+        if self.writes:
+            write_json(self.folder / STAGES, self.finished)
 
 
 def keys(config: RunConfig, data_sha256: str, file_sha256: Mapping[str, str]) -> dict[str, str]:

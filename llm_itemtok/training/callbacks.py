@@ -16,8 +16,8 @@ from llm_itemtok.artifacts import write_text
 class MetricsLog(TrainerCallback):
     """Append every line that the trainer logs to `metrics.jsonl`, whatever else it reports to.
 
-    Lines after the step that a run is resumed from belong to the interrupted run and are dropped, so that a resumed
-    run leaves the log of an uninterrupted one.
+    Lines after the step that a run is resumed from belong to the interrupted run and are dropped, and so is the
+    summary that a run writes when it stops, so that a resumed run leaves the log of an uninterrupted one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,8 +28,8 @@ class MetricsLog(TrainerCallback):
         """Keep the lines up to the step that training starts from."""
         if state.is_world_process_zero:
             kept = read_log(self.path) if state.global_step and self.path.exists() else []
-            lines = [json.dumps(line) for line in kept if line["step"] <= state.global_step]
-            write_text(self.path, "".join(f"{line}\n" for line in lines))
+            lines = [line for line in kept if line["step"] <= state.global_step and "train_runtime" not in line]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def on_log(
         self,
