@@ -4,7 +4,7 @@
 
     run(RunConfig.load("recipes/quickstart.yaml"), "runs/quickstart")
     model = Recommender.from_pretrained("runs/quickstart")
-    for item in model.recommend(["b7", "b12"], k=5):
+    for item in model.recommend(["bk00007", "bk00012"], k=5):
         print(item.rank, item.title, item.score)
 
 Public names are resolved on first use: importing the package loads neither torch nor transformers.

@@ -196,6 +196,9 @@ def _recommend(options: argparse.Namespace) -> int:
     from llm_itemtok.serving import answer, answer_lines
 
     _quiet()
+    if options.history is None and sys.stdin.isatty():
+        print("itemtok: give a history with --history, or JSON Lines requests on standard input", file=sys.stderr)
+        return 2
     recommender = Recommender.from_pretrained(options.model)
     if options.history is None:
         for line in answer_lines(recommender, sys.stdin, options.k):
@@ -205,7 +208,9 @@ def _recommend(options: argparse.Namespace) -> int:
     unknown = recommender.known(history)[1]
     if unknown:
         print(f"itemtok: skipped {len(unknown)} unknown items: {', '.join(unknown[:5])}", file=sys.stderr)
-    reply = answer(None, recommender.recommend(history, options.k))
+        if len(unknown) == len(history):
+            print("itemtok: no item of the history is known; this is the answer for a new user", file=sys.stderr)
+    reply = answer(None, recommender.recommend(history, options.k), unknown)
     if options.json:
         print(json.dumps(reply, ensure_ascii=False))
     else:

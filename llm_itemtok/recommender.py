@@ -7,7 +7,7 @@ It holds no user histories.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from llm_itemtok.artifacts import FORMAT_VERSION, ITEMS, atomic_folder, read_json, write_json, write_text
+from llm_itemtok.artifacts import FORMAT_VERSION, ITEMS, RECIPE, atomic_folder, read_json, write_json, write_text
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.decoding.beams import DecodeNormaliser, beam_search
 from llm_itemtok.decoding.scoring import score_items
@@ -138,22 +138,16 @@ class Recommender:
             ArtifactError: if it is no bundle, a newer one, or its parts do not belong together.
         """
         folder = _locate(path, revision)
-        settings = read_json(folder / GENERATION)
-        if settings.get("format_version", 0) > FORMAT_VERSION:
-            raise ArtifactError(
-                f"{folder}: bundle format {settings['format_version']} is newer than this version reads "
-                f"({FORMAT_VERSION}); update llm-itemtok"
-            )
-        generation = Generation(**settings)
+        generation = _read_generation(folder / GENERATION)
         codes = ItemCodes.load(folder)
         if codes.sha256 != generation.codes_sha256:
             raise ArtifactError(
                 f"{folder}: item codes and generation.json must belong together, but the codes' hash is "
                 f"{codes.sha256[:12]} and {generation.codes_sha256[:12]} is expected; were files mixed from two runs?"
             )
-        items = _read_items(folder / ITEMS)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         vocab = ItemVocab.resolve(tokenizer, codes)
+        items = _read_items(folder / ITEMS, vocab)
         load = _load_adapter if generation.layout == "adapter" else _load_merged
         model, peft_model = load(folder, vocab, generation, trust_remote_code)
         return cls(
@@ -288,6 +282,8 @@ def _locate(path: str | Path, revision: str | None) -> Path:
     for candidate in (folder, folder / "model"):
         if (candidate / GENERATION).is_file():
             return candidate
+    if (folder / RECIPE).is_file():
+        raise ArtifactError(f"{folder}: this run has no model yet; its stage `train` must finish first (`itemtok run`)")
     if folder.exists() or isinstance(path, Path):
         raise ArtifactError(
             f"{folder}: a bundle must hold {GENERATION}, which is missing; "
@@ -302,10 +298,41 @@ def _locate(path: str | Path, revision: str | None) -> Path:
     return _locate(downloaded, None)
 
 
-def _read_items(path: Path) -> list[dict[str, str]]:
+def _read_generation(path: Path) -> Generation:
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"{path}: a bundle's settings must be a JSON object, was: {str(settings)[:80]}")
+    if settings.get("format_version", 0) > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: bundle format {settings['format_version']} is newer than this version reads ({FORMAT_VERSION}); "
+            "update llm-itemtok"
+        )
+    wrong = sorted({field.name for field in fields(Generation)} ^ settings.keys())
+    if wrong:
+        raise ArtifactError(f"{path}: a bundle's settings must be all known and all there, these are not: {wrong}")
+    if settings["layout"] not in ("merged", "adapter"):
+        raise ArtifactError(f"{path}: `layout` must be merged or adapter, was: {settings['layout']!r}")
+    return Generation(**settings)
+
+
+def _read_items(path: Path, vocab: ItemVocab) -> list[dict[str, str]]:
+    """Id, title and code of each item; the codes must be those of `vocab`, row by row."""
     if not path.is_file():
         raise ArtifactError(f"{path}: a bundle must hold this file, which is missing")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ArtifactError(f"{path}:{number}: not JSON: {error.msg}; was the file cut short?") from error
+        if not isinstance(item, dict) or not item.keys() >= {"id", "title", "code"}:
+            raise ArtifactError(f"{path}:{number}: an item must have an id, a title and a code, was: {line[:80]}")
+        items.append(item)
+    if [item["code"] for item in items] != [vocab.spell(row) for row in range(vocab.codes.num_items)]:
+        raise ArtifactError(
+            f"{path}: codes and {ITEMS} must belong together, but their codes differ; were files mixed from two runs?"
+        )
+    return items
 
 
 def _load_merged(

@@ -141,6 +141,9 @@ class ResidualKMeansTokenizer:
     """Items with one code: count them in a level of its own, move them to the nearest free code, or stop."""
     iterations: Count = 50
     """k-means steps a level at most."""
+    components: CountOrNone = 0
+    """Principal components of the vectors to cluster, all to the same scale: fewer collisions, looser neighbourhoods;
+    0 clusters the vectors as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import pytest
 
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data import synthetic
-from llm_itemtok.errors import ArtifactError, DataError, RecipeError
+from llm_itemtok.errors import ArtifactError, CollisionError, DataError, RecipeError
 from llm_itemtok.pipeline.check import check
 from llm_itemtok.pipeline.evaluate import evaluate_path
 from llm_itemtok.pipeline.inspect import inspect
@@ -114,6 +114,14 @@ def test_a_folder_that_holds_another_recipe_is_refused_and_left_alone(finished: 
     assert (finished / "metrics.json").is_file()
 
 
+def test_a_corrected_recipe_takes_over_a_folder_where_nothing_but_data_was_finished(tmp_path: Path) -> None:
+    faulty = ("vectors.kind=file", f"vectors.path={tmp_path / 'vectors.npy'}")
+    with pytest.raises(DataError, match=r"vectors\.npy"):
+        run(recipe(tmp_path, *faulty), tmp_path / "run")
+    run(recipe(tmp_path), tmp_path / "run", until="items")
+    assert (tmp_path / "run/codes/v0").is_dir()
+
+
 def test_a_folder_that_is_no_run_is_never_emptied(tmp_path: Path) -> None:
     out = tmp_path / "precious"
     out.mkdir()
@@ -167,6 +175,21 @@ def test_a_catalogue_without_any_text_is_refused_where_text_is_needed(folder: Pa
         check(RunConfig.load(path))
     config = RunConfig.load(path, ["tokenizer.kind=random", "vocab.init=normal", "trainer.max_steps=2"])
     assert (run(config, tmp_path / "run") / "report.html").is_file()
+
+
+def test_check_refuses_what_the_stage_items_would_refuse(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"vectors\.npy"):
+        check(recipe(tmp_path, "vectors.kind=file", f"vectors.path={tmp_path / 'vectors.npy'}"))
+    few = ("tokenizer.levels=1", "tokenizer.codebook_size=8", "tokenizer.collisions=reassign")
+    with pytest.raises(CollisionError, match="make 8 codes for 60 items"):
+        check(recipe(tmp_path, *few))
+
+
+def test_check_warns_of_a_learning_rate_that_no_scratch_model_learns_with(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    assert "warning" not in check(config)
+    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("learning_rate: 5.0e-3, ", ""))
+    assert "about 2.0e-3" in check(RunConfig.load(tmp_path / "tiny.yaml"))
 
 
 def test_check_prints_what_it_found_and_writes_nothing(tmp_path: Path) -> None:

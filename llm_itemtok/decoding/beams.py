@@ -55,11 +55,12 @@ def beam_search(
         prompts: B arrays of token ids.
         beam: beams kept at every level; at least 1.
         normaliser: as in training, or `children`: renormalised over the legal children of each prefix.
-        excluded: item rows that may not come out, one array per user, such as items already seen.
+        excluded: item rows that may not come out, one array per user, such as items already seen. As many others come
+            out as there are, up to `beam`.
     """
     state = decoder.encode(prompts)
     device = trie.leaf_items.device
-    banned = None if excluded is None else _pad(excluded).to(device)
+    banned = None if excluded is None else _leaves(trie, excluded)
     nodes = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)
     scores = torch.zeros(len(prompts), 1, device=device)
     parents: Tensor | None = None
@@ -72,9 +73,8 @@ def beam_search(
         if normaliser == "children":
             steps = steps - steps.logsumexp(-1, keepdim=True)
         candidates = scores.unsqueeze(-1) + steps
-        if banned is not None and level == trie.num_levels - 1:
-            found = trie.leaf_items[children].unsqueeze(-1) == banned[:, None, None, :]
-            candidates = candidates.masked_fill(found.any(-1), -torch.inf)
+        if banned is not None:
+            candidates = candidates.masked_fill(_used_up(trie, children, level, banned), -torch.inf)
         flat = candidates.flatten(1)
         keep = min(beam, flat.shape[1], len(trie.child_codes[level]))
         scores, chosen = flat.topk(keep, dim=1)
@@ -85,9 +85,19 @@ def beam_search(
     return Beams(items.cpu().numpy(), scores.float().cpu().numpy())
 
 
-def _pad(rows: Sequence[np.ndarray]) -> Tensor:
-    """Stack item rows of unequal number, filled up with -1, which no leaf is."""
-    padded = torch.full((len(rows), max(1, max((len(row) for row in rows), default=0))), -1, dtype=torch.long)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.int64))
-    return padded
+def _leaves(trie: ItemTrie, rows: Sequence[np.ndarray]) -> Tensor:
+    """Leaves `[B, H]` of item rows, sorted, each once, filled up with a number beyond the last leaf."""
+    leaves = [trie.item_leaves[torch.from_numpy(np.unique(np.asarray(row, dtype=np.int64)))] for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(
+        [each.sort().values for each in leaves], batch_first=True, padding_value=trie.num_items
+    )
+
+
+def _used_up(trie: ItemTrie, nodes: Tensor, level: int, banned: Tensor) -> Tensor:
+    """Whether all items under each node `[B, K, C]` at depth `level + 1` are among the banned leaves `[B, H]`.
+
+    Such nodes must not hold a beam at any level: they would come to nothing, and the list would end short.
+    """
+    first, after = trie.first_leaves[level][nodes], trie.first_leaves[level][nodes + 1]
+    below = torch.searchsorted(banned, after.flatten(1)) - torch.searchsorted(banned, first.flatten(1))
+    return below.reshape(nodes.shape) == after - first

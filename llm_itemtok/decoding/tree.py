@@ -6,7 +6,7 @@ only, and position ids say that the K positions are alternatives for the same pl
 or re-written, and the modules of `transformers` run unmodified.
 
 This is the decoder-only implementation of the decoding interface (`BeamDecoder`): `encode(histories)` begins a state,
-`level_logits(state, ...)` extends it by one level.
+`level_log_probs(state, ...)` extends it by one level.
 
 Shape letters: B users, K beams, S prompt positions, D model width.
 """

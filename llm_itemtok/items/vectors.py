@@ -195,10 +195,13 @@ def from_file(path: str | Path, catalog: Catalog) -> np.ndarray:
         float32 `[N, D]` in catalogue order.
 
     Raises:
-        DataError: if the file cannot be read, or count, shape, dtype, a value or an id is not as above.
-        OSError: if there is no such file.
+        DataError: if there is no such file, or it cannot be read, or count, shape, dtype, a value or an id is not as
+            above.
     """
     path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise DataError(f"{path}: a file of item vectors must be here, found: {found}")
     readers = {".npy": _read_npy, ".safetensors": _read_safetensors}
     if path.suffix == ".parquet":
         vectors = _read_parquet(path, catalog)

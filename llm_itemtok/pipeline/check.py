@@ -5,15 +5,19 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llm_itemtok.config import RunConfig
+from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.describe import describe, describe_text
-from llm_itemtok.errors import UnsupportedModelError
+from llm_itemtok.errors import CollisionError, UnsupportedModelError
+from llm_itemtok.items import vectors
 from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES
+from llm_itemtok.model.rows import input_table
 from llm_itemtok.model.scratch import train_tokenizer
 from llm_itemtok.pipeline.fit import make_examples
 from llm_itemtok.pipeline.prepare import load_data, refuse_textless, scratch_model
+from llm_itemtok.settings import FileVectors
 from llm_itemtok.training.arguments import build_arguments, check_settings
 
 
@@ -28,7 +32,7 @@ def check(config: RunConfig) -> str:
     """
     data = load_data(config.data, config.seed)
     refuse_textless(config, data.catalog)
-    lines = [describe_text(describe(data.raw, data.split)), "", "training"]
+    _refuse_codes(config, data.catalog)
     table = make_examples(config, data)
     check_settings(config.trainer)
     # A recipe for a GPU is checked on machines without one; precision changes neither steps nor batches.
@@ -37,29 +41,50 @@ def check(config: RunConfig) -> str:
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     steps = math.ceil(len(table) / batch)
     total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(steps * arguments.num_train_epochs)
-    levels = config.tokenizer.levels + (config.tokenizer.collisions == "extra-level")
-    tokens = sum(table["length"]) * levels
-    lines.append(
-        f"  {len(table):,} examples, about {tokens:,} item tokens an epoch, {steps:,} steps of {batch} an epoch"
-    )
-    lines.append(f"  {total:,} steps in all, validation and a checkpoint every {config.evaluation.every:g} epochs")
-    size = _parameters(config)
-    if size is None:
+    tokens = sum(table["length"]) * _levels(config)
+    lines = [
+        describe_text(describe(data.raw, data.split)),
+        "",
+        "training",
+        f"  {len(table):,} examples, about {tokens:,} item tokens an epoch, {steps:,} steps of {batch} an epoch",
+        f"  {total:,} steps in all, validation and a checkpoint every {config.evaluation.every:g} epochs",
+    ]
+    if config.model.name == "scratch" and "learning_rate" not in config.trainer:
+        lines.append(
+            f"  warning: no `trainer.learning_rate`; the library's {arguments.learning_rate:g} suits pre-trained "
+            "models, a `scratch` model wants about 2.0e-3"
+        )
+    lm = _empty_model(config)
+    if lm is None:
         lines.append(f"  `{config.model.name}` cannot be reached from here, so its size and memory are not known")
-        return "\n".join(lines)
-    body, vocabulary = size
-    item_rows = levels * config.tokenizer.codebook_size
-    lines += _cost(config, body, vocabulary, item_rows, tokens * total / max(1, steps), arguments.device.type)
+    else:
+        lines += _cost(config, lm, tokens * total / max(1, steps), arguments.device.type)
     return "\n".join(lines)
 
 
-def _parameters(config: RunConfig) -> tuple[int, int] | None:
-    """Parameters of the body and of the input table, without loading weights; None if the model is out of reach."""
+def _levels(config: RunConfig) -> int:
+    return config.tokenizer.levels + (config.tokenizer.collisions == "extra-level")
+
+
+def _refuse_codes(config: RunConfig, catalog: Catalog) -> None:
+    """Raise what the stage `items` would raise, as far as it can be known beforehand."""
+    if isinstance(config.vectors, FileVectors):
+        vectors.from_file(config.vectors.path, catalog)
+    capacity = config.tokenizer.codebook_size**config.tokenizer.levels
+    if config.tokenizer.collisions != "extra-level" and capacity < len(catalog):
+        raise CollisionError(
+            f"every item needs a code of its own, but {config.tokenizer.levels} levels of "
+            f"{config.tokenizer.codebook_size} codewords make {capacity:,} codes for {len(catalog):,} items; raise "
+            "`tokenizer.levels` or `tokenizer.codebook_size`, or use `collisions: extra-level`"
+        )
+
+
+def _empty_model(config: RunConfig) -> PreTrainedModel | None:
+    """The base model without its weights; None if it is out of reach."""
     model = config.model
     if model.name == "scratch":
         with torch.device("meta"):
-            lm = scratch_model(config, train_tokenizer([], vocab_size=model.scratch.vocab_size))
-        return sum(p.numel() for p in lm.parameters()), model.scratch.vocab_size * model.scratch.width
+            return scratch_model(config, train_tokenizer([], vocab_size=model.scratch.vocab_size))
     try:
         found: PreTrainedConfig = AutoConfig.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -71,29 +96,39 @@ def _parameters(config: RunConfig) -> tuple[int, int] | None:
             f"`model.name: {model.name}` is of type {found.model_type}; tested are {', '.join(SUPPORTED_FAMILIES)}"
         )
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(found)
-    table = lm.get_input_embeddings().weight.numel()
-    return sum(p.numel() for p in lm.parameters()) - table, table
+        return AutoModelForCausalLM.from_config(found)
 
 
-def _cost(config: RunConfig, body: int, vocabulary: int, item_rows: int, tokens: float, device: str) -> list[str]:
-    """Lines on parameters, memory and time."""
+def _cost(config: RunConfig, lm: PreTrainedModel, tokens: float, device: str) -> list[str]:
+    """Lines on parameters, memory and time of training on a number of tokens."""
+    width = input_table(lm).embedding_dim
+    words = config.model.scratch.vocab_size if config.model.name == "scratch" else input_table(lm).num_embeddings
+    body = sum(p.numel() for p in lm.parameters()) - input_table(lm).weight.numel()
+    rows = _levels(config) * config.tokenizer.codebook_size * width * (1 if lm.config.tie_word_embeddings else 2)
     lora = config.model.adapter == "lora"
-    # A LoRA pair of rank r on a d x d matrix adds 2 d r to d^2; d is about the square root of a layer's matrices.
-    trainable = int(body * 0.02 * config.model.lora.rank / 16) + item_rows if lora else body + vocabulary
-    width = 2 if config.model.dtype == "bfloat16" else 4
-    memory = (body + vocabulary) * width + trainable * (width + 8)
+    if lora:
+        matrices = [
+            p for p in lm.base_model.parameters() if p.ndim == 2 and p.shape[0] != input_table(lm).num_embeddings
+        ]
+        trained = rows + config.model.lora.rank * sum(sum(matrix.shape) for matrix in matrices)
+    else:
+        trained = rows + body + words * width
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    memory = (body + words * width) * size + trained * (size + 8)  # weights; gradients and two moments
     work = tokens * (4 if lora else 6) * body
     lines = [
-        f"  {body + vocabulary:,} parameters of the base model, about {trainable:,} of them or beside them trainable",
+        f"  base model: about {_scaled(body + words * width)}parameters; trained: about {_scaled(trained)}",
         f"  memory for weights, gradients and optimiser: about {_scaled(memory)}B, activations besides",
         f"  work: {_scaled(work)}FLOP",
     ]
     if device == "cpu":
         rate = _matmul_rate()
         # Measured on small models: about half of the matrix rate is reached; attention and optimiser take the rest.
+        minutes = work / rate * 2 / 60
         lines.append(
-            f"  time here, at {rate / 1e9:.0f} GFLOP/s: about {work / rate * 2 / 60:.0f} minutes and validation"
+            f"  time here, at {rate / 1e9:.0f} GFLOP/s: "
+            + (f"about {minutes:.0f} minutes" if minutes >= 1 else "less than a minute")
+            + ", and validation"
         )
     return lines
 

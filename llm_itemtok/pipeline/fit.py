@@ -104,7 +104,8 @@ def training_arguments(config: RunConfig, folder: Path, num_examples: int) -> Tr
         eval_steps=interval,
         save_strategy="steps",
         save_steps=interval,
-        save_total_limit=config.trainer.get("save_total_limit", 1),
+        # At least the best and the newest, which `--resume` goes on from: with 1 the newest may be deleted at the end.
+        save_total_limit=config.trainer.get("save_total_limit", 2),
         load_best_model_at_end=True,
         metric_for_best_model="ndcg@10",
         greater_is_better=True,
@@ -201,10 +202,11 @@ def bundle(
     peft_model: PeftModel | None,
 ) -> Recommender:
     """The trained model as what users load: an adapter beside its base, or a whole model."""
-    scratch = config.model.name == "scratch"
+    name = config.model.name
+    scratch = name == "scratch"
     generation = Generation(
         layout="merged" if scratch or peft_model is None else "adapter",
-        base=None if scratch else config.model.name,
+        base=None if scratch else str(Path(name).resolve()) if Path(name).exists() else name,
         revision=config.model.revision,
         normaliser=decode_normaliser(config),
         training_normaliser=config.objective.normaliser,

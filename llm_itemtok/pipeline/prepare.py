@@ -241,7 +241,7 @@ def item_tokenizer(config: RunConfig, log: Log) -> ItemTokenizer:
     if isinstance(chosen, settings.RandomTokenizer):
         return RandomCodes(**shape)
     if isinstance(chosen, settings.ResidualKMeansTokenizer):
-        return ResidualKMeans(iterations=chosen.iterations, **shape)
+        return ResidualKMeans(iterations=chosen.iterations, components=chosen.components or None, **shape)
     return RQVAE(
         widths=chosen.hidden,
         latent_dimensions=chosen.latent,

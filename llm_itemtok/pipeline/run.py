@@ -1,5 +1,6 @@
 """Carry a recipe out: from any stage to any stage, each once for its inputs."""
 
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from llm_itemtok.config import RunConfig
+from llm_itemtok.data.describe import describe, describe_text
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.pipeline import evaluate, fit, prepare, stages
 from llm_itemtok.report import write_report
@@ -54,7 +56,7 @@ def run(
         book.require_before(start)
     state.wait_for_everyone()  # nobody writes before everybody has read
     if state.is_main_process:
-        stages.claim(folder, config, fresh=fresh)
+        stages.claim(folder, config, fresh=fresh, finished=book.finished)
     state.wait_for_everyone()
     if start is not None:
         book.forget_from(start)
@@ -89,11 +91,7 @@ def _carry_out(
 ) -> None:
     """Run one stage."""
     if stage == "data":
-        counts = data.split.counts
-        log(
-            f"  {len(data.catalog):,} items; "
-            + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items())
-        )
+        log(textwrap.indent(describe_text(describe(data.raw, data.split)), "  "))
     elif stage == "items":
         prepare.make_codes(config, data, folder, log)
     elif stage == "vocab":

@@ -7,7 +7,7 @@ it stopped, and a changed input runs exactly what it touches.
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -134,13 +134,15 @@ def _hash_path(path: Path) -> str:
     return sha256_of_arrays(*(text for file in files for text in (str(file.relative_to(path)), sha256_of_file(file))))
 
 
-def claim(folder: Path, config: RunConfig, *, fresh: bool) -> None:
+def claim(folder: Path, config: RunConfig, *, fresh: bool, finished: Collection[str]) -> None:
     """Make the run folder this recipe's.
 
     Args:
         folder: made when missing.
         config: the resolved recipe, written to the folder.
         fresh: empty the folder first, whatever run it holds.
+        finished: stages that were finished there. While none beyond `data` is, nothing would be lost and a corrected
+            recipe simply takes the folder over.
 
     Raises:
         ArtifactError: if the folder holds another resolved recipe, or files that are no run, and `fresh` is not set.
@@ -153,7 +155,7 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool) -> None:
             raise ArtifactError(
                 f"{folder}: the run folder must be new or a run, found other files; choose another `--out`"
             )
-        if not fresh and recipe.read_text(encoding="utf-8") != text:
+        if not fresh and set(finished) - {"data"} and recipe.read_text(encoding="utf-8") != text:
             raise ArtifactError(
                 f"{folder}: this folder holds another run, whose {RECIPE} differs in: "
                 f"{_difference(recipe.read_text(encoding='utf-8'), text)}\n"

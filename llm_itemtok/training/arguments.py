@@ -86,6 +86,7 @@ REMOVED: Mapping[str, str] = {
     "no_cuda": "write `trainer.use_cpu: true`",
     "use_mps_device": "it is gone; the device is found",
     "per_gpu_train_batch_size": "write `trainer.per_device_train_batch_size`",
+    "lr": "write `trainer.learning_rate`",
     "tokenizer": "the recipe's `model.name` decides it",
     "torch_dtype": "write `model.dtype`",
     "dtype": "write `model.dtype`",
@@ -108,7 +109,7 @@ RANGES: Mapping[str, Within] = {
     "adam_epsilon": Within(above=0),
     "neftune_noise_alpha": _NOT_NEGATIVE,
     "logging_steps": Within(above=0),
-    "save_total_limit": _COUNT,
+    "save_total_limit": Within(low=2),  # the best checkpoint and the newest, which `--resume` goes on from
     "torch_empty_cache_steps": _COUNT,
     "dataloader_num_workers": _NOT_NEGATIVE,
     "dataloader_prefetch_factor": _COUNT,

@@ -68,7 +68,7 @@ class ItemVocab:
                 f"item tokens must be new to the tokenizer, but it already has {len(known)} of {len(tokens)}, "
                 f"such as {sorted(known)[0]}; start from the model as it was before item tokens were added to it"
             )
-        # Not normalised: tokenizers of the first Llamas put a space mark before a text, and before a normalised token too.
+        # Tokenizers of the first Llamas put a space mark before a text, and before the tokens they normalise too.
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
         return cls.resolve(tokenizer, codes)
 

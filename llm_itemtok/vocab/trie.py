@@ -23,7 +23,10 @@ class ItemTrie:
         starts: per level, int64 `[nodes at depth level + 1 entries]`: children of node `n` are
             `[starts[level][n], starts[level][n + 1])`. Depth 0 has one node, the root.
         child_codes: per level, int64 `[nodes at depth level + 1]`: the codeword that leads to each child.
+        first_leaves: per level, int64 `[nodes at depth level + 1, and one more]`: leaves under node `n` of that depth
+            are `[first_leaves[level][n], first_leaves[level][n + 1])`.
         leaf_items: int64 `[num_items]`: the item row of each leaf.
+        item_leaves: int64 `[num_items]`: the leaf of each item row.
         max_children: per level, the widest node.
     """
 
@@ -44,6 +47,7 @@ class ItemTrie:
         self.sizes = codes.sizes
         self.starts: list[Tensor] = []
         self.child_codes: list[Tensor] = []
+        self.first_leaves: list[Tensor] = []
         changed = np.zeros(len(table), dtype=bool)
         changed[0] = True
         parents = np.zeros(1, dtype=np.int64)  # first sorted row of each node at the current depth
@@ -53,8 +57,10 @@ class ItemTrie:
             starts = np.append(np.searchsorted(children, parents), len(children))
             self.starts.append(torch.from_numpy(starts.astype(np.int64)))
             self.child_codes.append(torch.from_numpy(table[children, level].astype(np.int64)))
+            self.first_leaves.append(torch.from_numpy(np.append(children, len(table)).astype(np.int64)))
             parents = children
         self.leaf_items: Tensor = torch.from_numpy(order.astype(np.int64))
+        self.item_leaves: Tensor = torch.argsort(self.leaf_items)
         self.max_children = tuple(int((starts[1:] - starts[:-1]).max()) for starts in self.starts)
 
     @property
@@ -71,7 +77,8 @@ class ItemTrie:
         """Move the arrays to a device, in place, and return self."""
         self.starts = [starts.to(device) for starts in self.starts]
         self.child_codes = [codes.to(device) for codes in self.child_codes]
-        self.leaf_items = self.leaf_items.to(device)
+        self.first_leaves = [leaves.to(device) for leaves in self.first_leaves]
+        self.leaf_items, self.item_leaves = self.leaf_items.to(device), self.item_leaves.to(device)
         return self
 
     def children(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,7 +80,7 @@ def test_a_model_and_its_tokenizer_come_back_from_a_folder(family, tmp_path):
 @pytest.mark.parametrize("kind", ["t5", "opt", "mistral", "bert"])
 def test_other_families_are_refused_before_their_weights_are_read(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(UnsupportedModelError, match=f"tested decoder-only families .*is of type {kind}; choose another"):
+    with pytest.raises(UnsupportedModelError, match=f"tested decoder-only families .*is of type {kind}; choose"):
         load_base(tmp_path)
 
 
@@ -91,7 +91,7 @@ def test_a_type_that_the_library_does_not_know_is_refused_by_name(tmp_path):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ItemTokError, match="must be a folder with a safetensors model or a Hub id .* was: .*nothing"):
+    with pytest.raises(ItemTokError, match=r"must be a folder with a safetensors model or a Hub id .* was: .*nothing"):
         load_base(tmp_path / "nothing")
 
 

@@ -31,7 +31,12 @@ def test_a_log_begins_empty_and_grows_by_lines(tmp_path):
 
 def test_a_resumed_log_keeps_whole_lines_up_to_its_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "train_runtime": 1.0}, {"step": 3, "loss": 1.0}]
+    lines = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "train_runtime": 1.0},
+        {"step": 3, "loss": 1.0},
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     assert len(read_log(path)) == 4
     MetricsLog(path).on_train_begin(ARGUMENTS, state(2), TrainerControl())
@@ -70,7 +75,7 @@ def test_a_signal_asks_for_a_checkpoint_and_the_end_after_the_step():
     stop, control = StopOnSignal(), TrainerControl()
     stop.on_train_begin(ARGUMENTS, state(0), control)
     control = stop.on_step_end(ARGUMENTS, state(1), control)
-    assert not (control.should_save or control.should_training_stop or stop.stopped)
+    assert (control.should_save, control.should_training_stop, stop.stopped) == (False, False, False)
     signal.raise_signal(signal.SIGTERM)
     control = stop.on_step_end(ARGUMENTS, state(2), control)
     assert control.should_save

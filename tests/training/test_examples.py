@@ -79,5 +79,5 @@ def test_text_tasks_alone_need_no_sequences():
 @pytest.mark.parametrize(("kind", "sequences"), [("windows", [[1]]), ("last", [[1], []]), ("all-positions", [[]])])
 def test_no_examples_at_all_are_refused(kind, sequences):
     arrays = [np.array(sequence, dtype=np.int64) for sequence in sequences]
-    with pytest.raises(DataError, match=f"`{kind}` over {len(arrays)} .*; `all-positions` needs one interaction per us"):
+    with pytest.raises(DataError, match=f"`{kind}` over {len(arrays)} .*; `all-positions` needs one interaction"):
         build(arrays, kind=kind, history_length=3, tasks=ITEM, text_rows=NONE)

@@ -204,21 +204,21 @@ def test_two_processes_train_as_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    processes = []
-    for name, batch, number in (("one", 4, 1), ("two", 2, 2)):
-        for rank in range(number):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
-            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if number > 1 else {}
-            environment = {key: str(value) for key, value in (place | where).items()} if number > 1 else {}
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.training.runs", str(tmp_path / name), str(batch), "2"],
-                    env={**os.environ, **settings, **environment},
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+    alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pair = alone | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.training.runs", str(tmp_path / name), batch, "2"],
+            env={**os.environ, **settings},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, batch, settings in (
+            ("one", "4", alone),
+            ("two", "2", pair | {"RANK": "0", "LOCAL_RANK": "0"}),
+            ("two", "2", pair | {"RANK": "1", "LOCAL_RANK": "1"}),
+        )
+    ]
     try:
         for process in processes:
             _, errors = process.communicate(timeout=200)

@@ -117,7 +117,7 @@ def test_items_without_text_count_for_nothing():
 
 
 def test_text_means_of_a_catalogue_without_text_are_refused():
-    with pytest.raises(ItemTokError, match="`vocab.init: text-mean` needs item text, but no item has any; use `codeb"):
+    with pytest.raises(ItemTokError, match=r"`vocab.init: text-mean` needs item text, but no item has any; use `codeb"):
         init.text_mean(ItemVocab(CODES, 100), TABLE, [[]] * CODES.num_items, seed=0)
 
 
@@ -136,12 +136,9 @@ def test_the_first_level_keeps_the_distances_between_cluster_means():
 
 
 def test_the_second_level_stands_for_what_the_first_left_over():
-    """Items are the sum of a coarse and a fine part, crossed: the fine rows must not see the coarse part."""
-    coarse, fine = (
-        torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)).numpy() * np.array([9, 1])[:, None, None]
-    )
-    table = np.stack([np.repeat(np.arange(3), 3), np.tile(np.arange(3), 3)], axis=1)
-    vectors = (coarse[table[:, 0]] + fine[table[:, 1]]).astype(np.float32)
-    made = init.codebook(ItemVocab(ItemCodes(table, (3, 3)), 100), TABLE, vectors, seed=0)[3:]
-    ours, theirs = torch.pdist(made), torch.pdist(torch.from_numpy(fine).float())
+    table, vectors = CODES.table, VECTORS[8]
+    of_first = np.stack([vectors[table[:, 0] == code].mean(0) for code in range(6)])
+    left = vectors - of_first[table[:, 0]]
+    theirs = torch.pdist(torch.from_numpy(np.stack([left[table[:, 1] == code].mean(0) for code in range(5)])))
+    ours = torch.pdist(rows("codebook 8")[6:11])
     assert torch.allclose(ours / ours.mean(), theirs / theirs.mean(), atol=1e-4)

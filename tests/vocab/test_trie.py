@@ -101,3 +101,17 @@ def test_children_of_many_nodes_come_at_once():
     assert children.shape == codes.shape == legal.shape == (2, 3, trie.max_children[1])
     one = trie.children(torch.tensor(4), 1)
     assert [part[1, 1].tolist() for part in (children, codes, legal)] == [part.tolist() for part in one]
+
+
+@settings(max_examples=50, deadline=None)
+@given(codes=code_tables())
+def test_the_leaves_under_a_node_are_the_items_with_its_prefix(codes):
+    trie = ItemTrie(codes)
+    assert trie.item_leaves[trie.leaf_items].tolist() == list(range(codes.num_items))
+    for level in range(codes.num_levels):
+        prefixes = sorted({tuple(code[: level + 1]) for code in codes.table.tolist()})
+        edges = trie.first_leaves[level].tolist()
+        for node, prefix in enumerate(prefixes):
+            items = trie.leaf_items[edges[node] : edges[node + 1]].tolist()
+            assert {tuple(codes.table[item, : level + 1].tolist()) for item in items} == {prefix}
+        assert (edges[0], edges[-1], len(edges)) == (0, codes.num_items, len(prefixes) + 1)

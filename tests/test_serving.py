@@ -1,0 +1,85 @@
+"""Requests are answered in order, one reply a line, and a bad line is named."""
+
+import json
+from typing import Any
+
+import pytest
+
+from llm_itemtok.errors import DataError
+from llm_itemtok.recommender import Recommendation
+from llm_itemtok.serving import BATCH, answer, answer_lines
+from tests.test_recommender import merged
+
+RECOMMENDER = merged()
+
+
+def replies(lines: list[str], k: int = 3) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in answer_lines(RECOMMENDER, lines, k)]
+
+
+def test_a_reply_is_the_recommendation():
+    (reply,) = replies(['{"user": "u1", "history": ["item-3", "item-7"]}'])
+    expected = RECOMMENDER.recommend(["item-3", "item-7"], 3)
+    assert reply["user"] == "u1"
+    assert set(reply) == {"user", "items"}
+    assert [(item["rank"], item["item_id"], item["title"]) for item in reply["items"]] == [
+        (item.rank, item.item_id, item.title) for item in expected
+    ]
+    assert [item["score"] for item in reply["items"]] == pytest.approx([item.score for item in expected])
+
+
+def test_many_requests_are_answered_in_order_and_blank_lines_passed_over():
+    lines = []
+    for number in range(2 * BATCH + 5):
+        lines += [json.dumps({"user": number, "history": [f"item-{number % 60}"]}), "\n", "  "]
+    found = replies(lines)
+    assert [reply["user"] for reply in found] == [str(number) for number in range(2 * BATCH + 5)]
+    for number in (0, BATCH, 2 * BATCH + 4):
+        expected = [item.item_id for item in RECOMMENDER.recommend([f"item-{number % 60}"], 3)]
+        assert [item["item_id"] for item in found[number]["items"]] == expected
+
+
+def test_no_requests_give_no_replies():
+    assert replies([]) == replies(["", "\n"]) == []
+
+
+def test_unknown_ids_are_told_and_numbers_are_read_as_text():
+    first, second = replies(['{"history": [5, "item-3", "x"]}', '{"history": ["5", "item-3", "x"]}'])
+    assert first == second
+    assert first["unknown"] == ["5", "x"]
+    assert first["user"] is None
+
+
+def test_replies_are_one_line_each_and_keep_letters_as_they_are():
+    (line,) = answer_lines(RECOMMENDER, ['{"user": "Zoë\\n", "history": []}'], 60)
+    assert "\n" not in line
+    assert "Zoë" in line
+    assert "“" in line
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"history": [', r"line 4: a request must be JSON, {\"user\": …, \"history\": \[item ids\]}: Expecting value"),
+        ("[]", r"line 4: a request must be .*, was: \[\]"),
+        ('{"user": "u"}', "line 4: a request must be"),
+        ('{"history": "item-3"}', "line 4: a request must be"),
+        ('{"history": [null]}', "line 4: item ids must be text or whole numbers, was: None"),
+        ('{"history": [true]}', "line 4: item ids must be text or whole numbers, was: True"),
+        ('{"history": [1.5]}', "line 4: item ids must be text or whole numbers, was: 1.5"),
+    ],
+)
+def test_a_bad_line_is_named_after_the_requests_before_it_are_answered(line, message):
+    good = '{"user": "u", "history": []}'
+    replies = answer_lines(RECOMMENDER, [good, "", good, line, good], 2)
+    assert [len(json.loads(next(replies))["items"]) for _ in range(2)] == [2, 2]
+    with pytest.raises(DataError, match=message):
+        next(replies)
+
+
+def test_a_reply_without_unknown_ids_says_nothing_of_them():
+    item = Recommendation(1, "a", "", -0.5)
+    assert answer("u", [item]) == {
+        "user": "u", "items": [{"rank": 1, "item_id": "a", "title": "", "score": -0.5}]
+    }  # fmt: skip
+    assert answer(None, [], ["x"]) == {"user": None, "items": [], "unknown": ["x"]}
