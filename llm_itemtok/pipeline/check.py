@@ -15,7 +15,7 @@ from llm_itemtok.items import vectors
 from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES
 from llm_itemtok.model.rows import input_table
 from llm_itemtok.model.scratch import train_tokenizer
-from llm_itemtok.pipeline.fit import make_examples
+from llm_itemtok.pipeline.fit import make_examples, refuse_long_histories
 from llm_itemtok.pipeline.prepare import load_data, refuse_textless, scratch_model
 from llm_itemtok.settings import FileVectors
 from llm_itemtok.training.arguments import build_arguments, check_settings
@@ -58,6 +58,7 @@ def check(config: RunConfig) -> str:
     if lm is None:
         lines.append(f"  `{config.model.name}` cannot be reached from here, so its size and memory are not known")
     else:
+        refuse_long_histories(config, lm, _levels(config))
         lines += _cost(config, lm, tokens * total / max(1, steps), arguments.device.type)
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from datasets import Dataset as ExampleTable
 from peft import PeftModel
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -24,7 +25,7 @@ from llm_itemtok.artifacts import METRICS_LOG, MODEL
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import DecodeNormaliser
-from llm_itemtok.errors import DataError
+from llm_itemtok.errors import DataError, RecipeError
 from llm_itemtok.evaluation.full_ranking import rank_cases
 from llm_itemtok.evaluation.metrics import metrics_from_ranks
 from llm_itemtok.items.codes import ItemCodes
@@ -65,6 +66,7 @@ def make_model(
 ) -> tuple[ItemTokenModel, PreTrainedTokenizerBase, PeftModel | None]:
     """Base model with item tokens, as training begins; PEFT's view of it when it has LoRA."""
     lm, tokenizer = base_model(config, data.catalog, folder, log)
+    refuse_long_histories(config, lm, codes.num_levels)
     peft_model = None
     if config.model.adapter == "lora":
         lora = config.model.lora
@@ -83,6 +85,16 @@ def make_model(
         output_dropout=config.model.output_dropout,
     )
     return model, tokenizer, peft_model
+
+
+def refuse_long_histories(config: RunConfig, lm: PreTrainedModel, levels: int) -> None:
+    """Raise `RecipeError` if a history and a path after it do not fit into the model's positions."""
+    needed, positions = 1 + (config.examples.history_length + 1) * levels, lm.config.max_position_embeddings
+    if needed > positions:
+        raise RecipeError(
+            f"`examples.history_length: {config.examples.history_length}` needs {needed:,} positions at {levels} "
+            f"tokens an item, but the model has {positions:,}; shorten the histories or choose another model"
+        )
 
 
 def decode_normaliser(config: RunConfig) -> DecodeNormaliser:

@@ -36,6 +36,7 @@ OWNED: Mapping[str, str] = {
     "remove_unused_columns": "batches are made by our collator, whose columns are all used",
     "label_names": "batches are made by our collator, and the objective knows its targets",
     "label_smoothing_factor": "the library's smoothing would bypass the objective: write `objective.label_smoothing`",
+    "neftune_noise_alpha": "its noise would reach text tokens alone: write `model.input_dropout`",
     "average_tokens_across_devices": "the loss is divided by the targets of all processes, always",
     "save_strategy": "a checkpoint is written at every validation: see `evaluation.every`",
     "save_steps": "a checkpoint is written at every validation: see `evaluation.every`",
@@ -107,7 +108,6 @@ RANGES: Mapping[str, Within] = {
     "adam_beta1": _SHARE,
     "adam_beta2": _SHARE,
     "adam_epsilon": Within(above=0),
-    "neftune_noise_alpha": _NOT_NEGATIVE,
     "logging_steps": Within(above=0),
     "save_total_limit": Within(low=2),  # the best checkpoint and the newest, which `--resume` goes on from
     "torch_empty_cache_steps": _COUNT,

@@ -226,6 +226,7 @@ def test_pickles_several_tensors_and_other_formats_are_refused(tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(3, 2), "b": torch.zeros(3, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(DataError, match="must hold one tensor, the item vectors, was: 2"):
         from_file(tmp_path / "x.safetensors", ABC)
+    (tmp_path / "x.csv").touch()
     with pytest.raises(DataError, match=r"must be .npy, .safetensors or .parquet, was: .csv"):
         from_file(tmp_path / "x.csv", ABC)
 
