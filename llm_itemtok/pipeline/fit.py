@@ -154,7 +154,10 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, resume: bool, log: 
     stop = StopOnSignal()
     callbacks = [MetricsLog(folder / METRICS_LOG), Progress(log), stop]
     trainer = _trainer(config, data, model, tokenizer, table, arguments, callbacks)
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    finally:
+        stop.release()
     if stop.stopped:
         raise Stopped
     state = trainer.state

@@ -1,7 +1,9 @@
 """What happens beside training: the metrics log of the run folder, progress lines, and stopping on a signal."""
 
 import json
+import math
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,13 +43,15 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         """Append one line: `step`, `epoch`, and what was logged."""
         if state.is_world_process_zero and logs:
-            values = {name: value for name, value in logs.items() if not name.startswith("total_")}
+            # JSON knows no NaN; a number that is none is written as null, which the report tells.
+            values = {name: value if math.isfinite(value) else None for name, value in logs.items()}
+            values = {name: value for name, value in values.items() if not name.startswith("total_")}
             line = {"step": state.global_step, "epoch": state.epoch, **values}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """Read `metrics.jsonl`; a last line cut short by a kill is passed over."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
@@ -110,8 +114,9 @@ class StopOnSignal(TrainerCallback):
         self._before: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take the signal over."""
-        self._before = signal.signal(signal.SIGTERM, self._remember)
+        """Take the signal over; outside the main thread, where Python allows no handler, leave it alone."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._remember)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -124,7 +129,13 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Give the signal back."""
-        signal.signal(signal.SIGTERM, self._before)
+        self.release()
+
+    def release(self) -> None:
+        """Give the signal back, also after training raised; does nothing the second time."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
 
     def _remember(self, _number: int, _frame: FrameType | None) -> None:
         self.stopped = True

@@ -29,6 +29,14 @@ def test_a_log_begins_empty_and_grows_by_lines(tmp_path):
     ]
 
 
+def test_a_loss_that_is_no_number_is_written_as_null(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.on_log(ARGUMENTS, state(1), TrainerControl(), logs={"loss": float("nan"), "grad_norm": 2.0})
+    (line,) = read_log(log.path)
+    assert line["loss"] is None
+    assert line["grad_norm"] == 2.0
+
+
 def test_a_resumed_log_keeps_whole_lines_up_to_its_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [
