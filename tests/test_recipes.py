@@ -38,7 +38,8 @@ def test_the_quickstart_is_among_them():
 
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
 def test_a_recipe_resolves(path, monkeypatch, tmp_path):
-    monkeypatch.setenv("ITEMTOK_DATA", str(tmp_path))
+    for name in ("ITEMTOK_DATA", "ITEMTOK_MINILM"):
+        monkeypatch.setenv(name, str(tmp_path))
     config = RunConfig.load(path)
     check_settings(config.trainer, source=str(path))
     (tmp_path / "resolved.yaml").write_text(config.to_yaml(), encoding="utf-8")
