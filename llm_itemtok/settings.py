@@ -17,7 +17,6 @@ from llm_itemtok.strict import PATH, Only, Unless, Within
 
 Count = Annotated[int, Within(low=1)]
 CountOrNone = Annotated[int, Within(low=0)]
-Share = Annotated[float, Within(above=0, below=1)]
 Dropout = Annotated[float, Within(low=0, below=1)]
 Positive = Annotated[float, Within(above=0)]
 NotNegative = Annotated[float, Within(low=0)]
