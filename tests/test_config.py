@@ -226,7 +226,7 @@ def test_an_override_cannot_change_the_parent_or_be_broken_yaml(recipe):
     ("override", "message"),
     [
         ("tokenizer.codebok_size=3", r"`tokenizer\.codebok_size` is not a setting; did you mean `tokenizer\.codebook_si"
-            r"ze`\?\n  `tokenizer` takes: codebook_size, collisions, iterations, kind, levels"),
+            r"ze`\?\n  `tokenizer` takes: codebook_size, collisions, components, iterations, kind, levels"),
         ("tokenizr.kind=random", r"`tokenizr` is not a setting; did you mean `tokenizer`\?\n  a recipe takes: data, e"),
         ("extend=y.yaml", "`extend` is not a setting; did you mean `extends`"),
         ("examples.tasks.nextitem=1", "did you mean `examples.tasks.next-item`"),
