@@ -7,6 +7,7 @@ Exit status: 0 done, 1 the run failed, 2 bad usage or bad input (one message on 
 import argparse
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def _report(error: Exception) -> int:
     if isinstance(error, ItemTokError):
         print(f"itemtok: {error}", file=sys.stderr)
         return 2
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
+    files = FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError
+    if isinstance(error, files) and error.filename is not None:
         print(f"itemtok: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     print(f"itemtok: failed: {type(error).__name__}: {error}\n  `--debug` shows where", file=sys.stderr)
@@ -143,9 +145,10 @@ def _run(options: argparse.Namespace) -> int:
     except Stopped:
         print("itemtok: stopped after a checkpoint; the same command with --resume goes on from it", file=sys.stderr)
         return STOPPED
-    _say(f"run folder: {folder}")
-    if options.until is None:
-        _say(_next_steps(folder))
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        _say(f"run folder: {folder}")
+        if options.until is None:
+            _say(_next_steps(folder))
     return 0
 
 
@@ -186,14 +189,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     from llm_itemtok.pipeline.evaluate import evaluate_path, table
 
     _quiet()
-    metrics = evaluate_path(options.path, options.data)
+    metrics = evaluate_path(options.path, options.data, log=lambda line: print(line, file=sys.stderr))
     print(json.dumps(metrics, indent=2) if options.json else table(metrics))
     return 0
 
 
 def _recommend(options: argparse.Namespace) -> int:
     from llm_itemtok.recommender import Recommender
-    from llm_itemtok.serving import answer, answer_lines
+    from llm_itemtok.serving import BATCH, answer, answer_lines
 
     _quiet()
     if options.history is None and sys.stdin.isatty():
@@ -201,7 +204,9 @@ def _recommend(options: argparse.Namespace) -> int:
         return 2
     recommender = Recommender.from_pretrained(options.model)
     if options.history is None:
-        for line in answer_lines(recommender, sys.stdin, options.k):
+        # A file is answered in batches; a program at the other end of a pipe gets each reply before its next request.
+        whole = sys.stdin.isatty() or stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode)
+        for line in answer_lines(recommender, sys.stdin, options.k, batch=BATCH if whole else 1):
             print(line, flush=True)
         return 0
     history = [item_id.strip() for item_id in options.history.split(",") if item_id.strip()]
@@ -210,7 +215,8 @@ def _recommend(options: argparse.Namespace) -> int:
         print(f"itemtok: skipped {len(unknown)} unknown items: {', '.join(unknown[:5])}", file=sys.stderr)
         if len(unknown) == len(history):
             print("itemtok: no item of the history is known; this is the answer for a new user", file=sys.stderr)
-    reply = answer(None, recommender.recommend(history, options.k), unknown)
+    known = [item_id for item_id in history if item_id not in unknown]
+    reply = answer(None, recommender.recommend(known, options.k), unknown)
     if options.json:
         print(json.dumps(reply, ensure_ascii=False))
     else:

@@ -6,8 +6,9 @@ It holds no user histories.
 """
 
 import json
+import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -68,6 +69,8 @@ class Generation:
         mask_seen: whether items of the history are left out.
         catalog_sha256: of the catalogue that the codes belong to.
         codes_sha256: of the codes.
+        dtype: of the base model's weights, for `adapter`: `float32`, `bfloat16` or `auto`.
+        protocol: how the data were split, as the recipe's `data` section says it, without places and names.
         format_version: of the bundle.
     """
 
@@ -81,6 +84,8 @@ class Generation:
     mask_seen: bool
     catalog_sha256: str
     codes_sha256: str
+    dtype: str = "auto"
+    protocol: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -126,13 +131,21 @@ class Recommender:
         self._trie = ItemTrie(model.vocab.codes).to(model.device)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Self:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        device: str | torch.device | None = None,
+    ) -> Self:
         """Load a bundle from a folder or a Hub repository.
 
         Args:
             path: folder (a bundle, or a run folder that holds one as `model/`) or Hub id.
             revision: branch, tag or commit of the Hub repository.
             trust_remote_code: run code that comes with the base model of an adapter.
+            device: where the model answers; a GPU if there is one when None.
 
         Raises:
             ArtifactError: if it is no bundle, a newer one, or its parts do not belong together.
@@ -150,6 +163,7 @@ class Recommender:
         items = _read_items(folder / ITEMS, vocab)
         load = _load_adapter if generation.layout == "adapter" else _load_merged
         model, peft_model = load(folder, vocab, generation, trust_remote_code)
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(
             model,
             tokenizer,
@@ -196,17 +210,27 @@ class Recommender:
         """Recommend for one history.
 
         Args:
-            history: item ids, oldest first. Unknown ids are skipped (`known` tells which); an empty history gives the
+            history: item ids, oldest first. Unknown ids are skipped, with a warning; an empty history gives the
                 model's unconditional answer.
             k: how many items, at least 1; fewer come out only if the catalogue has no more.
 
         Returns:
             Items, best first, each once.
         """
+        if isinstance(history, str):
+            raise DataError(f"a history must be a list of item ids, was: the text {history[:40]!r}")
+        history = list(history)
+        unknown = self.known(history)[1]
+        if unknown:
+            warnings.warn(
+                f"{len(unknown)} of {len(history)} items of the history are not in the catalogue and were skipped: "
+                f"{', '.join(unknown[:3])}",
+                stacklevel=2,
+            )
         return self.recommend_batch([history], k)[0]
 
     def recommend_batch(self, histories: Sequence[Iterable[str]], k: int = 10) -> list[list[Recommendation]]:
-        """Recommend for many histories at once; see `recommend`.
+        """Recommend for many histories at once; see `recommend`. Unknown ids are skipped; `known` tells which.
 
         Raises:
             DataError: if `k` is below 1.
@@ -358,12 +382,14 @@ def _load_adapter(
     """The base model with the adapter's LoRA inside and the item rows beside it."""
     if generation.base is None:
         raise ArtifactError(f"{folder / GENERATION}: an adapter must name its base model, was: null")
-    lm, _ = load_base(generation.base, revision=generation.revision, dtype="auto", trust_remote_code=trust_remote_code)
+    lm, _ = load_base(
+        generation.base, revision=generation.revision, dtype=generation.dtype, trust_remote_code=trust_remote_code
+    )
     config, weights, input_rows, output_rows = export.load_adapter(folder)
     peft_model = get_peft_model(lm, config)
     assert isinstance(peft_model, PeftModel)
     set_peft_model_state_dict(peft_model, weights)
-    rows = ItemRows(input_rows.to(lm.dtype), first_id=vocab.first_id, tied=output_rows is None)
+    rows = ItemRows(input_rows, first_id=vocab.first_id, tied=output_rows is None)
     if rows.output_rows is not None and output_rows is not None:
         with torch.no_grad():
             rows.output_rows.copy_(output_rows)

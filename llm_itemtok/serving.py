@@ -13,7 +13,7 @@ from llm_itemtok.errors import DataError
 from llm_itemtok.recommender import Recommendation, Recommender
 
 BATCH = 32
-"""Requests answered at a time when many are waiting."""
+"""Requests answered at a time when all of them are there already, as in a file."""
 
 
 def answer(user: str | None, items: Sequence[Recommendation], unknown: Sequence[str] = ()) -> dict[str, Any]:
@@ -24,13 +24,14 @@ def answer(user: str | None, items: Sequence[Recommendation], unknown: Sequence[
     return reply
 
 
-def answer_lines(recommender: Recommender, lines: Iterable[str], k: int) -> Iterator[str]:
+def answer_lines(recommender: Recommender, lines: Iterable[str], k: int, *, batch: int = BATCH) -> Iterator[str]:
     """Answer JSON Lines requests, in order.
 
     Args:
         recommender: gives the answers.
         lines: one request a line; blank lines are passed over.
         k: items a reply.
+        batch: requests read before the first of them is answered; 1 for a conversation.
 
     Yields:
         One JSON reply a request.
@@ -47,7 +48,7 @@ def answer_lines(recommender: Recommender, lines: Iterable[str], k: int) -> Iter
         except DataError:
             yield from _answer_all(recommender, waiting, k)
             raise
-        if len(waiting) == BATCH:
+        if len(waiting) == batch:
             yield from _answer_all(recommender, waiting, k)
             waiting = []
     yield from _answer_all(recommender, waiting, k)

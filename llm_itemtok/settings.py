@@ -141,8 +141,8 @@ class ResidualKMeansTokenizer:
     iterations: Count = 50
     """k-means steps a level at most."""
     components: CountOrNone = 0
-    """Principal components of the vectors to cluster, all to the same scale: fewer collisions, looser neighbourhoods;
-    0 clusters the vectors as they are."""
+    """Principal components of the vectors to cluster: fewer collisions, looser neighbourhoods; 0 clusters the vectors
+    as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ class RqVaeTokenizer:
     hidden: tuple[Count, ...] = (512, 256, 128)
     """Widths of the encoder's hidden layers; the decoder mirrors them."""
     epochs: Count = 500
-    """Passes over the catalogue."""
+    """Passes over the catalogue at most; training stops early when the loss no longer falls."""
     learning_rate: Positive = 1e-3
     """Of AdamW, constant."""
     batch_size: Count = 1024

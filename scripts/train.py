@@ -3,6 +3,7 @@
 The same flags as `itemtok run`; from an installed wheel use `accelerate launch -m llm_itemtok run RECIPE …`.
 """
 
+import argparse
 import sys
 
 from llm_itemtok.cli import main
@@ -10,11 +11,10 @@ from llm_itemtok.cli import main
 
 def run_arguments(arguments: list[str]) -> list[str]:
     """Turn `--config RECIPE …` into the arguments of `itemtok run`."""
-    rest = list(arguments)
-    if "--config" in rest:
-        place = rest.index("--config")
-        rest = [*rest[place + 1 : place + 2], *rest[:place], *rest[place + 2 :]]
-    return ["run", *rest]
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="the recipe")
+    known, rest = parser.parse_known_args(arguments)
+    return ["run", known.config, *rest]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The command: exit statuses, one message and no traceback, JSON alone on standard output."""
 
-import io
 import json
 import os
 import signal
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_itemtok.cli import main
+from llm_itemtok.cli import STAGES, main
+from llm_itemtok.pipeline.stages import STAGE_NAMES
 from tests.test_pipeline import RECIPE
 
 
@@ -77,6 +77,10 @@ def test_bad_input_is_status_2_with_one_message_and_no_traceback(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.yaml"]
 
 
+def test_the_stages_offered_are_those_of_the_pipeline() -> None:
+    assert STAGES == STAGE_NAMES
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing"):
         main(["--debug", "run", str(tmp_path / "missing.yaml")])
@@ -94,20 +98,24 @@ def test_recommend_prints_json_alone(finished: Path, capsys: pytest.CaptureFixtu
 
 
 def test_recommend_answers_json_lines_in_order(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     requests = [{"user": f"u{number}", "history": []} for number in range(40)]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(json.dumps(request) for request in requests)))
-    assert main(["recommend", str(finished), "-k", "2"]) == 0
+    (tmp_path / "requests.jsonl").write_text("\n".join(json.dumps(request) for request in requests))
+    with (tmp_path / "requests.jsonl").open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert main(["recommend", str(finished), "-k", "2"]) == 0
     replies = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [reply["user"] for reply in replies] == [request["user"] for request in requests]
 
 
 def test_a_request_that_is_no_json_is_named_after_the_ones_before_it_are_answered(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO('{"user": 1, "history": []}\nnonsense\n'))
-    assert main(["recommend", str(finished), "-k", "2"]) == 2
+    (tmp_path / "requests.jsonl").write_text('{"user": 1, "history": []}\nnonsense\n')
+    with (tmp_path / "requests.jsonl").open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert main(["recommend", str(finished), "-k", "2"]) == 2
     output = capsys.readouterr()
     assert json.loads(output.out)["user"] == "1"
     assert "line 2" in output.err
@@ -123,6 +131,19 @@ def test_evaluate_inspect_report_check_and_explain_answer(finished: Path, capsys
     assert "steps" in capsys.readouterr().out
     assert main(["explain", "tokenizer.levels"]) == 0
     assert "tokenizer.levels" in capsys.readouterr().out
+
+
+def test_a_program_at_the_other_end_of_a_pipe_gets_each_reply_before_its_next_request(finished: Path) -> None:
+    command = [sys.executable, "-m", "llm_itemtok", "recommend", str(finished), "-k", "2"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for user in ("a", "b"):
+            process.stdin.write(json.dumps({"user": user, "history": []}) + "\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["user"] == user
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
 
 
 @pytest.mark.slow

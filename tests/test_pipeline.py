@@ -8,11 +8,12 @@ import pytest
 
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data import synthetic
-from llm_itemtok.errors import ArtifactError, CollisionError, DataError, RecipeError
+from llm_itemtok.errors import ArtifactError, CollisionError, DataError, ItemTokError, RecipeError
 from llm_itemtok.pipeline.check import check
 from llm_itemtok.pipeline.evaluate import evaluate_path
 from llm_itemtok.pipeline.inspect import inspect
 from llm_itemtok.pipeline.run import run
+from llm_itemtok.pipeline.stages import input_hashes
 from llm_itemtok.recommender import Recommender
 
 RECIPE = """
@@ -122,6 +123,55 @@ def test_a_corrected_recipe_takes_over_a_folder_where_nothing_but_data_was_finis
     assert (tmp_path / "run/codes/v0").is_dir()
 
 
+def test_a_checkpoint_of_other_data_is_not_resumed(folder: Path, tmp_path: Path) -> None:
+    """Or a model of the old log, with new test targets in it, would be measured under the new hashes."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {folder}"))
+    run(RunConfig.load(path), tmp_path / "run", until="train")
+    lines: list[str] = []
+    log = folder / "interactions.csv"
+    log.write_text("\n".join(log.read_text().splitlines()[:-40]) + "\n")
+    run(RunConfig.load(path), tmp_path / "run", until="train", resume=True, log=lines.append)
+    assert any("training starts over" in line for line in lines)
+    assert not any("resumed from" in line for line in lines)
+
+
+def test_a_bundle_alone_is_tested_on_the_split_it_was_trained_with(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {folder}, split: temporal"))
+    run(RunConfig.load(path), tmp_path / "run", until="evaluate")
+    (tmp_path / "run/model").rename(tmp_path / "alone")
+    metrics = evaluate_path(str(tmp_path / "alone"), folder)
+    assert metrics["protocol"]["split"] == "temporal"
+    assert metrics["test"] == json.loads((tmp_path / "run/metrics.json").read_text())["test"]
+
+
+def test_text_tasks_without_any_title_are_refused_also_where_categories_exist(folder: Path, tmp_path: Path) -> None:
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    (folder / "items.jsonl").write_text("".join(json.dumps({**item, "title": None}) + "\n" for item in items))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {folder}"))
+    with pytest.raises(DataError, match=r"no item .* has a title(.|\n)*title-to-item"):
+        check(RunConfig.load(path, ["examples.tasks.title-to-item=1"]))
+
+
+def test_a_folder_that_happens_to_be_called_scratch_is_not_taken_for_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch/file").write_text("anything")
+    monkeypatch.chdir(tmp_path)
+    assert input_hashes(recipe(tmp_path)) == {}
+
+
+@pytest.mark.parametrize(
+    "override", ["model.name=./nowhere", "vectors={kind: sentence-transformers, model: ./nowhere}"], ids=["llm", "st"]
+)
+def test_models_that_are_not_there_are_bad_input(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ItemTokError, match="nowhere"):
+        check(recipe(tmp_path, override))
+
+
 def test_a_folder_that_is_no_run_is_never_emptied(tmp_path: Path) -> None:
     out = tmp_path / "precious"
     out.mkdir()
@@ -204,7 +254,7 @@ def test_check_prints_what_it_found_and_writes_nothing(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     text = check(config)
-    assert "80" in text
+    assert "users                 80\n" in text
     assert "steps" in text
     assert sorted(tmp_path.rglob("*")) == before
 

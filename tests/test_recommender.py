@@ -118,9 +118,16 @@ def test_scores_are_those_of_recommendations(normaliser):
 def test_unknown_ids_are_skipped_and_told():
     recommender = merged()
     assert recommender.known(["x", "item-3", 5, "item-7"]) == ([3, 7], ["x", "5"])
-    assert recommender.recommend(["x", "item-3", "y"]) == recommender.recommend(["item-3"])
+    with pytest.warns(UserWarning, match=r"2 of 3 items of the history are not in the catalogue .* x, y"):
+        assert recommender.recommend(["x", "item-3", "y"]) == recommender.recommend(["item-3"])
     assert recommender.score(["x", "item-3"], IDS[:4]) == recommender.score(["item-3"], IDS[:4])
-    assert recommender.recommend(["x"]) == recommender.recommend([])
+    with pytest.warns(UserWarning, match="1 of 1"):
+        assert recommender.recommend(["x"]) == recommender.recommend([])
+
+
+def test_a_text_in_place_of_a_list_of_ids_is_refused():
+    with pytest.raises(DataError, match="must be a list of item ids, was: the text 'item-3'"):
+        merged().recommend("item-3")
 
 
 def test_an_empty_history_is_answered():

@@ -120,7 +120,7 @@ def rank_cases(scorer: Scorer, cases: Cases, mask_seen: bool, batch: int = 512) 
         stop = min(start + step, len(cases))
         histories = [cases.history(case) for case in range(start, stop)]
         scores = scorer.scores(histories)
-        exclude = _seen(histories, scores.shape[1]) if mask_seen else None
+        exclude = seen_items(histories, scores.shape[1]) if mask_seen else None
         ranks[start:stop] = ranks_from_scores(scores, cases.targets[start:stop], exclude)
         start, step = stop, max(1, min(batch, _MAX_SCORES // scores.shape[1]))
     return ranks
@@ -154,7 +154,7 @@ def evaluate_baselines(
     return results
 
 
-def _seen(histories: Sequence[NDArray[np.int64]], num_items: int) -> NDArray[np.bool_]:
+def seen_items(histories: Sequence[NDArray[np.int64]], num_items: int) -> NDArray[np.bool_]:
     """Mark the items of each history: bool [B, N]."""
     seen = np.zeros((len(histories), num_items), dtype=bool)
     for case, history in enumerate(histories):

@@ -109,7 +109,13 @@ def sentence_transformers(
             "`vectors.kind: sentence-transformers` needs the package of that name; install it with "
             "`pip install llm-itemtok[sentence-transformers]`, or use `vectors.kind: tfidf-svd`"
         ) from error
-    encoder = SentenceTransformer(model)
+    try:
+        encoder = SentenceTransformer(model)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"`vectors.model` must be a folder or a Hub id of a sentence-transformers model that can be reached, was: "
+            f"{model}\n  {str(error).splitlines()[0]}"
+        ) from error
 
     def embed(batch: list[str]) -> np.ndarray:
         return encoder.encode(batch, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)

@@ -112,9 +112,9 @@ def with_item_tokens(
         output_dropout: share of each final state dropped while training.
     """
     vocab = ItemVocab.add_to(tokenizer, codes)
-    table = input_table(lm).weight
     rows = ItemRows(
-        initial_rows(vocab, table.detach()).to(table.dtype),
+        # Float32 whatever the base has: small updates of few rows would be rounded away in bfloat16.
+        initial_rows(vocab, input_table(lm).weight.detach()).float(),
         first_id=vocab.first_id,
         tied=bool(lm.config.tie_word_embeddings),
     )

@@ -10,14 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.describe import describe, describe_text
-from llm_itemtok.errors import CollisionError, UnsupportedModelError
+from llm_itemtok.errors import CollisionError, DataError, ItemTokError, UnsupportedModelError
 from llm_itemtok.items import vectors
-from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES
+from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, refuse_unsupported
 from llm_itemtok.model.rows import input_table
 from llm_itemtok.model.scratch import train_tokenizer
-from llm_itemtok.pipeline.fit import make_examples, refuse_long_histories
+from llm_itemtok.pipeline.fit import count_steps, make_examples, refuse_long_histories
 from llm_itemtok.pipeline.prepare import load_data, refuse_textless, scratch_model
-from llm_itemtok.settings import FileVectors
+from llm_itemtok.settings import FileVectors, SentenceTransformersVectors
 from llm_itemtok.training.arguments import build_arguments, check_settings
 
 
@@ -38,15 +38,13 @@ def check(config: RunConfig) -> str:
     # A recipe for a GPU is checked on machines without one; precision changes neither steps nor batches.
     portable = {name: value for name, value in config.trainer.items() if name not in ("bf16", "fp16", "tf32")}
     arguments = build_arguments(portable, output_dir=Path("checkpoints"), seed=config.seed)
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    steps = math.ceil(len(table) / batch)
-    total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(steps * arguments.num_train_epochs)
+    steps, total = count_steps(arguments, len(table))
     tokens = sum(table["length"]) * _levels(config)
     lines = [
         describe_text(describe(data.raw, data.split)),
         "",
         "training",
-        f"  {len(table):,} examples, about {tokens:,} item tokens an epoch, {steps:,} steps of {batch} an epoch",
+        f"  {len(table):,} examples, about {tokens:,} item tokens an epoch, {steps:,} steps an epoch",
         f"  {total:,} steps in all, validation and a checkpoint every {config.evaluation.every:g} epochs",
     ]
     if config.model.name == "scratch" and "learning_rate" not in config.trainer:
@@ -71,6 +69,10 @@ def _refuse_codes(config: RunConfig, catalog: Catalog) -> None:
     """Raise what the stage `items` would raise, as far as it can be known beforehand."""
     if isinstance(config.vectors, FileVectors):
         vectors.from_file(config.vectors.path, catalog)
+    if isinstance(config.vectors, SentenceTransformersVectors):
+        path = config.vectors.model
+        if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+            raise DataError(f"`vectors.model` must be a folder or a Hub id, but there is no folder {path}")
     capacity = config.tokenizer.codebook_size**config.tokenizer.levels
     if config.tokenizer.collisions != "extra-level" and capacity < len(catalog):
         raise CollisionError(
@@ -90,14 +92,19 @@ def _empty_model(config: RunConfig) -> PreTrainedModel | None:
         found: PreTrainedConfig = AutoConfig.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except OSError:
-        return None
+    except (OSError, ValueError) as error:
+        if model.name.startswith((".", "/", "~")) or Path(model.name).exists():
+            first = str(error).splitlines()[0]
+            raise ItemTokError(f"`model.name` must be a folder with a model, was: {model.name}\n  {first}") from error
+        return None  # a Hub id, which may well be reachable where the run takes place
     if found.model_type not in SUPPORTED_FAMILIES:
         raise UnsupportedModelError(
             f"`model.name: {model.name}` is of type {found.model_type}; tested are {', '.join(SUPPORTED_FAMILIES)}"
         )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(found)
+        lm = AutoModelForCausalLM.from_config(found)
+    refuse_unsupported(lm)
+    return lm
 
 
 def _cost(config: RunConfig, lm: PreTrainedModel, tokens: float, device: str) -> list[str]:

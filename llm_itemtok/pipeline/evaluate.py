@@ -1,5 +1,6 @@
 """The evaluation stage: a bundle, a split and the baselines → `metrics.json`, predictions and examples."""
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,14 +32,14 @@ from llm_itemtok.evaluation.segments import segment_masks, segment_metrics
 from llm_itemtok.items.quality import quality
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.pipeline.card import card
-from llm_itemtok.pipeline.prepare import Dataset, Log, load_data
+from llm_itemtok.pipeline.prepare import Dataset, Log, load_data, progress_lines
 from llm_itemtok.recommender import CARD, Recommender
-from llm_itemtok.settings import Data
+from llm_itemtok.settings import Data, Filter
 from llm_itemtok.vocab.trie import ItemTrie
 
 
-def rank(recommender: Recommender, cases: Cases, *, batch_size: int) -> Ranking:
-    """Rank cases as the bundle says that it is decoded."""
+def rank(recommender: Recommender, cases: Cases, *, batch_size: int, log: Log, what: str) -> Ranking:
+    """Rank cases as the bundle says that it is decoded; `what` they are is said in progress lines."""
     generation = recommender.generation
     return rank_cases(
         recommender.model,
@@ -50,6 +51,7 @@ def rank(recommender: Recommender, cases: Cases, *, batch_size: int) -> Ranking:
         normaliser=generation.normaliser,
         mask_seen=generation.mask_seen,
         batch_size=batch_size,
+        progress=progress_lines(log, what),
     )
 
 
@@ -62,6 +64,7 @@ def measure(
     batch_size: int,
     baseline_names: tuple[str, ...],
     quality: Mapping[str, Any],
+    log: Log,
 ) -> tuple[dict[str, Any], Ranking]:
     """Measure a recommender: the contract's `metrics.json`, and the test lists.
 
@@ -73,6 +76,7 @@ def measure(
         batch_size: users decoded at a time.
         baseline_names: measured beside it; the generator's oracle is added on synthetic data.
         quality: of the item codes, copied.
+        log: called with progress lines.
 
     Raises:
         ArtifactError: if model and data have different catalogues.
@@ -80,13 +84,14 @@ def measure(
     recommender.check_catalog(data.catalog)
     test, generation = data.split.test, recommender.generation
     started = time.perf_counter()
-    ranking = rank(recommender, test, batch_size=batch_size)
+    ranking = rank(recommender, test, batch_size=batch_size, log=log, what="test users")
     seconds = time.perf_counter() - started
-    validation = rank(recommender, data.split.validation, batch_size=batch_size)
+    validation = rank(recommender, data.split.validation, batch_size=batch_size, log=log, what="validation users")
     others = baselines.evaluate_baselines(baseline_names, data.split, test, generation.mask_seen, seed)
     if data.oracle is not None:
         scores = data.oracle.scores(test.histories(), test.users)
-        ranks = ranks_from_scores(scores, test.targets)
+        exclude = baselines.seen_items(test.histories(), len(data.catalog)) if generation.mask_seen else None
+        ranks = ranks_from_scores(scores, test.targets, exclude)
         others["oracle"] = {"test": metrics_from_ranks(ranks), "ci95": bootstrap(ranks, seed=seed)}
     metrics = {
         "protocol": {
@@ -124,6 +129,7 @@ def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
         batch_size=config.evaluation.batch_size,
         baseline_names=config.evaluation.baselines,
         quality=read_json(folder / CODES / "v0" / QUALITY),
+        log=log,
     )
     test = data.split.test
     write_predictions(folder / PREDICTIONS, ranking, test, recommender.item_ids, config.evaluation.k)
@@ -135,12 +141,13 @@ def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
     log(table(metrics))
 
 
-def evaluate_path(path: str, data_folder: Path | None) -> dict[str, Any]:
+def evaluate_path(path: str, data_folder: Path | None, log: Log = lambda _line: None) -> dict[str, Any]:
     """Measure a run or a bundle again, by default on the data of its run.
 
     Args:
         path: run folder, bundle or Hub id.
         data_folder: data folder to use instead of the run's.
+        log: called with progress lines.
 
     Returns:
         As `metrics.json`.
@@ -155,8 +162,8 @@ def evaluate_path(path: str, data_folder: Path | None) -> dict[str, Any]:
     config = RunConfig.load(recipe) if recipe else None
     if recipe and config and data_folder is not None:
         source = "folder" if config.data.source == "synthetic" else config.data.source
-        config = RunConfig.load(recipe, [f"data.source={source}", f"data.path={data_folder}"])
-    settings = config.data if config else Data(path=str(data_folder))
+        config = RunConfig.load(recipe, [f"data.source={source}", f"data.path={json.dumps(str(data_folder))}"])
+    settings = config.data if config else _bundle_data(recommender, str(data_folder))
     seed = config.seed if config else 0
     return measure(
         recommender,
@@ -166,7 +173,21 @@ def evaluate_path(path: str, data_folder: Path | None) -> dict[str, Any]:
         batch_size=config.evaluation.batch_size if config else 64,
         baseline_names=config.evaluation.baselines if config else ("popularity", "markov"),
         quality=quality(recommender.model.vocab.codes),
+        log=log,
     )[0]
+
+
+def _bundle_data(recommender: Recommender, path: str) -> Data:
+    """A data folder, split as the data were that a bundle was trained on.
+
+    Raises:
+        ArtifactError: if the bundle does not say how that was.
+    """
+    protocol = dict(recommender.generation.protocol)
+    if not protocol:
+        raise ArtifactError("this model does not say how its data were split, so what to test on is not known")
+    rule = protocol.pop("filter", None)
+    return Data(path=path, filter=None if rule is None else Filter(**rule), **protocol)
 
 
 def write_predictions(path: Path, ranking: Ranking, cases: Cases, item_ids: tuple[str, ...], k: int) -> None:

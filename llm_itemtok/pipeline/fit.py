@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset as ExampleTable
 from peft import PeftModel
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from llm_itemtok.artifacts import METRICS_LOG, MODEL
+from llm_itemtok.artifacts import METRICS_LOG, MODEL, read_json, write_json
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import DecodeNormaliser
@@ -43,6 +44,8 @@ from llm_itemtok.training.trainer import ItemTokenTrainer
 from llm_itemtok.vocab.trie import ItemTrie
 
 CHECKPOINTS = "checkpoints"
+PROTOCOL = ("split", "k_core", "deduplicate", "unknown_items", "filter", "validation_share", "test_share")
+"""Settings of `data` that decide what is trained on and tested; a bundle carries them."""
 
 
 class Stopped(Exception):
@@ -103,12 +106,19 @@ def decode_normaliser(config: RunConfig) -> DecodeNormaliser:
     return config.objective.normaliser if chosen == "same" else chosen
 
 
+def count_steps(arguments: TrainingArguments, num_examples: int) -> tuple[int, int]:
+    """Optimiser steps of an epoch, and of the whole training."""
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    an_epoch = math.ceil(num_examples / batch)
+    return an_epoch, arguments.max_steps if arguments.max_steps > 0 else math.ceil(
+        an_epoch * arguments.num_train_epochs
+    )
+
+
 def training_arguments(config: RunConfig, folder: Path, num_examples: int) -> TrainingArguments:
     """The recipe's `trainer` section, with validation and checkpoints at the recipe's interval."""
     arguments = build_arguments(config.trainer, output_dir=folder / CHECKPOINTS, seed=config.seed)
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    steps_an_epoch = math.ceil(num_examples / batch)
-    total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(steps_an_epoch * arguments.num_train_epochs)
+    steps_an_epoch, total = count_steps(arguments, num_examples)
     interval = min(max(1, round(config.evaluation.every * steps_an_epoch)), total)
     return replace(
         arguments,
@@ -121,18 +131,20 @@ def training_arguments(config: RunConfig, folder: Path, num_examples: int) -> Tr
         load_best_model_at_end=True,
         metric_for_best_model="ndcg@10",
         greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,  # the count of `evaluation.patience`
         # Pinning needs an accelerator; without one the library would warn at every epoch.
         dataloader_pin_memory=arguments.dataloader_pin_memory and torch.cuda.is_available(),
     )
 
 
-def train(config: RunConfig, data: Dataset, folder: Path, *, resume: bool, log: Log) -> None:
+def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: bool, log: Log) -> None:
     """Train, keep the best checkpoint by validation NDCG@10, write the bundle.
 
     Args:
         config: the recipe.
         data: its data.
         folder: the run folder.
+        key: hash of everything that training depends on; a checkpoint of other inputs is not resumed.
         resume: go on from the last checkpoint, if there is one; otherwise start over.
         log: called with progress lines.
 
@@ -146,11 +158,13 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, resume: bool, log: 
     model, tokenizer, peft_model = make_model(config, data, codes, folder, log)
     table = make_examples(config, data)
     arguments = training_arguments(config, folder, len(table))
-    last = _last_checkpoint(folder / CHECKPOINTS, resume=resume, may_delete=arguments.should_save)
+    last = _last_checkpoint(folder / CHECKPOINTS, key, resume=resume, writes=arguments.should_save)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log(f"  {trainable:,} trainable parameters, {len(table):,} examples")
     if last is not None:
         log(f"  resumed from {last.name}")
+    elif resume:
+        log("  nothing to resume from: no checkpoint of these inputs; training starts over")
     stop = StopOnSignal()
     callbacks = [MetricsLog(folder / METRICS_LOG), Progress(log), stop]
     trainer = _trainer(config, data, model, tokenizer, table, arguments, callbacks)
@@ -168,15 +182,17 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, resume: bool, log: 
         bundle(config, data, model, tokenizer, peft_model).save_pretrained(folder / MODEL)
 
 
-def _last_checkpoint(folder: Path, *, resume: bool, may_delete: bool) -> Path | None:
-    """The checkpoint to go on from; without `resume`, older ones are deleted and there is none."""
-    if not folder.is_dir():
-        return None
-    if resume:
-        found = get_last_checkpoint(str(folder))
-        return None if found is None else Path(found)
-    if may_delete:
-        shutil.rmtree(folder)
+def _last_checkpoint(folder: Path, key: str, *, resume: bool, writes: bool) -> Path | None:
+    """The checkpoint to go on from, if it was trained on the same inputs; otherwise old ones are deleted."""
+    note = folder / "key.json"
+    same = note.is_file() and read_json(note) == key
+    found = get_last_checkpoint(str(folder)) if resume and same else None
+    PartialState().wait_for_everyone()  # nobody deletes before everybody has looked
+    if found is not None:
+        return Path(found)
+    if writes:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(note, key)
     return None
 
 
@@ -230,6 +246,8 @@ def bundle(
         mask_seen=config.evaluation.mask_seen,
         catalog_sha256=data.catalog.sha256,
         codes_sha256=model.vocab.codes.sha256,
+        dtype=config.model.dtype,
+        protocol={name: value for name, value in config.to_dict()["data"].items() if name in PROTOCOL},
     )
     return Recommender(
         model,

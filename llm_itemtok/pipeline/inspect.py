@@ -18,7 +18,7 @@ def inspect(path: Path, compare: Path | None = None) -> str:
         compare: other codes of the same items.
 
     Raises:
-        ArtifactError: if there are no codes, or the two are of different catalogues.
+        ArtifactError: if there are no codes, or the two have different numbers of items.
     """
     codes, place = _load(path)
     text = f"{place}\n{quality_table(quality(codes))}"
@@ -39,7 +39,7 @@ def inspect(path: Path, compare: Path | None = None) -> str:
 
 def _load(path: Path) -> tuple[ItemCodes, Path]:
     """Codes in a folder, in its `model/`, or the newest version of its `codes/`."""
-    versions = sorted((path / CODES).glob("v*"), key=lambda folder: int(folder.name[1:])) if path.is_dir() else []
+    versions = sorted((path / CODES).glob("v[0-9]*"), key=lambda folder: int(folder.name[1:])) if path.is_dir() else []
     for place in (path, *reversed(versions), path / MODEL):
         if (place / "item_codes.safetensors").is_file():
             return ItemCodes.load(place), place

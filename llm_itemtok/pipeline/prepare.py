@@ -1,14 +1,16 @@
 """The stages before training: data, item vectors, codes, base model, vocabulary."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +34,7 @@ from llm_itemtok.model import scratch
 from llm_itemtok.model.load import load_base
 from llm_itemtok.model.prompts import encode_text
 from llm_itemtok.model.rows import input_table
+from llm_itemtok.pipeline.stages import input_hashes
 from llm_itemtok.vocab import init
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
@@ -107,7 +110,13 @@ def load_data(data: settings.Data, seed: int) -> Dataset:
 
 
 def refuse_textless(config: RunConfig, catalog: Catalog) -> None:
-    """Raise `DataError` if the recipe needs item text and the catalogue has none at all."""
+    """Raise `DataError` if the recipe needs item text, or titles, and the catalogue has none at all."""
+    tasks = [task for task in ("title-to-item", "item-to-title") if config.examples.tasks.get(task, 0) > 0]
+    if tasks and not any(catalog.titles):
+        raise DataError(
+            "no item of the catalogue has a title, but the recipe needs them: "
+            + ", ".join(f"`examples.tasks.{task}` (set it to 0)" for task in tasks)
+        )
     if catalog.has_text:
         return
     needs = []
@@ -118,11 +127,6 @@ def refuse_textless(config: RunConfig, catalog: Catalog) -> None:
         needs.append("`vocab.init: text-mean` (use `codebook` or `normal`)")
     if config.vocab.init == "codebook" and from_text:
         needs.append("`vocab.init: codebook` on text vectors (use `vectors.kind: file`, or `normal`)")
-    needs += [
-        f"`examples.tasks.{task}` (set it to 0)"
-        for task in ("title-to-item", "item-to-title")
-        if config.examples.tasks.get(task, 0) > 0
-    ]
     if needs:
         raise DataError("no item of the catalogue has any text, but the recipe needs it:\n  " + "\n  ".join(needs))
 
@@ -143,7 +147,7 @@ def base_model(
         tokenizer = scratch.train_tokenizer(texts, vocab_size=sizes.vocab_size)
         lm = scratch_model(config, tokenizer)
         log(f"  base model: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tokenizer):,} text tokens")
-        report = _every_tenth(log, "pre-training on the item texts")
+        report = _every_fifth(log, "pre-training on the item texts")
         scratch.pretrain(lm, tokenizer, texts, epochs=sizes.pretrain_epochs, seed=config.seed, progress=report)
         with atomic_folder(place) as new:
             lm.save_pretrained(new)
@@ -167,12 +171,20 @@ def scratch_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     )
 
 
+def sentence_transformers_version() -> str:
+    """Version of the optional package, or what stands for its absence until it is asked for."""
+    try:
+        return version("sentence-transformers")
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def scratch_version() -> str:
     """What, beside the recipe, decides how a scratch model comes out."""
     return " ".join(f"{name}={version(name)}" for name in ("torch", "transformers", "sentencepiece"))
 
 
-def _every_tenth(log: Log, what: str) -> Callable[[int, int, float], None]:
+def _every_fifth(log: Log, what: str) -> Callable[[int, int, float], None]:
     def report(step: int, steps: int, loss: float) -> None:
         if step % max(1, steps // 5) == 0 or step == steps:
             log(f"  {what}: step {step:,} of {steps:,}, loss {loss:.3f}")
@@ -191,7 +203,12 @@ def item_vectors(config: RunConfig, catalog: Catalog, folder: Path, log: Log) ->
     without = vectors.num_without_text(texts)
     if without:
         log(f"  {without:,} of {len(texts):,} items have no text; their vectors are zero")
-    key: dict[str, Any] = {"texts": catalog.sha256, "settings": config.to_dict()["vectors"], "seed": config.seed}
+    key: dict[str, Any] = {
+        "texts": catalog.sha256,
+        "settings": config.to_dict()["vectors"],
+        "seed": config.seed,
+        "inputs": input_hashes(config),
+    }
     compute: Callable[[], np.ndarray]
     if isinstance(kind, settings.TfidfSvdVectors):
         key["scikit-learn"] = version("scikit-learn")
@@ -201,34 +218,37 @@ def item_vectors(config: RunConfig, catalog: Catalog, folder: Path, log: Log) ->
                 texts, dimensions=kind.dimensions, max_features=kind.max_features, seed=config.seed
             )
     elif isinstance(kind, settings.SentenceTransformersVectors):
+        key["versions"] = sentence_transformers_version()
 
         def compute() -> np.ndarray:
             return vectors.sentence_transformers(
-                texts, model=kind.model, batch_size=kind.batch_size, progress=_progress(log, "item vectors")
+                texts, model=kind.model, batch_size=kind.batch_size, progress=progress_lines(log, "item vectors")
             )
     else:
         key["model"] = config.to_dict()["model"]
+        key["transformers"] = version("transformers")
 
         def compute() -> np.ndarray:
             lm, tokenizer = base_model(config, catalog, folder, log)
             return vectors.language_model(
                 texts,
-                model=lm,
+                model=lm.to(PartialState().device),
                 tokenizer=tokenizer,
                 batch_size=kind.batch_size,
-                progress=_progress(log, "item vectors"),
+                progress=progress_lines(log, "item vectors"),
             )
 
     return vectors.cached(key, folder / CACHE, compute)
 
 
-def _progress(log: Log, what: str) -> Callable[[int, int], None]:
-    marks = {0}
+def progress_lines(log: Log, what: str) -> Callable[[int, int], None]:
+    """A progress callback that says every tenth, if that takes a few seconds."""
+    last = [0, time.monotonic()]
 
     def report(done: int, total: int) -> None:
-        tenth = done * 10 // max(1, total)
-        if tenth not in marks:
-            marks.add(tenth)
+        tenth, now = done * 10 // max(1, total), time.monotonic()
+        if tenth > last[0] and now - last[1] > 5:
+            last[:] = [tenth, now]
             log(f"  {what}: {done:,} of {total:,}")
 
     return report
@@ -249,7 +269,7 @@ def item_tokenizer(config: RunConfig, log: Log) -> ItemTokenizer:
         batch_size=chosen.batch_size,
         learning_rate=chosen.learning_rate,
         commitment=chosen.commitment,
-        progress=_progress(log, "RQ-VAE epochs"),
+        progress=progress_lines(log, "RQ-VAE epochs"),
         **shape,
     )
 
@@ -281,7 +301,7 @@ def make_codes(config: RunConfig, data: Dataset, folder: Path, log: Log) -> Item
 
 
 def make_vocab(config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path, log: Log) -> None:
-    """Extend the tokenizer and compute the initial rows; write both to `vocab/`."""
+    """Compute the initial rows of the item tokens; write them to `vocab/`."""
     lm, tokenizer = base_model(config, data.catalog, folder, log)
     vocab = ItemVocab.add_to(tokenizer, codes)
     table = input_table(lm).weight.detach().float()
@@ -294,7 +314,6 @@ def make_vocab(config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path,
     else:
         rows = init.normal(vocab, table, seed=config.seed)
     with atomic_folder(folder / VOCAB) as new:
-        tokenizer.save_pretrained(new)
         save_file({"rows": rows.contiguous()}, new / "initial_rows.safetensors")
     log(f"  {vocab.num_tokens:,} item tokens from id {vocab.first_id:,}; an item is such as {vocab.spell(0)}")
 

@@ -3,6 +3,7 @@
 import textwrap
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
@@ -46,7 +47,9 @@ def run(
     folder = Path(out)
     last = _last_stage(start, until)
     check_settings(config.trainer)
-    state = PartialState()
+    # Other processes wait while the main one prepares or measures, for longer than the library's ten minutes.
+    patience = timedelta(seconds=config.trainer.get("ddp_timeout", 86_400))
+    state = PartialState(cpu=config.trainer.get("use_cpu", False), timeout=patience)
     say = log if state.is_main_process else lambda _line: None
     data = prepare.load_data(config.data, config.seed)
     prepare.refuse_textless(config, data.catalog)
@@ -67,7 +70,7 @@ def run(
         say(f"{stage}:")
         began = time.perf_counter()
         if stage == "train" or state.is_main_process:
-            _carry_out(stage, config, data, folder, resume, say)
+            _carry_out(stage, config, data, folder, keys[stage], resume, say)
         state.wait_for_everyone()
         book.mark(stage, keys[stage])
         say(f"{stage}: finished in {time.perf_counter() - began:.0f} s")
@@ -87,7 +90,7 @@ def _last_stage(start: str | None, until: str | None) -> int:
 
 
 def _carry_out(
-    stage: str, config: RunConfig, data: prepare.Dataset, folder: Path, resume: bool, log: prepare.Log
+    stage: str, config: RunConfig, data: prepare.Dataset, folder: Path, key: str, resume: bool, log: prepare.Log
 ) -> None:
     """Run one stage."""
     if stage == "data":
@@ -97,7 +100,7 @@ def _carry_out(
     elif stage == "vocab":
         prepare.make_vocab(config, data, prepare.ItemCodes.load(folder / prepare.CODES / "v0"), folder, log)
     elif stage == "train":
-        fit.train(config, data, folder, resume=resume, log=log)
+        fit.train(config, data, folder, key=key, resume=resume, log=log)
     elif stage == "evaluate":
         evaluate.evaluate(config, data, folder, log)
     else:

@@ -122,7 +122,7 @@ def input_hashes(config: RunConfig) -> dict[str, str]:
     paths = {
         "vectors.path": settings["vectors"].get("path"),
         "vectors.model": settings["vectors"].get("model"),
-        "model.name": settings["model"]["name"],
+        "model.name": None if settings["model"]["name"] == "scratch" else settings["model"]["name"],
     }
     return {key: _hash_path(Path(path)) for key, path in paths.items() if path and Path(path).exists()}
 

@@ -23,7 +23,7 @@ from llm_itemtok.strict import Checker, Within
 _VALIDATION = (
     "validation ranks the whole catalogue: see `evaluation.every`, `evaluation.patience`, `evaluation.batch_size`"
 )
-_PUSH = "a finished run is pushed with `itemtok push`"
+_PUSH = "this version pushes nothing; the model folder of a finished run can be uploaded as it is"
 
 OWNED: Mapping[str, str] = {
     "output_dir": "checkpoints go into the run folder: `--out`",
@@ -41,6 +41,7 @@ OWNED: Mapping[str, str] = {
     "save_strategy": "a checkpoint is written at every validation: see `evaluation.every`",
     "save_steps": "a checkpoint is written at every validation: see `evaluation.every`",
     "save_only_model": "a checkpoint must hold all that `--resume` needs",
+    "restore_callback_states_from_checkpoint": "a resumed run always goes on counting `evaluation.patience`",
     "local_rank": "the launcher sets it",
     "parallelism_config": "it is an object: set it in the configuration file of `accelerate launch`",
     **dict.fromkeys(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_itemtok.artifacts import write_text
@@ -121,7 +122,11 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Ask for a checkpoint and the end."""
+        """Ask for a checkpoint and the end, on all processes as soon as one was signalled."""
+        if args.world_size > 1:
+            signalled = torch.tensor(float(self.stopped), device=args.device)
+            torch.distributed.all_reduce(signalled, torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(signalled.item())
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True

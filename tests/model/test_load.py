@@ -102,7 +102,10 @@ def test_a_model_without_weights_is_refused(tmp_path):
         load_base(tmp_path)
 
 
-def test_item_rows_take_the_dtype_of_the_table():
+def test_item_rows_are_trained_in_float32_whatever_the_base_has():
+    """Updates of AdamW late in training are smaller than what bfloat16 tells apart."""
     lm = tiny_lm("llama").to(torch.bfloat16)
     model = with_item_tokens(lm, tiny_tokenizer(), tiny_codes(), lambda vocab, table: init.normal(vocab, table, seed=0))
-    assert model.rows.input_rows.dtype == torch.bfloat16
+    assert model.rows.input_rows.dtype == torch.float32
+    hidden = model.hidden(torch.tensor([[1, model.vocab.first_id]]), use_cache=False).last_hidden_state
+    assert hidden.dtype == torch.bfloat16

@@ -2,12 +2,13 @@
 
 import json
 import signal
+from types import SimpleNamespace
 
 from transformers import TrainerControl, TrainerState
 
 from llm_itemtok.training.callbacks import MetricsLog, Progress, StopOnSignal, read_log
 
-ARGUMENTS = None  # the callbacks do not read them
+ARGUMENTS = SimpleNamespace(world_size=1)  # all that the callbacks read of them
 
 
 def state(step: int, *, first: bool = True) -> TrainerState:
