@@ -160,7 +160,7 @@ def test_sigterm_stops_after_a_checkpoint_with_143_and_resume_ends_as_an_unbroke
         assert process.wait(timeout=120) == 143
     assert not (tmp_path / "broken/model").exists()
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    kept = [int(path.name.split("-")[1]) for path in (tmp_path / "broken/checkpoints").iterdir()]
+    kept = [int(path.name.split("-")[1]) for path in (tmp_path / "broken/checkpoints").glob("checkpoint-*")]
     assert max(kept) == max(steps)  # also when an older checkpoint is the best so far
     resumed = subprocess.run([*command, str(tmp_path / "broken"), "--resume"], check=False, capture_output=True)
     assert resumed.returncode == 0, resumed.stderr
