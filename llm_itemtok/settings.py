@@ -141,8 +141,7 @@ class ResidualKMeansTokenizer:
     iterations: Count = 50
     """k-means steps a level at most."""
     components: CountOrNone = 0
-    """Principal components of the vectors to cluster: fewer collisions, looser neighbourhoods; 0 clusters the vectors
-    as they are."""
+    """Principal components to cluster: fewer collisions, looser neighbourhoods; 0 takes the vectors as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
