@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,9 +40,13 @@ from llm_itemtok.settings import (
     SentenceTransformersVectors,
     TfidfSvdVectors,
     Update,
+    UserColumnSegments,
     Vocab,
 )
 from llm_itemtok.strict import Within
+
+SYNTHETIC_COLUMNS = ("item_id", "title", "categories", "brand")
+"""Columns that the items of `data.source: synthetic` have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,27 +115,34 @@ class RunConfig:
         """Hash of the resolved recipe, seed included, with local paths as written."""
         return self.recipe_sha256({})
 
-    def recipe_sha256(self, path_hashes: Mapping[str, str]) -> str:
-        """Hash of the resolved recipe, seed included, that does not depend on where inputs lie on a machine.
+    def portable(self, path_hashes: Mapping[str, str]) -> dict[str, Any]:
+        """The resolved recipe as plain values that do not depend on where inputs lie on a machine.
 
         Args:
-            path_hashes: dotted setting, such as `data.path`, → hash of the content that the local path names.
-
-        Returns:
-            64 hexadecimal digits; the order of keys in the recipe does not matter.
+            path_hashes: dotted setting, such as `data.path`, → hash of the content that the local path names, which
+                takes its place as `sha256:…`.
         """
         plain = self.to_dict()
         for dotted, content in path_hashes.items():
             section, _, name = dotted.partition(".")
             assert isinstance(plain[section][name], str), f"{dotted} is not a path of this recipe"
             plain[section][name] = f"sha256:{content}"
-        return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+        return plain
+
+    def recipe_sha256(self, path_hashes: Mapping[str, str]) -> str:
+        """Hash of the portable recipe, seed included.
+
+        Returns:
+            64 hexadecimal digits; the order of keys in the recipe does not matter.
+        """
+        return hashlib.sha256(json.dumps(self.portable(path_hashes), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _contradictions(config: RunConfig) -> Iterator[str]:
     """Settings that are each right alone but not together, with the reason and the way out."""
     yield from _data_contradictions(config.data)
     yield from _model_contradictions(config)
+    yield from _segment_contradictions(config)
     evaluation, tasks = config.evaluation, config.examples.tasks
     if evaluation.k > evaluation.beam:
         yield (
@@ -164,6 +176,29 @@ def _data_contradictions(data: Data) -> Iterator[str]:
         yield "`data.filter` takes either `keep` (values) or `min` and `max` (a range), not both"
     if rule and rule.min is not None and rule.max is not None and rule.min > rule.max:
         yield f"`data.filter.min` must be at most `data.filter.max`, was: {rule.min} > {rule.max}"
+
+
+def _segment_contradictions(config: RunConfig) -> Iterator[str]:
+    for name, rule in config.evaluation.segments.items():
+        # Without a colon, names made from different rules differ: `NAME up`, `NAME: VALUE`.
+        if not re.fullmatch(r"\w([\w -]*\w)?", name):
+            yield (
+                "`evaluation.segments` takes names of letters, digits and _, with spaces and - between them, "
+                f"was: {name!r}"
+            )
+        here = f"`evaluation.segments.{name}.column`"
+        if config.data.source != "synthetic":
+            continue
+        if isinstance(rule, UserColumnSegments):
+            yield (
+                f"{here} must be a column of the interactions file, and made-up data (`data.source: synthetic`) have "
+                f"none beside user, item and time, was: {rule.column}; leave the rule out"
+            )
+        elif rule.column not in SYNTHETIC_COLUMNS:
+            yield (
+                f"{here} must be one of {', '.join(SYNTHETIC_COLUMNS)} with made-up data (`data.source: synthetic`), "
+                f"was: {rule.column}"
+            )
 
 
 def _model_contradictions(config: RunConfig) -> Iterator[str]:
@@ -231,20 +266,31 @@ def explain(dotted: str = "") -> str:
     sections: list[type] = [RunConfig]
     path: tuple[str, ...] = ()
     names = [name for name in dotted.split(".") if name]
-    for i, name in enumerate(names):
-        path = (*path, name)
-        owners = [section for section in sections if name in strict.annotations_of(section)]
+    while names:
+        path = (*path, names.pop(0))
+        owners = [section for section in sections if path[-1] in strict.annotations_of(section)]
         if not owners:
             strict.Checker("explain").fail_unknown(path, {n for s in sections for n in strict.annotations_of(s)})
-        annotations = [strict.annotations_of(owner)[name] for owner in owners]
+        annotations = [strict.annotations_of(owner)[path[-1]] for owner in owners]
         sections = [part for annotation in annotations for part in strict.sections_in(annotation)]
-        if not sections:
-            if i + 1 < len(names) and dotted.startswith("trainer."):
-                return f"{dotted}: passed to transformers.TrainingArguments under this name; see its documentation."
-            if i + 1 < len(names):
-                strict.Checker("explain").fail_unknown((*path, names[i + 1]), ())
-            return "\n".join(dict.fromkeys(_explain_field(dotted, owner, name) for owner in owners))
+        entries = [part for annotation in annotations for part in strict.entries_in(annotation)]
+        if entries and names:
+            path, sections = (*path, names.pop(0)), entries  # the recipe names its entries as it likes
+        elif not sections:
+            return _explain_leaf(dotted, path, names, owners, entries)
     return "\n\n".join(_explain_section(dotted, section) for section in sections)
+
+
+def _explain_leaf(
+    dotted: str, path: tuple[str, ...], below: Sequence[str], owners: Sequence[type], entries: Sequence[type]
+) -> str:
+    """Explain a setting that is no section, `below` being what was asked for under it."""
+    if below and dotted.startswith("trainer."):
+        return f"{dotted}: passed to transformers.TrainingArguments under this name; see its documentation."
+    if below:
+        strict.Checker("explain").fail_unknown((*path, below[0]), ())
+    fields = "\n".join(dict.fromkeys(_explain_field(dotted, owner, path[-1]) for owner in owners))
+    return "\n\n".join([fields, *(_explain_section(f"{dotted}.NAME", entry) for entry in entries)])
 
 
 def _explain_section(dotted: str, section: type) -> str:

@@ -31,7 +31,6 @@ LATER: Mapping[str, tuple[str, ...]] = {
     "update.kind": ("self-improve", "bilevel", "alternate"),
     "scoring.kind": ("recursive",),
     "objective.kind": ("token-weighted", "weighted-next-token"),
-    **{f"evaluation.baselines[{i}]": ("item-knn", "sasrec") for i in range(4)},
 }
 """Values that the design names and that a later version will have."""
 
@@ -293,6 +292,29 @@ class Scoring:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ItemOrderSegments:
+    """Users by the direction of their last step in an order of the items: `NAME up`, `NAME down`, `NAME same`."""
+
+    kind: Literal["item-order"]
+    """Compares the test target with the last item of the history."""
+    column: str
+    """Column of the items file that orders the items: as numbers if all its values are numbers, else as text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserColumnSegments:
+    """Users by what the log says about them, such as a country or a cohort: `NAME: VALUE` for each value."""
+
+    kind: Literal["user-column"]
+    """Takes the value of the user's newest interaction before the target."""
+    column: str
+    """Column of the interactions file; its ten most frequent values are told apart."""
+
+
+Segments = ItemOrderSegments | UserColumnSegments
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Validation while training, and the test at the end."""
 
@@ -302,8 +324,8 @@ class Evaluation:
     """Recommendations shown in predictions and report; at most `beam`."""
     mask_seen: bool = False
     """Leave out items of the user's own history."""
-    baselines: tuple[Literal["popularity", "markov"], ...] = ("popularity", "markov")
-    """Fitted and tested on the same split."""
+    baselines: tuple[Literal["popularity", "markov", "item-knn", "sasrec"], ...] = ("popularity", "markov", "item-knn")
+    """Fitted and tested on the same split; `sasrec` is trained, which takes minutes where the log is large."""
     validation_users: CountOrNone = 0
     """Validate on this many users, drawn with the seed; 0 is all."""
     patience: CountOrNone = 0
@@ -314,3 +336,5 @@ class Evaluation:
     """Users evaluated at a time."""
     decode_normaliser: Literal["same", "level", "items", "vocab", "children"] = "same"
     """Softmax while decoding: as in training, one of the others, or over the trie's children."""
+    segments: Mapping[str, Segments] = field(default_factory=dict)
+    """Name → rule that makes further segments of the test users, such as {x: {kind: user-column, column: country}}."""

@@ -5,7 +5,7 @@ A *section* is a frozen dataclass; its annotations are the schema. What they may
 - `int`, `float`, `bool`, `str`, `None`, `Literal`, enums, `tuple[X, ...]`, `list[X]`, `Mapping[K, V]`, unions and
   sections;
 - a union of sections is a closed set of kinds, told apart by the field `kind`, so options of one kind cannot be
-  written for another;
+  written for another; `V` of a mapping may be one too, and its entries then say their kind, having no default;
 - `Annotated` with `Within` (a range), `Only` and `Unless` (the field applies only beside some value of another
   field of the section) or `PATH` (variables expand).
 
@@ -165,6 +165,14 @@ def sections_in(annotation: Any) -> tuple[type, ...]:
     return tuple(part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part))
 
 
+def entries_in(annotation: Any) -> tuple[type, ...]:
+    """The sections that the entries of a mapping may be, under names the recipe chooses; none for another field."""
+    inner = unwrap(annotation)[0]
+    origin, arguments = typing.get_origin(inner), typing.get_args(inner)
+    is_mapping = isinstance(origin, type) and issubclass(origin, Mapping)
+    return sections_in(arguments[1]) if is_mapping and arguments else ()
+
+
 def conditions_of(annotation: Any) -> list[Only]:
     """The `Only` and `Unless` marks of a field."""
     return [mark for mark in unwrap(annotation)[1] if isinstance(mark, Only)]
@@ -197,12 +205,12 @@ class Checker:
         owner = f"`{'.'.join(path[:-1])}`" if path[:-1] else "a recipe"
         self.fail(path, f"is not a setting{hint}\n  {owner} takes: {', '.join(names)}")
 
-    def section(self, kinds: tuple[type, ...], default: type, given: object, path: Path) -> Any:
+    def section(self, kinds: tuple[type, ...], default: type | None, given: object, path: Path) -> Any:
         """Build one section out of a mapping.
 
         Args:
             kinds: the closed set of sections it may be; one where there are no kinds.
-            default: which of them it is when no `kind` is written.
+            default: which of them it is when no `kind` is written; None where it must be.
             given: the mapping of settings.
             path: where it stands in the recipe.
 
@@ -211,7 +219,7 @@ class Checker:
         """
         if not isinstance(given, Mapping):
             self.fail(path, f"must be a mapping of settings, was: {describe(given)}")
-        chosen = self._kind(kinds, default, given, path) if len(kinds) > 1 else default
+        chosen = self._kind(kinds, default, given, path) if len(kinds) > 1 else kinds[0]
         annotations = annotations_of(chosen)
         siblings = {name for kind in kinds for name in annotations_of(kind)}
         for name in given:
@@ -223,9 +231,11 @@ class Checker:
             self.fail_unknown((*path, name), annotations)
         return self._fill(chosen, {name: given[name] for name in annotations if name in given}, path)
 
-    def _kind(self, kinds: tuple[type, ...], default: type, given: Mapping[str, object], path: Path) -> type:
+    def _kind(self, kinds: tuple[type, ...], default: type | None, given: Mapping[str, object], path: Path) -> type:
         by_name = {_kind_of(kind): kind for kind in kinds}
-        name = given.get("kind", _kind_of(default))
+        if default is None and "kind" not in given:
+            self.fail((*path, "kind"), f"must be given: one of {', '.join(by_name)}")
+        name = given["kind"] if default is None else given.get("kind", _kind_of(default))
         if not isinstance(name, str) or name not in by_name:
             self._fail_choice(name, list(by_name), (*path, "kind"))
         return by_name[name]
@@ -258,8 +268,8 @@ class Checker:
     def _given(self, annotation: Any, default: Any, value: object, path: Path) -> Any:
         kinds = sections_in(annotation)
         if kinds and not (value is None and types.NoneType in _parts(unwrap(annotation)[0])):
-            fallback = type(default) if type(default) in kinds else kinds[0]
-            return self.section(kinds, fallback, value, path)
+            chosen = type(default) in kinds
+            return self.section(kinds, type(default) if chosen else None, value, path)
         checked = self.value(annotation, value, path)
         if isinstance(default, Mapping) and isinstance(checked, Mapping):
             return {**default, **checked}  # as between layers: mappings merge
@@ -337,7 +347,10 @@ class Checker:
             for key in value:
                 if key not in typing.get_args(key_type):
                     self.fail_unknown((*path, str(key)), typing.get_args(key_type))
-        return {str(key): self.value(value_type, inner, (*path, str(key))) for key, inner in value.items()}
+        return {
+            str(key): self._given(value_type, dataclasses.MISSING, inner, (*path, str(key)))
+            for key, inner in value.items()
+        }
 
     def _fail_choice(self, value: object, choices: list[Any], path: Path) -> NoReturn:
         if value in self.later.get(".".join(path), ()):

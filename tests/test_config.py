@@ -27,7 +27,7 @@ def test_defaults_fill_what_a_recipe_does_not_say(recipe):
     assert config.vectors == settings.TfidfSvdVectors(dimensions=128)
     assert config.model.name == "scratch"
     assert config.examples.tasks == {"next-item": 1.0, "title-to-item": 0.0, "item-to-title": 0.0}
-    assert config.evaluation.baselines == ("popularity", "markov")
+    assert config.evaluation.baselines == ("popularity", "markov", "item-knn")
 
 
 def test_settings_never_change(recipe):
@@ -44,6 +44,8 @@ def test_settings_never_change(recipe):
         "data: {path: x, columns: {user_id: 'no'}}\nmodel: {name: org/model, adapter: lora, lora: {rank: 4}}",
         "data: {path: x}\ntokenizer: {kind: rqvae, hidden: [8, 4], learning_rate: 1.0e-4}\ntrainer: {max_steps: 3}",
         "data: {path: x, filter: {column: event, keep: [buy, 5, 2.5]}}\nvectors: {kind: file, path: v.npy}",
+        SYNTHETIC + "evaluation: {segments: {b 1: {kind: item-order, column: title}}}",
+        "data: {path: x}\nevaluation: {segments: {country: {kind: user-column, column: land}}}",
     ],
 )
 def test_the_resolved_recipe_loads_to_the_same_config(recipe, text):
@@ -257,6 +259,12 @@ def test_an_override_cannot_change_the_parent_or_be_broken_yaml(recipe):
         ("examples.tasks.next-item=-1", r"`examples\.tasks\.next-item` must be at least 0, was: -1"),
         ("examples.tasks=[next-item]", "must be a mapping, was: a list of 1"),
         ("model.name=7", "must be text, was: 7; put it in quotes"),
+        ("evaluation.segments.x={column: a}", r"`evaluation\.segments\.x\.kind` must be given: one of item-order, us"),
+        ("evaluation.segments.x.kind=itemorder", r"`evaluation\.segments\.x\.kind` must be one of .*did you mean item"),
+        ("evaluation.segments.x={kind: item-order}", r"`evaluation\.segments\.x\.column` must be given: text"),
+        ("evaluation.segments.x={kind: item-order, kolumn: a}", r"did you mean `evaluation\.segments\.x\.column`\?"),
+        ("evaluation.segments.x=asin", r"`evaluation\.segments\.x` must be a mapping of settings, was: the text"),
+        ("evaluation.segments=asin", r"`evaluation\.segments` must be a mapping, was: the text 'asin'"),
     ],
 )  # fmt: skip
 def test_what_is_not_as_the_schema_says_is_named_and_answered(recipe, override, message):
@@ -273,7 +281,6 @@ def test_what_is_not_as_the_schema_says_is_named_and_answered(recipe, override, 
         ("vectors.kind=collaborative", "collaborative"),
         ("update.kind=bilevel", "bilevel"),
         ("scoring.kind=recursive", "recursive"),
-        ("evaluation.baselines=[popularity, sasrec]", "sasrec"),
     ],
 )
 def test_kinds_of_later_versions_are_refused_as_such(recipe, override, name):
@@ -316,6 +323,9 @@ def test_what_a_kind_cannot_do_without_must_be_given(recipe):
         (["evaluation.baselines=[markov, markov]"], "must name each baseline once"),
         (["examples.tasks.next-item=0"], "at least one task a weight above 0"),
         (["tokenizer.kind=rqvae", "tokenizer.hidden=[]"], "at least one width"),
+        (["evaluation.segments={'a: b': {kind: item-order, column: title}}"], r"names of letters, .*, was: 'a: b'"),
+        (["evaluation.segments={a: {kind: item-order, column: asin}}"], r"`evaluation\.segments\.a\.column` must be "),
+        (["evaluation.segments={a: {kind: user-column, column: land}}"], "have none beside user, item and time"),
         (["vectors.kind=file", "vectors.path=v.csv"], r"must end in \.npy, \.safetensors or \.parquet, was: 'v\.csv'"),
     ],
 )  # fmt: skip
@@ -352,6 +362,25 @@ def test_explain_prints_the_text_under_the_field_once():
     assert "Attention heads a block." in explain("model.scratch.heads")
     assert "only with source: synthetic" in explain("data.items")
     assert "transformers.TrainingArguments" in explain("trainer.learning_rate")
+
+
+def test_entries_of_a_mapping_are_explained_under_any_name():
+    text = explain("evaluation.segments")
+    assert text.startswith("  evaluation.segments: Name → rule")
+    assert "evaluation.segments.NAME.column: Column of the items file" in text
+    assert "evaluation.segments.asin.column: Column of the interactions file" in explain("evaluation.segments.asin")
+    assert explain("evaluation.segments.asin.kind").count("evaluation.segments.asin.kind: ") == 2
+    with pytest.raises(RecipeError, match=r"did you mean `evaluation\.segments\.asin\.column`"):
+        explain("evaluation.segments.asin.kolumn")
+
+
+def test_segments_of_parent_and_child_stand_side_by_side_and_one_may_change_its_kind(recipe):
+    recipe("data: {path: x}\nevaluation: {segments: {a: {kind: item-order, column: asin}}}", "base.yaml")
+    child = recipe("extends: base.yaml\nevaluation: {segments: {b: {kind: user-column, column: land}}}")
+    assert RunConfig.load(child, ["evaluation.segments.a.kind=user-column"]).evaluation.segments == {
+        "a": settings.UserColumnSegments(kind="user-column", column="asin"),
+        "b": settings.UserColumnSegments(kind="user-column", column="land"),
+    }
 
 
 def test_explain_refuses_unknown_settings_with_the_nearest():

@@ -7,12 +7,16 @@ items away makes a new one (`subset`), with its own hash.
 
 Missing text is normal in real data, so it is an empty string or an empty tuple here and never
 None: what follows from having no text at all is decided by whoever needs text.
+
+Further columns of the items file are kept only where somebody asked for them (`extra`). They group or order
+items in the evaluation and nothing is trained on them, so they are no part of the hash: a model of this
+catalogue stays a model of this catalogue whatever stands in them.
 """
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -41,9 +45,11 @@ class Catalog:
     """Brand, author or maker; empty where missing."""
     descriptions: tuple[str, ...]
     """Longer text; empty where missing."""
+    extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    """Further columns of the file that were asked for, as text; empty where missing. Not hashed."""
 
     def __post_init__(self) -> None:
-        lengths = {len(column) for column in self._columns}
+        lengths = {len(column) for column in (*self._columns, *self.extra.values())}
         assert lengths == {len(self.item_ids)}, f"columns of a catalogue must be equally long, were: {lengths}"
         assert len(self._rows) == len(self.item_ids), "item ids of a catalogue must be distinct"
 
@@ -117,6 +123,27 @@ class Catalog:
         """`text` of every item, in row order."""
         return [self.text(row, max_chars) for row in range(len(self))]
 
+    def column(self, name: str) -> tuple[str, ...]:
+        """A column as text: one of `item_id, title, categories, brand, description`, or one of `extra`.
+
+        Returns:
+            one text an item, empty where missing; the parts of a category path are joined by a comma.
+
+        Raises:
+            DataError: if there is no such column; names those that there are.
+        """
+        columns = {
+            "item_id": self.item_ids,
+            "title": self.titles,
+            "categories": tuple(", ".join(parts) for parts in self.categories),
+            "brand": self.brands,
+            "description": self.descriptions,
+            **self.extra,
+        }
+        if name not in columns:
+            raise DataError(f"the column must be one of the catalogue's, {', '.join(columns)}, was: {name!r}")
+        return columns[name]
+
     @property
     def has_text(self) -> bool:
         """Whether anything is known in words about any item."""
@@ -135,4 +162,5 @@ class Catalog:
             categories=tuple(self.categories[row] for row in kept),
             brands=tuple(self.brands[row] for row in kept),
             descriptions=tuple(self.descriptions[row] for row in kept),
+            extra={name: tuple(values[row] for row in kept) for name, values in self.extra.items()},
         )

@@ -82,7 +82,7 @@ def load(
         path: the folder; for `hub` a Hub id or a folder.
         source: one of `SOURCES`.
         wanted_items: our name of each column of the items to the file's; formats with fixed columns
-            take no other names than ours.
+            take no other names than ours. Columns that are none of ours are looked for under their own name.
         wanted_log: the same for the log.
 
     Returns:
@@ -99,21 +99,25 @@ def load(
     renamed = {ours: theirs for ours, theirs in {**wanted_items, **wanted_log}.items() if ours != theirs}
     if renamed:
         raise DataError(f"`source: {source}` has fixed columns, so `columns` must be empty, was: {renamed}")
+    more_items = {name: name for name in wanted_items if name not in ITEM_COLUMNS}
+    more_log = {name: name for name in wanted_log if name not in LOG_COLUMNS}
     if source == "movielens":
-        return _movielens(folder)
+        return _movielens(folder, more_items, more_log)
     if source == "lcrec":
-        return _lcrec(folder)
-    return _amazon(folder, source)
+        return _lcrec(folder, more_items)
+    return _amazon(folder, source, more_items, more_log)
 
 
-def _amazon(folder: Path, source: str) -> tuple[Table, Table]:
+def _amazon(
+    folder: Path, source: str, more_items: Mapping[str, str], more_log: Mapping[str, str]
+) -> tuple[Table, Table]:
     meta = find_file(folder, r"meta_.+\.jsonl?(\.gz)?", what="of metadata (`meta_*.json`, `meta_*.jsonl` or `.gz`)")
     reviews = find_file(
         folder, r"(?!meta_).+\.(jsonl?|csv)(\.gz)?", what="of reviews or ratings (`.json`, `.jsonl`, `.csv` or `.gz`)"
     )
-    wanted = dict(zip(ITEM_COLUMNS, _AMAZON_ITEMS[source], strict=True))
+    wanted = {**dict(zip(ITEM_COLUMNS, _AMAZON_ITEMS[source], strict=True)), **more_items}
     items = read_json_lines(meta, wanted, REQUIRED_ITEM_COLUMNS, parse=_json_or_python)
-    log_names = dict(zip(_AMAZON_LOG_NAMES, _AMAZON_LOG[source], strict=True))
+    log_names = {**dict(zip(_AMAZON_LOG_NAMES, _AMAZON_LOG[source], strict=True)), **more_log}
     required = ("user_id", "item_id", "timestamp")
     if ".csv" not in reviews.suffixes:
         log = read_json_lines(reviews, log_names, required)
@@ -139,7 +143,7 @@ def _repaired_amazon_items(items: Table) -> Table:
     columns = {name: [_plain(column[index]) for index in kept] for name, column in items.columns.items()}
     columns["item_id"] = [items.columns["item_id"][index] for index in kept]
     columns["title"] = [None if "getTime()" in str(title) else title for title in columns["title"]]
-    return Table(items.path, columns, [items.rows[index] for index in kept], items.names)
+    return Table(items.path, columns, [items.rows[index] for index in kept], items.names, items.there)
 
 
 def _plain(value: Any) -> Any:
@@ -149,38 +153,37 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
-def _movielens(folder: Path) -> tuple[Table, Table]:
+def _movielens(folder: Path, more_items: Mapping[str, str], more_log: Mapping[str, str]) -> tuple[Table, Table]:
     log_file = find_file(
         folder, r"(ratings\.(csv|dat)|u\.data)(\.gz)?", what="of ratings (`ratings.csv`, `ratings.dat` or `u.data`)"
     )
     kind = log_file.name.removesuffix(".gz")
-    log_names = {"user_id": "userId", "item_id": "movieId", "rating": "rating", "timestamp": "timestamp"}
-    log_header, item_header = tuple(log_names.values()), ("movieId", "title", "genres")
-    item_names = {"item_id": "movieId", "title": "title", "categories": "genres"}
+    log_header, item_header = ("userId", "movieId", "rating", "timestamp"), ("movieId", "title", "genres")
+    log_required, item_required = ("user_id", "item_id", "rating", "timestamp"), ("item_id", "title", "categories")
+    log_names = {**dict(zip(log_required, log_header, strict=True)), **more_log}
+    item_names = {**dict(zip(item_required, item_header, strict=True)), **more_items}
     if kind == "ratings.csv":
         item_file = find_file(folder, r"movies\.csv(\.gz)?", what="`movies.csv`")
-        log = read_delimited(log_file, read_text(log_file), log_names, tuple(log_names))
-        items = read_delimited(item_file, read_text(item_file), item_names, tuple(item_names))
+        log = read_delimited(log_file, read_text(log_file), log_names, log_required)
+        items = read_delimited(item_file, read_text(item_file), item_names, item_required)
     elif kind == "ratings.dat":
         item_file = find_file(folder, r"movies\.dat(\.gz)?", what="`movies.dat`")
         ratings, movies = (read_text(file, fallback="latin-1").replace("::", "\t") for file in (log_file, item_file))
-        log = read_delimited(log_file, ratings, log_names, tuple(log_names), delimiter="\t", header=log_header)
-        items = read_delimited(item_file, movies, item_names, tuple(item_names), delimiter="\t", header=item_header)
+        log = read_delimited(log_file, ratings, log_names, log_required, delimiter="\t", header=log_header)
+        items = read_delimited(item_file, movies, item_names, item_required, delimiter="\t", header=item_header)
     else:
         item_file = find_file(folder, r"u\.item(\.gz)?", what="`u.item`")
-        log = read_delimited(
-            log_file, read_text(log_file), log_names, tuple(log_names), delimiter="\t", header=log_header
-        )
-        items = _movielens_100k_items(item_file)
+        log = read_delimited(log_file, read_text(log_file), log_names, log_required, delimiter="\t", header=log_header)
+        items = _movielens_100k_items(item_file, more_items)
     genres = [None if genre == "(no genres listed)" else genre for genre in items.columns["categories"]]
     return items.with_columns(categories=genres), log
 
 
-def _movielens_100k_items(path: Path) -> Table:
-    """Items of `u.item`: id, title, three columns we ignore, one 0 or 1 for each genre."""
+def _movielens_100k_items(path: Path, more_items: Mapping[str, str]) -> Table:
+    """Items of `u.item`: id, title, three columns that only segments use, one 0 or 1 for each genre."""
     genres = _MOVIELENS_100K_GENRES.split("|")
     header = ("item_id", "title", "release", "video", "url", *genres)
-    wanted = {name: name for name in ("item_id", "title", *genres)}
+    wanted = {**{name: name for name in ("item_id", "title", *genres)}, **more_items}
     text = read_text(path, fallback="latin-1")
     table = read_delimited(path, text, wanted, ("item_id",), delimiter="|", header=header)
     flags = zip(*(table.columns[genre] for genre in genres), strict=True)
@@ -213,7 +216,7 @@ def _sequence(value: str) -> list[str]:
     return [part.strip(" '\"") for part in (value.split(",") if "," in value else value.split())]
 
 
-def _lcrec(folder: Path) -> tuple[Table, Table]:
+def _lcrec(folder: Path, more_items: Mapping[str, str]) -> tuple[Table, Table]:
     item_file = find_file(folder, r".+\.item\.json(\.gz)?", what="`*.item.json`")
     log_file = find_file(folder, r".+\.inter\.json(\.gz)?", what="`*.inter.json`")
     records = []
@@ -234,7 +237,7 @@ def _lcrec(folder: Path) -> tuple[Table, Table]:
     if not log:
         raise fault(log_file, "the file has no interactions")
     return (
-        combined(str(item_file), records, ITEM_COLUMNS),
+        combined(str(item_file), records, (*ITEM_COLUMNS, *more_items)),
         combined(str(log_file), log, ("user_id", "item_id", "position")),
     )
 
@@ -254,7 +257,8 @@ def _hub(path: Path | str, wanted_items: Mapping[str, str], wanted_log: Mapping[
     ):
         data = _hub_table(path, name)
         label = f"{path} [{name}]"
-        tables.append(table_of_arrow(label, data, check_columns(label, data.column_names, wanted, required)))
+        there = data.column_names
+        tables.append(table_of_arrow(label, data, check_columns(label, there, wanted, required), there))
     return tables[0], tables[1]
 
 

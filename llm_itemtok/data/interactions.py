@@ -5,12 +5,15 @@ first, positions break their ties, file order breaks the rest, so that a log whi
 stays as it was. Ragged sequences are one flat array with offsets: user `u` owns
 `items[offsets[u]:offsets[u + 1]]`.
 
+Further columns of the log are kept only where somebody asked for them (`extra`). They follow their rows through
+sorting, k-core and the dropping of duplicates, and decide on none of it; nor are they part of the hash.
+
 Shape letters in this file: U users, N interactions.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -34,11 +37,14 @@ class Interactions:
     """int64 [N] catalogue rows, user by user, each user's in time order."""
     timestamps: np.ndarray | None = None
     """float64 [N] in seconds, never decreasing within a user; None if the log has only positions."""
+    extra: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Further columns of the file that were asked for: texts (object) [N], empty where missing. Not hashed."""
 
     def __post_init__(self) -> None:
         assert self.offsets.shape == (len(self.user_ids) + 1,), "one offset a user and one for the end"
         assert (self.offsets[0], self.offsets[-1]) == (0, len(self.items)), "offsets must span the items"
-        for array in (self.offsets, self.items, self.timestamps):
+        assert all(column.shape == self.items.shape for column in self.extra.values()), "one value an interaction"
+        for array in (self.offsets, self.items, self.timestamps, *self.extra.values()):
             if array is not None:
                 array.flags.writeable = False
 
@@ -83,6 +89,7 @@ class Interactions:
             offsets=offsets_of(lengths[survives]),
             items=self.items[keep],
             timestamps=None if self.timestamps is None else self.timestamps[keep],
+            extra={name: column[keep] for name, column in self.extra.items()},
         )
 
 
@@ -98,6 +105,7 @@ def from_log(
     timestamps: np.ndarray | None = None,
     positions: np.ndarray | None = None,
     labels: np.ndarray | None = None,
+    extra: Mapping[str, Sequence[str]] | None = None,
     duplicates: str = "exact",
 ) -> Interactions:
     """Group a log by user and put each user's interactions in time order.
@@ -108,6 +116,7 @@ def from_log(
         timestamps: float64 [N] in seconds, or None.
         positions: float64 [N], or None. They order rows of the same timestamp.
         labels: int64 [N]; rows that differ here are not exact duplicates (rating, kind of event).
+        extra: further columns to keep, texts [N]; rows that differ only here are duplicates.
         duplicates: see `deduplicate`.
     """
     codes: dict[str, int] = {}
@@ -115,14 +124,15 @@ def from_log(
     keys = [key for key in (positions, timestamps) if key is not None]
     order = np.lexsort((*keys, users))  # stable, so file order breaks what ties are left
     users, items = users[order], np.asarray(items, dtype=np.int64)[order]
-    extra = [key[order] for key in (timestamps, positions, labels) if key is not None]
-    keep = deduplicate(users, items, *extra, how=duplicates)
+    rest = [key[order] for key in (timestamps, positions, labels) if key is not None]
+    keep = deduplicate(users, items, *rest, how=duplicates)
     lengths = np.bincount(users[keep], minlength=len(codes))
     return Interactions(
         user_ids=tuple(codes),
         offsets=offsets_of(lengths),
         items=items[keep],
         timestamps=None if timestamps is None else np.asarray(timestamps, dtype=np.float64)[order][keep],
+        extra={name: np.array(column, dtype=object)[order][keep] for name, column in (extra or {}).items()},
     )
 
 
@@ -189,5 +199,4 @@ def k_core(interactions: Interactions, k: int) -> tuple[Interactions, np.ndarray
             f"and {len(np.unique(items)):,} items with interactions has {k} interactions each; use a smaller `k_core`"
         )
     rows, renumbered = np.unique(items[keep], return_inverse=True)
-    core = interactions.take(keep)
-    return Interactions(core.user_ids, core.offsets, renumbered.astype(np.int64), core.timestamps), rows
+    return replace(interactions.take(keep), items=renumbered.astype(np.int64)), rows

@@ -6,9 +6,11 @@ same words. What was dropped or found is counted in `RawData.notes`, never hidde
 
 The data folder: `items.(jsonl|csv|parquet)[.gz]` with `item_id`, `title` and any of `categories`, `brand`,
 `description`; `interactions.(csv|jsonl|parquet)[.gz]` with `user_id`, `item_id`, and `timestamp` or
-`position` or both; `rating` and `event` are for filters. Other columns are ignored.
+`position` or both; `rating` and `event` are for filters. Other columns are ignored, unless the caller asks for
+them by name: then they come along as text, are checked to be there, and change nothing else.
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +66,8 @@ def read(
     unknown_items: str = "error",
     event_filter: Mapping[str, object] | None = None,
     deduplicate: str = "exact",
+    item_columns: Sequence[str] = (),
+    log_columns: Sequence[str] = (),
 ) -> RawData:
     """Read items and log, check every row, and put the log in order.
 
@@ -78,6 +82,9 @@ def read(
             of the file.
         deduplicate: `exact` drops rows equal to an earlier one in user, item, timestamp, position, rating and
             event; `first` and `last` keep one interaction of each user and item.
+        item_columns: columns that the items file must have; those that are none of ours are kept in the catalogue's
+            `extra`. Our name, or the file's where we have none.
+        log_columns: the same for the log, all of which are kept in its `extra`.
 
     Returns:
         the catalogue (all of the items file), the log and what was found.
@@ -89,16 +96,22 @@ def read(
     _check_choice("unknown_items", unknown_items, ("error", "drop"))
     _check_choice("deduplicate", deduplicate, DEDUPLICATE)
     keep = _check_filter(event_filter or {})
-    log_columns = [*foreign.LOG_COLUMNS]
-    if event_filter and event_filter["column"] not in log_columns:
-        log_columns.append(str(event_filter["column"]))
-    wanted_items, wanted_log = _wanted(foreign.ITEM_COLUMNS, log_columns, columns or {})
+    known = [*foreign.LOG_COLUMNS]
+    if event_filter and event_filter["column"] not in known:
+        known.append(str(event_filter["column"]))
+    wanted_items, wanted_log = _wanted(foreign.ITEM_COLUMNS, known, columns or {})
+    wanted_items = {**{name: name for name in item_columns}, **wanted_items}
+    wanted_log = {**{name: name for name in log_columns}, **wanted_log}
     if source == "folder":
         items, log = _read_folder(Path(path), wanted_items, wanted_log)
     else:
         items, log = foreign.load(path, source=source, wanted_items=wanted_items, wanted_log=wanted_log)
-    catalog = _catalog(items)
-    interactions, notes = _interactions(log, items, catalog, unknown_items, event_filter or {}, keep, deduplicate)
+    _refuse_missing(items, item_columns)
+    _refuse_missing(log, log_columns)
+    catalog = _catalog(items, item_columns)
+    interactions, notes = _interactions(
+        log, items, catalog, unknown_items, event_filter or {}, keep, deduplicate, log_columns
+    )
     return RawData(
         catalog,
         interactions,
@@ -164,7 +177,18 @@ def _read_folder(folder: Path, wanted_items: Mapping[str, str], wanted_log: Mapp
     )
 
 
-def _catalog(items: Table) -> Catalog:
+def _refuse_missing(table: Table, names: Sequence[str]) -> None:
+    """Raise for a column that somebody asked for and the file does not have."""
+    for name in names:
+        if name not in table.columns:
+            near = difflib.get_close_matches(name, table.there, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            found = ", ".join(map(shown, table.there[:20])) + (", ..." if len(table.there) > 20 else "")
+            problem = f"the column `{name}`, which a segment of `evaluation.segments` is made from, is missing; "
+            raise fault(table.path, f"{problem}{hint}there are: {found}")
+
+
+def _catalog(items: Table, extra: Sequence[str]) -> Catalog:
     item_ids = values.ids(items, "item_id")
     if len(set(item_ids)) < len(item_ids):
         first: dict[str, int] = {}
@@ -178,6 +202,7 @@ def _catalog(items: Table) -> Catalog:
         categories=tuple(values.categories(items)),
         brands=tuple(values.texts(items, "brand")),
         descriptions=tuple(values.texts(items, "description", limit=values.MAX_DESCRIPTION_CHARS)),
+        extra={name: tuple(values.labels(items, name)) for name in extra if name not in foreign.ITEM_COLUMNS},
     )
 
 
@@ -189,6 +214,7 @@ def _interactions(
     event_filter: Mapping[str, object],
     keep: frozenset[str],
     deduplicate: str,
+    extra: Sequence[str],
 ) -> tuple[Interactions, dict[str, int | float | str]]:
     user_ids, item_ids = values.ids(log, "user_id"), values.ids(log, "item_id")
     if not {"timestamp", "position"} & set(log.columns):
@@ -205,12 +231,14 @@ def _interactions(
     if unknown_ids:
         _refuse_unknown(log, items, catalog, item_ids, unknown, counts, drop=unknown_items == "drop")
     kept = np.flatnonzero(counts & ~unknown)
+    more = {name: values.labels(log, name, limit=values.MAX_ID_CHARS) for name in extra}
     interactions = from_log(
         [user_ids[index] for index in kept.tolist()],
         rows[kept],
         timestamps=None if times is None else times[kept],
         positions=None if places is None else places[kept],
         labels=_labels(log)[kept],
+        extra={name: [column[index] for index in kept.tolist()] for name, column in more.items()},
         duplicates=deduplicate,
     )
     return interactions, {

@@ -59,6 +59,8 @@ class Table:
     """Where each entry stands in the file, counted from 1."""
     names: Mapping[str, str]
     """Our name of a column to the file's."""
+    there: Sequence[str]
+    """The file's names of all its columns, those included that nobody asked for; for messages."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -69,7 +71,7 @@ class Table:
 
     def with_columns(self, **columns: list[Any]) -> "Table":
         """The same rows with some columns replaced or added."""
-        return Table(self.path, {**self.columns, **columns}, self.rows, self.names)
+        return Table(self.path, {**self.columns, **columns}, self.rows, self.names, self.there)
 
 
 def find_file(folder: Path | str, pattern: str, *, what: str) -> Path:
@@ -264,7 +266,7 @@ def read_delimited(
         csv.field_size_limit(limit)
     if not rows:
         raise fault(path, "the file has a header but no rows")
-    return Table(str(path), columns, rows, names)
+    return Table(str(path), columns, rows, names, there)
 
 
 def read_json_lines(
@@ -296,7 +298,7 @@ def read_json_lines(
         for values, theirs in fields:
             values.append(record.get(theirs))
     names = check_columns(path, list(there), wanted, required)
-    return Table(str(path), {ours: columns[ours] for ours in names}, rows, names)
+    return Table(str(path), {ours: columns[ours] for ours in names}, rows, names, list(there))
 
 
 def _json_object(path: Path, row: int, line: str, parse: Callable[[str], object]) -> object:
@@ -345,20 +347,22 @@ def _read_parquet(path: Path, wanted: Mapping[str, str], required: Collection[st
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
         names = check_columns(path, file.schema_arrow.names, wanted, required)
+        there = file.schema_arrow.names
         table = file.read(columns=list(names.values()))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise fault(path, f"the Parquet file is broken ({first}); write it again") from error
-    return table_of_arrow(str(path), table, names)
+    return table_of_arrow(str(path), table, names, there)
 
 
-def table_of_arrow(path: str, table: Any, names: Mapping[str, str]) -> Table:
+def table_of_arrow(path: str, table: Any, names: Mapping[str, str], there: Sequence[str]) -> Table:
     """Take columns out of an Arrow table; times and dates become seconds.
 
     Args:
         path: for messages.
         table: a `pyarrow.Table`.
         names: our name of a column to the table's.
+        there: the names of all columns that could have been asked for.
 
     Raises:
         DataError: if the table has no rows, or a text that is not UTF-8.
@@ -379,11 +383,12 @@ def table_of_arrow(path: str, table: Any, names: Mapping[str, str]) -> Table:
             raise fault(path, f"the values cannot be read ({error})", column=theirs) from error
         if seconds:
             columns[ours] = [None if value is None else value / 1e6 for value in columns[ours]]
-    return Table(path, columns, range(1, table.num_rows + 1), names)
+    return Table(path, columns, range(1, table.num_rows + 1), names, there)
 
 
 def combined(path: str, records: Iterable[Mapping[str, Any]], names: Sequence[str]) -> Table:
-    """A table of records made in memory, numbered from 1."""
+    """A table of records made in memory, numbered from 1; it has those columns that some record has."""
     listed = list(records)
-    columns = {name: [record.get(name) for record in listed] for name in names}
-    return Table(path, columns, range(1, len(listed) + 1), {name: name for name in names})
+    there = list(dict.fromkeys(name for record in listed for name in record))
+    columns = {name: [record.get(name) for record in listed] for name in names if name in there}
+    return Table(path, columns, range(1, len(listed) + 1), {name: name for name in columns}, there)

@@ -123,6 +123,42 @@ def _text(value: object) -> str | None:
     return None
 
 
+def labels(table: Table, column: str, *, limit: int = MAX_TITLE_CHARS) -> list[str]:
+    """A column of which nothing is known but that equal values mean the same, as text; missing ones are empty.
+
+    White space is made single spaces. Numbers are text (`7` and `7.0` of JSON and Parquet are one value, as ids
+    are), truth values are `true` and `false`.
+
+    Raises:
+        DataError: for a list or an object, or a text that is longer than `limit` characters.
+    """
+    result = []
+    for index, value in enumerate(table.columns[column]):
+        text = _label(value)
+        if text is None:
+            raise table.fault(index, column, f"must be text, a number or null, was: {shown(value)} ({_kind(value)})")
+        if len(text) > limit:
+            raise table.fault(index, column, f"must have at most {limit:,} characters, was: {shown(text)}")
+        result.append(text)
+    _check_characters(table, column, result)
+    return result
+
+
+def _label(value: object) -> str | None:
+    """A value as text, empty where it is missing; None if it is a list or an object."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Decimal):
+        value = float(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    return str(value) if isinstance(value, int | float) else None
+
+
 def categories(table: Table, column: str = "categories") -> list[tuple[str, ...]]:
     """The parts of each item's category paths, each part once, in order.
 

@@ -46,3 +46,19 @@ def test_a_subset_is_another_catalogue():
     assert subset.row("x") == 0
     assert subset.sha256 != catalog.sha256
     assert catalog.subset(range(3)).sha256 == catalog.sha256
+
+
+def test_further_columns_survive_a_subset_and_are_not_hashed():
+    """A model of this catalogue must stay one, whichever columns an evaluation asks for."""
+    catalog = make_catalog(titles=("a", "b", "c"), extra={"asin": ("A9", "", "A7")})
+    assert catalog.subset([2, 0]).column("asin") == ("A7", "A9")
+    assert catalog.sha256 == make_catalog(titles=("a", "b", "c")).sha256
+
+
+def test_a_column_is_named_as_in_the_items_file():
+    catalog = make_catalog(categories=(("Books", "Cooking"), (), ()), brands=("x", "", ""))
+    assert catalog.column("item_id") == ("B001", "B002", "x")
+    assert catalog.column("categories") == ("Books, Cooking", "", "")
+    assert catalog.column("brand") == ("x", "", "")
+    with pytest.raises(DataError, match=r"one of the catalogue's, item_id, title, .*, was: 'asin'"):
+        catalog.column("asin")

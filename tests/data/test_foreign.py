@@ -204,3 +204,34 @@ def test_a_folder_without_the_files_of_the_format_is_named(tmp_path, source):
 def test_formats_with_fixed_columns_refuse_a_mapping(tmp_path):
     with pytest.raises(DataError, match="`source: movielens` has fixed columns"):
         read(tmp_path, source="movielens", columns={"user_id": "who"})
+
+
+def test_further_columns_come_from_the_formats_that_have_them(tmp_path):
+    (tmp_path / "amazon").mkdir()
+    (tmp_path / "lcrec").mkdir()
+    verified = [{**row, "verified": row["overall"] > 3} for row in REVIEWS_2014]
+    write(tmp_path / "amazon", **{"X_5.json": verified, "meta_X.json": META_2018})
+    raw = read(tmp_path / "amazon", source="amazon-2018", item_columns=["asin"], log_columns=["verified"])
+    assert raw.catalog.extra == {"asin": ("B1", "B2")}
+    assert raw.interactions.extra["verified"].tolist() == ["false", "true"]
+
+    items = {"0": {"title": "Drum", "asin": "A9"}, "1": {"title": "X", "asin": "A7"}}
+    write(tmp_path / "lcrec", **{"X.inter.json": json.dumps({"5": [1, 0]}), "X.item.json": json.dumps(items)})
+    assert read(tmp_path / "lcrec", source="lcrec", item_columns=["asin"]).catalog.extra == {"asin": ("A9", "A7")}
+    with pytest.raises(DataError, match=r"the column `brand`.* is missing; there are: 'title', 'asin', 'item_id'"):
+        read(tmp_path / "lcrec", source="lcrec", item_columns=["brand"])
+
+
+def test_further_columns_of_movielens_and_recbole(tmp_path):
+    (tmp_path / "movielens").mkdir()
+    (tmp_path / "recbole").mkdir()
+    write(tmp_path / "movielens", **MOVIELENS["100k"])
+    raw = read(tmp_path / "movielens", source="movielens", item_columns=["release"])
+    assert raw.catalog.extra == {"release": ("01-Jan-1995", "01-Jan-1995")}
+    log = "user_id:token\titem_id:token\ttimestamp:float\tland:token\n1\ta\t1\tNL\n"
+    item = "item_id:token\tname:token\tyear:float\na\tx\t1995\n"
+    write(tmp_path / "recbole", **{"x.inter": log, "x.item": item})
+    raw = read(
+        tmp_path / "recbole", source="recbole", columns={"title": "name"}, item_columns=["year"], log_columns=["land"]
+    )
+    assert (raw.catalog.extra, raw.interactions.extra["land"].tolist()) == ({"year": ("1995",)}, ["NL"])

@@ -87,3 +87,13 @@ def test_k_core_keeps_order_and_times():
     assert rows.tolist() == [4, 9]
     assert [core.of(user).tolist() for user in range(2)] == [[0, 1], [0, 1]]
     assert core.timestamps.tolist() == [1, 3, 1, 2]
+
+
+def test_further_columns_stay_beside_their_rows_and_are_not_hashed():
+    users, items, times = ["a", "b", "a", "a"], np.array([1, 2, 3, 3]), np.array([9.0, 1.0, 2.0, 2.0])
+    log = from_log(users, items, timestamps=times, extra={"land": ["late", "b", "early", "a copy, but for this"]})
+    assert log.extra["land"].tolist() == ["early", "late", "b"]
+    assert log.take(np.array([False, True, True])).extra["land"].tolist() == ["late", "b"]
+    assert log.sha256 == from_log(users, items, timestamps=times).sha256
+    with pytest.raises(ValueError, match="read-only"):
+        log.extra["land"][0] = ""

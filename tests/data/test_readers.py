@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm_itemtok.data.readers import read
+from llm_itemtok.errors import DataError
 from tests.data.folders import ITEMS, LOG, make_folder, text_of
 
 ROWS = [line.split(",") for line in LOG.splitlines()[1:]]
@@ -175,3 +176,75 @@ def test_other_columns_are_ignored_whatever_they_hold(tmp_path):
     items = [{**ITEMS[0], "asin": 5, "text": {"deep": []}}, *ITEMS[1:]]
     raw = read(make_folder(tmp_path, {"items.jsonl": items}))
     assert raw.catalog.sha256 == read(make_folder(tmp_path)).catalog.sha256
+
+
+MORE_ITEMS = [{**item, "asin": asin} for item, asin in zip(ITEMS, (7, " B  7 ", None, 2.0), strict=True)]
+MORE_LOG = "\n".join(f"{row},{land}" for row, land in zip(LOG.split(), ("land", *"abcdef"), strict=True)) + "\n"
+
+
+def test_columns_that_are_asked_for_come_along_as_text_and_change_nothing_else(tmp_path):
+    make_folder(tmp_path, {"items.jsonl": MORE_ITEMS, "interactions.csv": MORE_LOG})
+    raw = read(tmp_path, item_columns=["asin", "title", "item_id"], log_columns=["land", "timestamp"])
+    assert raw.catalog.extra == {"asin": ("7", "B 7", "", "2")}
+    assert {name: column.tolist() for name, column in raw.interactions.extra.items()} == {
+        "land": ["a", "b", "c", "d", "e", "f"],
+        "timestamp": ["10", "20", "30", "5", "5", "6"],
+    }
+    plain = read(tmp_path)
+    assert (plain.catalog.extra, plain.interactions.extra) == ({}, {})
+    assert (plain.catalog.sha256, plain.interactions.sha256) == (raw.catalog.sha256, raw.interactions.sha256)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_further_columns_are_read_from_every_format(tmp_path, kind):
+    asins = ["A1", None, "10", "9"]
+    table = pa.table({"item_id": ["7", "007", "b", "c"], "title": ["x"] * 4, "asin": asins})
+    content = {
+        "csv": "item_id,title,asin\n7,x,A1\n007,x,\nb,x,10\nc,x,9\n",
+        "jsonl": table.to_pylist(),
+        "parquet": b"",
+    }[kind]
+    make_folder(tmp_path, {"items.jsonl": None, f"items.{kind}": content})
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "items.parquet")
+    assert read(tmp_path, item_columns=["asin"]).catalog.extra == {"asin": ("A1", "", "10", "9")}
+
+
+def test_further_columns_survive_k_core_and_filters(tmp_path):
+    make_folder(tmp_path, {"items.jsonl": MORE_ITEMS, "interactions.csv": MORE_LOG})
+    raw = read(
+        tmp_path,
+        item_columns=["asin"],
+        log_columns=["land"],
+        event_filter={"column": "land", "keep": ["a", "c", "e", "f"]},
+    ).core(2)
+    assert raw.catalog.extra == {"asin": ("7", "")}
+    assert raw.interactions.extra["land"].tolist() == ["a", "c", "e", "f"]
+
+
+def test_a_mapped_column_is_asked_for_under_our_name_or_the_files(tmp_path):
+    make_folder(tmp_path, {"items.jsonl": [{"asin": "7", "title": "x"}], "interactions.csv": None})
+    (tmp_path / "interactions.csv").write_text("user_id,item_id,position\nu,7,0\n")
+    raw = read(tmp_path, columns={"items.item_id": "asin"}, item_columns=["item_id", "asin"])
+    assert raw.catalog.column("item_id") == raw.catalog.column("asin") == ("7",)
+
+
+def test_a_column_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    make_folder(tmp_path, {"items.jsonl": MORE_ITEMS, "interactions.csv": MORE_LOG})
+    with pytest.raises(
+        DataError, match=r"items\.jsonl: the column `asn`, .* is missing; did you mean `asin`\? there are"
+    ):
+        read(tmp_path, item_columns=["asn"])
+    with pytest.raises(
+        DataError, match=r"interactions\.csv: the column `x`.*there are: 'user_id', .*'timestamp', 'land'"
+    ):
+        read(tmp_path, log_columns=["x"])
+    make_folder(tmp_path, {"items.jsonl": [{"item_id": "7", "title": "x"}], "interactions.csv": LOG})
+    with pytest.raises(DataError, match="the column `brand`"):
+        read(tmp_path, item_columns=["brand"], unknown_items="drop")
+
+
+def test_a_column_of_lists_is_refused_with_its_row(tmp_path):
+    make_folder(tmp_path, {"items.jsonl": [{**ITEMS[0], "size": {"cm": 3}}, *ITEMS[1:]]})
+    with pytest.raises(DataError, match=r"row 1, column 'size': must be text, a number or null, was: .* \(an object\)"):
+        read(tmp_path, item_columns=["size"])
