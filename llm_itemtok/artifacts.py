@@ -33,12 +33,16 @@ ENVIRONMENT = "environment.json"
 """Versions, hardware and seeds of the run."""
 METRICS_LOG = "metrics.jsonl"
 """One line a logging event of training."""
+TRAINING = "training.json"
+"""What training took and how validation went."""
 METRICS = "metrics.json"
 """Test and validation metrics, baselines and protocol."""
 CODES = "codes"
 """Folder of item codes: `v0`, `v1`, ..."""
 PREDICTIONS = "predictions.parquet"
 """Columns user, rank, item, score."""
+RANKS = "ranks.parquet"
+"""Columns user, rank: where each test user's target was found, 0 if it was not."""
 MODEL = "model"
 """The bundle that `Recommender.from_pretrained` loads."""
 REPORT = "report.html"
@@ -49,8 +53,22 @@ EXAMPLES = "examples.json"
 """A few users with history, target and recommendations, for the report."""
 ITEMS = "items.jsonl"
 """In the bundle: id, title and code of every item."""
+CATEGORIES = "categories.parquet"
+"""Columns item, categories: every item of the catalogue in its order, for the report."""
+TRACE = "trace.parquet"
+"""Beside the codes of a version that an update made: item, old, new, why, of the items whose code changed."""
 STAGES = "stages.json"
 """Which stages are finished, and the hashes of what went into each."""
+
+
+def cache_folder() -> Path:
+    """Folder of what is worth keeping between runs: item vectors and baselines, each under a hash of its inputs.
+
+    `$ITEMTOK_CACHE`, else `llm_itemtok` under `$XDG_CACHE_HOME`, else `~/.cache/llm_itemtok`. It may be deleted.
+    """
+    if given := os.environ.get("ITEMTOK_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_itemtok"
 
 
 def sha256_of_arrays(*arrays: np.ndarray | bytes | str) -> str:

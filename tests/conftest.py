@@ -18,6 +18,14 @@ from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.interactions import Interactions
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Nothing that another run kept decides a test, commands in processes of their own included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ITEMTOK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def _generated():
     return synthetic.generate(num_items=60, num_users=80, seed=7)

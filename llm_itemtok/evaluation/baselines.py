@@ -1,30 +1,44 @@
-"""Baselines that need no training loop, on the same split, candidates and histories as the model.
+"""Baselines on the same split, candidates and histories as the model.
 
-Decisions. Baselines are fitted on the training interactions of the split and on nothing else; when they are ranked on
-test cases they see the same history as the model does, validation item included. Ties count half
-(`metrics.ranks_from_scores`), which a chain of counts pays dearly for, because most items never followed the last one
-and most of the others did so once. So the chain settles its ties by popularity, as anyone who ships it would: on the
-Beauty table that is Recall@10 .0656 in place of .0584 for bare counts, and a gain over a baseline left weak is none.
+Decisions. Baselines are fitted on the training interactions of the split and on nothing else; their settings are chosen
+on its validation cases, never on test; when they are ranked on test cases they see the same history as the model does,
+validation item included. Ties count half (`metrics.ranks_from_scores`), which a chain of counts pays dearly for,
+because most items never followed the last one and most of the others did so once. So ties are settled by popularity, as
+anyone who ships it would: on the Beauty table that is Recall@10 .0656 in place of .0584 for a chain of bare counts, and
+a gain over a baseline left weak is none.
 
-A scorer is anything with `scores(histories) -> float32 [B, N]`. This module knows nothing of models and imports no
-torch.
+What was measured once is kept (`evaluate_baselines(cache=…)`), because arms and seeds of an experiment share their
+baselines. Kept are ranks, under a hash of everything that decides them; averages, intervals and segments are made anew.
 
-Shape letters in this file: B cases of a batch, N items of the catalogue.
+A scorer is anything with `scores(histories) -> float32 [B, N]`.
+
+Shape letters in this file: B cases of a batch, C cases in all, N items of the catalogue.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, final
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from llm_itemtok import sasrec
+from llm_itemtok.artifacts import read_json, sha256_of_arrays, write_json
 from llm_itemtok.data.splits import Cases, Split
-from llm_itemtok.errors import RecipeError
+from llm_itemtok.errors import ArtifactError, RecipeError
 from llm_itemtok.evaluation.metrics import bootstrap, metrics_from_ranks, ranks_from_scores
+from llm_itemtok.evaluation.segments import segment_metrics
+
+Log = Callable[[str], None]
+"""Called with a line of progress."""
 
 _MAX_SCORES = 2**26
 """Scores held at a time (256 MB as float32): a batch is cut to it when the catalogue is large."""
+_TUNING_CASES = 10_000
+"""Validation cases that settings are chosen on, at most: a sample drawn with a fixed seed."""
 
 
 class Scorer(Protocol):
@@ -75,7 +89,7 @@ class Markov:
             settle_by_popularity: order items of equal counts by their training interactions; without it they stay
                 tied, and an unknown last item scores every item 0.
         """
-        items, counts = split.train_items, split.item_counts()
+        items = split.train_items
         within = np.ones(max(len(items) - 1, 0), dtype=bool)
         # The pair that ends where a user's sequence begins joins two users. Empty sequences repeat an offset.
         starts = split.train_offsets[1:-1]
@@ -83,7 +97,7 @@ class Markov:
         before, after = items[:-1][within], items[1:][within]
         ones = np.ones(len(before), dtype=np.float32)
         transitions = csr_array((ones, (before, after)), shape=(split.num_items, split.num_items))
-        return cls(transitions, (counts * settle_by_popularity / (counts.max(initial=0) + 1)).astype(np.float32))
+        return cls(transitions, _popularity(split) * np.float32(settle_by_popularity))
 
     def scores(self, histories: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
         """Return the transition counts from each last item, ties settled: float32 [B, N]."""
@@ -95,8 +109,192 @@ class Markov:
         return scores
 
 
-BASELINES: Mapping[str, Callable[[Split], Scorer]] = {"popularity": Popularity.fit, "markov": Markov.fit}
-"""How to fit each baseline that `evaluation.baselines` of a recipe may name."""
+@final
+class ItemKNN:
+    """Item neighbours: score an item by its likeness to the items of the history, newer ones counting more.
+
+    Two items are alike by the cosine of the sets of training users who touched them (Sarwar et al. 2001,
+    doi:10.1145/371920.372071), and each item of the history speaks for its nearest neighbours only (Deshpande and
+    Karypis 2004, doi:10.1145/963770.963776). Ours differs in the weight of `decay` a step back in time; the papers'
+    histories have no order. Written on scipy because the package `implicit` is no longer well kept.
+    """
+
+    GRID: Mapping[str, tuple[Any, ...]] = {
+        "repeats": (True, False),
+        "decay": (0.7, 0.3, 0.5, 0.85, 1.0),
+        "neighbours": (100, 20, 50, 200, 500, 1000),
+        "shrink": (0.0, 3.0, 10.0, 30.0, 100.0),
+    }
+    """What `tune` chooses from, the first of each being where it begins."""
+
+    def __init__(
+        self, similarity: csr_array, settle: NDArray[np.float32], *, decay: float = 0.7, repeats: bool = True
+    ) -> None:
+        """Keep what each item's neighbours are.
+
+        Args:
+            similarity: float32 [N, N], a row for each item of a history, with its nearest neighbours only.
+            settle: float32 [N] in [0, 1): what orders items of equal scores.
+            decay: weight of an item of the history over that of the next newer one, in (0, 1].
+            repeats: whether users return to items; if not, all others stand before those of the history.
+        """
+        self.similarity = similarity
+        self.settle = settle * np.float32(1e-4)  # below any difference between cosines that could matter
+        self.decay, self.repeats = decay, repeats
+
+    @classmethod
+    def fit(
+        cls, split: Split, *, neighbours: int = 100, shrink: float = 0.0, decay: float = 0.7, repeats: bool = True
+    ) -> "ItemKNN":
+        """Find the neighbours of each item.
+
+        Args:
+            split: whose training part is used.
+            neighbours: of an item, at most.
+            shrink: is added to the cosine's denominator, so that likeness which few users bear out counts less.
+            decay: as in the constructor.
+            repeats: as in the constructor.
+        """
+        similarity, settle = _similar_items(split, neighbours, shrink), _popularity(split)
+        return cls(similarity, settle, decay=decay, repeats=repeats)
+
+    @classmethod
+    def tune(cls, split: Split, mask_seen: bool, log: Log) -> "tuple[ItemKNN, dict[str, Any]]":
+        """Choose settings on validation cases by NDCG@10, one setting at a time, twice round.
+
+        Returns:
+            The baseline and its settings: the keys of `GRID`.
+        """
+        cases, settle = split.validation.head(_TUNING_CASES, seed=0), _popularity(split)
+        most = max(cls.GRID["neighbours"])
+        nearest: dict[float, csr_array] = {}
+        seen: dict[tuple[Any, ...], float] = {}
+
+        def make(setting: Mapping[str, Any]) -> ItemKNN:
+            shrink = setting["shrink"]
+            if shrink not in nearest:
+                nearest[shrink] = _similar_items(split, most, shrink)
+            similarity = _nearest(nearest[shrink], setting["neighbours"])
+            return cls(similarity, settle, decay=setting["decay"], repeats=setting["repeats"])
+
+        def score(setting: Mapping[str, Any]) -> float:
+            key = tuple(setting.values())
+            if key not in seen:
+                seen[key] = _validated(make(setting), cases, mask_seen)
+            return seen[key]
+
+        best = {name: values[0] for name, values in cls.GRID.items()}
+        for name, values in [*cls.GRID.items()] * 2:
+            best = max(({**best, name: value} for value in (best[name], *values)), key=score)
+        log(f"  item-knn: {best}, chosen of {len(seen)} settings")
+        return make(best), best
+
+    def scores(self, histories: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
+        """Return the weighted sums of likeness, ties settled: float32 [B, N]."""
+        offsets = np.cumsum([0, *(len(history) for history in histories)])
+        items = np.concatenate([*histories, np.zeros(0, dtype=np.int64)])
+        ages = np.repeat(offsets[1:], np.diff(offsets)) - np.arange(len(items)) - 1
+        shape = (len(histories), len(self.settle))
+        weights = csr_array(((self.decay**ages).astype(np.float32), items, offsets), shape=shape)
+        scores: NDArray[np.float32] = (weights @ self.similarity).toarray() + self.settle
+        if not self.repeats:
+            scores[seen_items(histories, shape[1])] -= len(items) + 1  # no sum of cosines is that large
+        return scores
+
+
+def _validated(scorer: Scorer, cases: Cases, mask_seen: bool) -> float:
+    """Say how good a scorer is: NDCG@10, and a thousandth of the NDCG without a cutoff, for where hits are few."""
+    ranks = rank_cases(scorer, cases, mask_seen)
+    return metrics_from_ranks(ranks)["ndcg@10"] + 1e-3 * float(np.mean(1 / np.log2(ranks + 1)))
+
+
+def _popularity(split: Split) -> NDArray[np.float32]:
+    """Training interactions of each item as float32 [N] in [0, 1), which settles ties of whole numbers."""
+    counts = split.item_counts()
+    return (counts / (counts.max(initial=0) + 1)).astype(np.float32)
+
+
+def _similar_items(split: Split, neighbours: int, shrink: float, block: int = 512) -> csr_array:
+    """Find each item's nearest others by cosine: float32 [N, N], rows ordered from the nearest on.
+
+    Only `block` rows are whole at a time, and only in what is not zero. Equal likeness is settled by popularity.
+    """
+    users = np.repeat(np.arange(len(split.train_users)), np.diff(split.train_offsets))
+    ones = np.ones(len(users), dtype=np.float32)
+    touched = csr_array((ones, (users, split.train_items)), shape=(len(split.train_users), split.num_items))
+    touched.sum_duplicates()
+    touched.data[:] = 1  # sets: how often a user came back does not count
+    by_item, norms = touched.T.tocsr(), np.sqrt(touched.sum(axis=0))
+    settle = _popularity(split)
+    columns, values, lengths = [], [], []
+    for start in range(0, split.num_items, block):
+        together = by_item[start : start + block] @ touched
+        for row in range(together.shape[0]):
+            inside = slice(together.indptr[row], together.indptr[row + 1])
+            others, both = together.indices[inside], together.data[inside]
+            others, both = others[others != start + row], both[others != start + row]
+            cosines = both / (norms[others] * norms[start + row] + shrink)
+            order = np.lexsort((others, -settle[others], -cosines))[:neighbours]
+            columns.append(others[order])
+            values.append(cosines[order].astype(np.float32))
+            lengths.append(len(order))
+    offsets = np.cumsum([0, *lengths])
+    shape = (split.num_items, split.num_items)
+    return csr_array((np.concatenate(values), np.concatenate(columns), offsets), shape=shape)
+
+
+def _nearest(similarity: csr_array, neighbours: int) -> csr_array:
+    """Keep the first entries of each row, of rows that are ordered from the nearest on."""
+    lengths = np.diff(similarity.indptr)
+    place = np.arange(similarity.nnz) - np.repeat(similarity.indptr[:-1], lengths)
+    kept, offsets = place < neighbours, np.cumsum([0, *np.minimum(lengths, neighbours)])
+    return csr_array((similarity.data[kept], similarity.indices[kept], offsets), shape=similarity.shape)
+
+
+SASREC_SETTINGS: Sequence[Mapping[str, Any]] = ({"dropout": 0.5}, {"dropout": 0.3})
+"""What the SASRec baseline chooses from on validation; all else as `sasrec.fit` has it."""
+
+
+def _tune_sasrec(split: Split, mask_seen: bool, log: Log) -> tuple[Scorer, dict[str, Any]]:
+    """Train one SASRec a setting and keep the one that validates best.
+
+    Its seed is fixed, not the recipe's: one result then serves every seed of an experiment.
+    """
+    cases = split.validation.head(_TUNING_CASES, seed=0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def validate(model: sasrec.SASRec) -> float:
+        return _validated(model, cases, mask_seen)
+
+    best, chosen = None, {}
+    for setting in SASREC_SETTINGS:
+        fitted = sasrec.fit(
+            split.train_sequences(), split.num_items, validate=validate, seed=0, device=device, **setting
+        )
+        log(f"  sasrec {dict(setting)}: validation NDCG@10 {fitted.score:.4f} after {fitted.step} steps")
+        if best is None or fitted.score > best.score:
+            best, chosen = fitted, {**setting, "steps": fitted.step}
+    assert best is not None
+    return best.model, chosen
+
+
+class Baseline(NamedTuple):
+    """How a baseline comes about."""
+
+    version: int
+    """To be raised whenever its ranks can change: what was kept of older versions is then not used."""
+    fit: Callable[[Split, bool, Log], tuple[Scorer, dict[str, Any]]]
+    """From a split, `mask_seen` (which the validation it is tuned on follows) and a log: the baseline fitted, and the
+    settings that were chosen on validation."""
+
+
+BASELINES: Mapping[str, Baseline] = {
+    "popularity": Baseline(1, lambda split, _mask_seen, _log: (Popularity.fit(split), {})),
+    "markov": Baseline(1, lambda split, _mask_seen, _log: (Markov.fit(split), {})),
+    "item-knn": Baseline(1, ItemKNN.tune),
+    "sasrec": Baseline(1, _tune_sasrec),
+}
+"""The baselines that `evaluation.baselines` of a recipe may name."""
 
 
 def rank_cases(scorer: Scorer, cases: Cases, mask_seen: bool, batch: int = 512) -> NDArray[np.float64]:
@@ -126,20 +324,45 @@ def rank_cases(scorer: Scorer, cases: Cases, mask_seen: bool, batch: int = 512) 
     return ranks
 
 
+class Measured(NamedTuple):
+    """What is kept of a baseline on a split."""
+
+    test: NDArray[np.float64]
+    """Ranks of the test cases, float64 [C]."""
+    validation: NDArray[np.float64]
+    """Ranks of the validation cases, float64 [C]."""
+    settings: dict[str, Any]
+    """What was chosen on validation."""
+    seconds: float
+    """Taken to tune, fit and rank."""
+
+
 def evaluate_baselines(
-    names: Sequence[str], split: Split, cases: Cases, mask_seen: bool, seed: int
+    names: Sequence[str],
+    split: Split,
+    cases: Cases,
+    mask_seen: bool,
+    seed: int,
+    *,
+    masks: Mapping[str, NDArray[np.bool_]] | None = None,
+    cache: Path | None = None,
+    log: Log = lambda _line: None,
 ) -> dict[str, dict[str, Any]]:
     """Fit and measure baselines: the `baselines` part of `metrics.json`.
 
     Args:
         names: keys of `BASELINES`, in the order of the result.
-        split: whose training part the baselines are fitted on.
+        split: whose training part the baselines are fitted on, and whose validation cases they are tuned on.
         cases: what they are measured on, as a rule `split.test`.
         mask_seen: as in `rank_cases`.
-        seed: of the bootstrap.
+        seed: of the bootstrap. Baselines do not depend on it.
+        masks: segments of `cases`, as `segment_metrics` takes them; none without.
+        cache: folder in which ranks are kept and looked for; None keeps nothing.
+        log: called with lines of progress.
 
     Returns:
-        `{name: {"test": {metric: value}, "ci95": {metric: [low, high]}}}`.
+        `{name: {"test": {metric: value}, "ci95": {metric: [low, high]}, "segments": {segment: {...}}, "validation":
+        {metric: value}, "settings": {what was chosen on validation}, "seconds": to tune, fit and rank}}`.
 
     Raises:
         RecipeError: if a name is no baseline.
@@ -149,9 +372,62 @@ def evaluate_baselines(
         raise RecipeError(f"`evaluation.baselines` takes {', '.join(BASELINES)}, was: {', '.join(unknown)}")
     results = {}
     for name in names:
-        ranks = rank_cases(BASELINES[name](split), cases, mask_seen)
-        results[name] = {"test": metrics_from_ranks(ranks), "ci95": bootstrap(ranks, seed=seed)}
+        measured = _measured(name, split, cases, mask_seen, cache, log)
+        results[name] = {
+            "test": metrics_from_ranks(measured.test),
+            "ci95": bootstrap(measured.test, seed=seed),
+            "segments": segment_metrics(measured.test, masks or {}),
+            "validation": metrics_from_ranks(measured.validation),
+            "settings": measured.settings,
+            "seconds": measured.seconds,
+        }
     return results
+
+
+def _measured(name: str, split: Split, cases: Cases, mask_seen: bool, cache: Path | None, log: Log) -> Measured:
+    """Measure a baseline, or find what was kept when it was measured before."""
+    key = _key(name, split, cases, mask_seen)
+    path = None if cache is None else cache / f"{name}-{key[:16]}.json"
+    if path is not None and (kept := _read_kept(path, key, len(cases), len(split.validation))):
+        return kept
+    log(f"  baseline {name} …")
+    started = time.perf_counter()
+    scorer, settings = BASELINES[name].fit(split, mask_seen, log)
+    test, validation = (rank_cases(scorer, part, mask_seen) for part in (cases, split.validation))
+    measured = Measured(test, validation, settings, round(time.perf_counter() - started, 3))
+    if path is not None:
+        try:
+            write_json(path, {"key": key, "content": _content(measured), **measured._asdict()})
+        except OSError as error:
+            log(f"  {path} could not be written, so baseline {name} is measured again next time: {error}")
+    return measured
+
+
+def _key(name: str, split: Split, cases: Cases, mask_seen: bool) -> str:
+    """Hash everything that decides the ranks of a baseline."""
+    facts = f"{name} {BASELINES[name].version} {split.num_items} {mask_seen}"
+    if name == "sasrec":  # whose arithmetic is torch's, and not the same on every device
+        facts += f" torch {torch.__version__} {'cuda' if torch.cuda.is_available() else 'cpu'}"
+    parts = (part for of in (split.validation, cases) for part in (of.offsets, of.items, of.targets))
+    return sha256_of_arrays(facts, split.train_offsets, split.train_items, *parts)
+
+
+def _content(measured: Measured) -> str:
+    """Hash what is kept, so that a file that was changed or cut is known as such."""
+    settings, seconds = sorted(measured.settings.items()), float(measured.seconds)
+    return sha256_of_arrays(measured.test, measured.validation, f"{settings} {seconds}")
+
+
+def _read_kept(path: Path, key: str, num_test: int, num_validation: int) -> Measured | None:
+    """Read what was kept under a key; None if there is nothing, or nothing that can be trusted."""
+    try:
+        kept = read_json(path)
+        ranks = [np.array(kept[part], dtype=np.float64) for part in ("test", "validation")]
+        measured = Measured(ranks[0], ranks[1], dict(kept["settings"]), float(kept["seconds"]))
+        trusted = kept["key"] == key and kept["content"] == _content(measured)
+    except (ArtifactError, OSError, KeyError, TypeError, ValueError):
+        return None
+    return measured if trusted and [part.shape for part in ranks] == [(num_test,), (num_validation,)] else None
 
 
 def seen_items(histories: Sequence[NDArray[np.int64]], num_items: int) -> NDArray[np.bool_]:

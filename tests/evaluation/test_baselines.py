@@ -1,11 +1,15 @@
-"""Baselines count what is in training, rank what they do not know as tied, and never look elsewhere."""
+"""Baselines fit what is in training, are tuned on validation, never look elsewhere, and are measured once."""
+
+import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from llm_itemtok.data.splits import Cases, Split
 from llm_itemtok.errors import RecipeError
-from llm_itemtok.evaluation.baselines import Markov, Popularity, evaluate_baselines, rank_cases
+from llm_itemtok.evaluation import baselines
+from llm_itemtok.evaluation.baselines import ItemKNN, Markov, Popularity, evaluate_baselines, rank_cases
 from llm_itemtok.evaluation.metrics import METRIC_KEYS
 
 
@@ -20,14 +24,14 @@ def make_cases(histories, targets):
     )
 
 
-def make_split(train, test=((), ()), num_items=5):
+def make_split(train, test=((), ()), num_items=5, validation=(([0],), (1,))):
     offsets = np.cumsum([0, *map(len, train)])
     return Split(
         kind="leave-last-out",
         train_users=tuple(f"u{i}" for i in range(len(train))),
         train_offsets=offsets.astype(np.int64),
         train_items=np.array([item for sequence in train for item in sequence], dtype=np.int64),
-        validation=make_cases([], []),
+        validation=make_cases(*validation),
         test=make_cases(*test),
         counts={},
         num_items=num_items,
@@ -117,6 +121,117 @@ def test_no_cases_have_no_ranks():
     assert rank_cases(Popularity(np.ones(3)), make_cases([], []), mask_seen=True).shape == (0,)
 
 
+def test_likeness_is_the_cosine_of_the_sets_of_users():
+    """Item 0 has 3 users, 1 has 2, 2 has 1, 3 has 1: 0 and 1 share two users, 0 and 2 one, 1 and 2 one, 3 none.
+
+    That a user came back to an item, or in which order, does not count.
+    """
+    knn = ItemKNN.fit(make_split([[0, 1, 0], [2, 1, 0], [0], [3]]))
+
+    expected = np.zeros((5, 5))
+    expected[0, 1] = expected[1, 0] = 2 / np.sqrt(6)
+    expected[0, 2] = expected[2, 0] = 1 / np.sqrt(3)
+    expected[1, 2] = expected[2, 1] = 1 / np.sqrt(2)
+    np.testing.assert_allclose(knn.similarity.toarray(), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        ItemKNN.fit(make_split([[0, 1, 0], [2, 1, 0], [0], [3]]), shrink=2).similarity.toarray()[0, :3],
+        [0, 2 / (np.sqrt(6) + 2), 1 / (np.sqrt(3) + 2)],
+        rtol=1e-6,
+    )
+
+
+def test_an_item_speaks_for_its_nearest_only():
+    """The cut is the same whether made at once or from longer lists, and keeps the popular one of equal neighbours."""
+    split = make_split([[0, 1], [0, 2], [2], [0, 3], [0, 3]], num_items=4)
+
+    one = ItemKNN.fit(split, neighbours=1).similarity
+    two = ItemKNN.fit(split, neighbours=2).similarity
+
+    assert one[[0]].nonzero()[1].tolist() == [3]
+    assert sorted(two[[0]].nonzero()[1].tolist()) == [1, 3]  # 1/sqrt(4) beats 1/sqrt(8)
+    assert (baselines._nearest(two, 1).toarray() == one.toarray()).all()
+
+
+def test_newer_items_of_a_history_weigh_more():
+    """0 is like 1 alone and 2 is like 3 alone, both fully; a step back halves the weight."""
+    split = make_split([[0, 1], [2, 3]], num_items=5)
+    knn = ItemKNN.fit(split, decay=0.5)
+
+    scores = knn.scores(histories([0, 2], [2, 4, 0], [4], []))
+
+    np.testing.assert_allclose(scores, [[0, 0.5, 0, 1, 0], [0, 1, 0, 0.25, 0], [0] * 5, [0] * 5], atol=1e-4)
+    assert scores.dtype == np.float32
+
+
+def test_neighbours_without_a_say_leave_it_to_popularity():
+    """An unknown item, or no history, tells nothing: what is left are training counts."""
+    split = make_split([[0, 1], [1, 2]])
+    cases = make_cases([[4], []] * 5, np.repeat(range(5), 2))
+
+    ranks = rank_cases(ItemKNN.fit(split), cases, mask_seen=False)
+
+    assert ranks.tolist() == rank_cases(Popularity.fit(split), cases, mask_seen=False).tolist()
+
+
+def test_without_repeats_all_others_stand_before_the_history():
+    scores = ItemKNN.fit(make_split([[0, 1], [0, 1, 2]]), repeats=False).scores(histories([0, 1], [1], []))
+
+    assert set(scores[0].argsort()[:2].tolist()) == {0, 1}
+    assert scores[1].argmin() == 1
+    assert scores[2].min() >= 0
+
+
+def test_neighbours_are_tuned_on_validation_and_on_nothing_else():
+    """Users go from a to b or back to a: the validation cases alone say which, and test cases say nothing."""
+    train = [[0, 1], [1, 0], [2, 3], [3, 2]] * 5
+    seen = (([0, 1], [3, 2]), (0, 3))
+    new = (([0], [3]), (1, 2))
+
+    settings = {}
+    for name, validation in (("seen", seen), ("new", new)):
+        for test in (seen, new):
+            split = make_split(train, test=test, validation=validation)
+            settings.setdefault(name, []).append(ItemKNN.tune(split, False, lambda _: None)[1])
+
+    assert settings["seen"][0] == settings["seen"][1]
+    assert settings["new"][0] == settings["new"][1]
+    assert set(settings["seen"][0]) == set(ItemKNN.GRID)
+    assert settings["seen"][0]["repeats"]
+
+
+@pytest.fixture
+def quick_sasrec(monkeypatch):
+    """Two settings that differ in what they learn, on networks that train in a moment."""
+    small = {"width": 8, "layers": 1, "heads": 1, "max_length": 8, "batch_targets": 32, "steps": 30, "every": 15}
+    monkeypatch.setattr(baselines, "SASREC_SETTINGS", ({**small, "dropout": 0.9}, {**small, "dropout": 0.0}))
+
+
+def walks(num_users=60, num_items=10):
+    """A split by leave-last-out of users who walk around a circle of items."""
+    paths = [[(start + step) % num_items for step in range(5)] for start in np.arange(num_users) % num_items]
+    return make_split(
+        [path[:3] for path in paths],
+        validation=([path[:3] for path in paths], [path[3] for path in paths]),
+        test=([path[:4] for path in paths], [path[4] for path in paths]),
+        num_items=num_items,
+    )
+
+
+def test_sasrec_is_chosen_on_validation_and_never_on_test(quick_sasrec):
+    """Other test targets leave the network, and so the ranks of all other cases, as they were."""
+    split = walks()
+    moved = dataclasses.replace(split, test=dataclasses.replace(split.test, targets=(split.test.targets + 5) % 10))
+
+    one, other = (
+        evaluate_baselines(["sasrec"], part, part.test, mask_seen=False, seed=0)["sasrec"] for part in (split, moved)
+    )
+
+    assert one["validation"] == other["validation"]
+    assert one["settings"] == other["settings"]
+    assert one["settings"]["dropout"] == 0.0
+    assert one["test"] != other["test"]
+
+
 def test_evaluation_returns_the_part_of_metrics_json():
     """The chain 0→1 is right about both users; popularity has 0 first in a tie with 1 at two, so rank 1.5."""
     split = make_split([[0, 1], [0, 1]], test=([[0], [0]], [1, 1]))
@@ -128,7 +243,9 @@ def test_evaluation_returns_the_part_of_metrics_json():
     assert results["popularity"]["test"]["recall@1"] == 0
     assert results["popularity"]["test"]["mrr@20"] == pytest.approx(1 / 1.5)
     for result in results.values():
-        assert tuple(result["test"]) == tuple(result["ci95"]) == METRIC_KEYS
+        assert tuple(result["test"]) == tuple(result["ci95"]) == tuple(result["validation"]) == METRIC_KEYS
+        assert result["settings"] == {}
+        assert result["segments"] == {}
 
 
 def test_baselines_do_not_see_validation_or_test_targets():
@@ -136,10 +253,125 @@ def test_baselines_do_not_see_validation_or_test_targets():
     train = [[0, 1], [1, 2]]
     one, other = (make_split(train, test=([[0]], [target])) for target in (3, 4))
 
-    for fit in (Popularity.fit, Markov.fit):
+    for fit in (Popularity.fit, Markov.fit, ItemKNN.fit):
         assert fit(one).scores(histories([0], [1])).tolist() == fit(other).scores(histories([0], [1])).tolist()
 
 
 def test_an_unknown_baseline_is_named_with_those_there_are():
-    with pytest.raises(RecipeError, match=r"takes popularity, markov, was: popularty"):
+    with pytest.raises(RecipeError, match=r"takes popularity, markov, item-knn, sasrec, was: popularty"):
         evaluate_baselines(["markov", "popularty"], make_split([[0]]), make_cases([], []), mask_seen=False, seed=0)
+
+
+def test_segments_are_measured_as_the_models_are():
+    split = make_split([[0, 1], [0, 1]], test=([[0], [2]], [1, 4]))
+    masks = {"first": np.array([True, False]), "none": np.array([False, False])}
+
+    segments = evaluate_baselines(["markov"], split, split.test, False, 0, masks=masks)["markov"]["segments"]
+
+    assert segments["first"]["users"] == segments["first"]["recall@1"] == 1
+    assert segments["none"] == {"users": 0}
+
+
+# What is kept
+
+
+def measure(split, cache, name="item-knn", mask_seen=False, seed=0, **extra):
+    return evaluate_baselines([name], split, split.test, mask_seen, seed, cache=cache, **extra)[name]
+
+
+def test_a_baseline_is_measured_once(tmp_path, quick_sasrec):
+    """The second answer is the first in all its parts, the seconds it took included, and nothing is written."""
+    split = walks()
+    for name in ("item-knn", "sasrec", "popularity"):
+        lines = []
+        first = measure(split, tmp_path / name, name, log=lines.append)
+        (file,) = (tmp_path / name).iterdir()
+        written, said = file.stat().st_mtime_ns, len(lines)
+
+        assert measure(split, tmp_path / name, name, log=lines.append) == first
+        assert file.stat().st_mtime_ns == written
+        assert len(lines) == said > 0
+        assert measure(split, None, name)["test"] == first["test"]
+
+
+def test_intervals_and_segments_are_made_anew_from_what_is_kept(tmp_path):
+    split = walks()
+    first = measure(split, tmp_path)
+    (file,) = tmp_path.iterdir()
+    written = file.stat().st_mtime_ns
+
+    other = measure(split, tmp_path, seed=1, masks={"all": np.ones(60, dtype=bool)})
+
+    assert other["segments"]["all"] == {"users": 60, **first["test"]}
+    assert file.stat().st_mtime_ns == written
+
+
+def test_anything_that_decides_the_ranks_asks_for_a_new_measurement(tmp_path):
+    """Training, either kind of case, masking, and the version of the code."""
+    split = walks()
+    shifted = {
+        part: dataclasses.replace(getattr(split, part), targets=(getattr(split, part).targets + 1) % 10)
+        for part in ("validation", "test")
+    }
+    measure(split, tmp_path)
+    measure(dataclasses.replace(split, train_items=(split.train_items + 1) % 10), tmp_path)
+    measure(dataclasses.replace(split, validation=shifted["validation"]), tmp_path)
+    measure(dataclasses.replace(split, test=shifted["test"]), tmp_path)
+    measure(split, tmp_path, mask_seen=True)
+    measure(dataclasses.replace(split, num_items=11), tmp_path)
+
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_a_new_version_of_the_code_is_measured(tmp_path, monkeypatch):
+    split = walks()
+    measure(split, tmp_path)
+    newer = baselines.BASELINES["item-knn"]._replace(version=1000)
+    monkeypatch.setattr(baselines, "BASELINES", {**baselines.BASELINES, "item-knn": newer})
+    measure(split, tmp_path)
+
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def cut(text):
+    return text[: len(text) // 2]
+
+
+def other_rank(text):
+    kept = json.loads(text)
+    kept["test"][0] += 1
+    return json.dumps(kept)
+
+
+def other_key(text):
+    return json.dumps({**json.loads(text), "key": "0" * 64})
+
+
+def fewer_cases(text):
+    kept = json.loads(text)
+    return json.dumps({**kept, "test": kept["test"][:-1]})
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, other_rank, other_key, fewer_cases, lambda _: "", lambda _: "[1, 2]", lambda _: "{}"]
+)
+def test_a_damaged_or_foreign_file_is_measured_again(tmp_path, damage):
+    """What is kept is trusted only if it is all there, unchanged, and about these very inputs."""
+    split = walks()
+    first = measure(split, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(damage(file.read_text()))
+    damaged = file.read_text()
+
+    assert measure(split, tmp_path)["test"] == first["test"]
+    assert file.read_text() != damaged
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_does_no_harm(tmp_path):
+    (tmp_path / "file").write_text("")
+    lines = []
+
+    result = measure(walks(), tmp_path / "file", log=lines.append)
+
+    assert result["test"] == measure(walks(), None)["test"]
+    assert "could not be written" in lines[-1]
