@@ -5,30 +5,34 @@ run that stopped half way. A part whose files are missing is left out and *said*
 top. The page needs no network and no script, and forbids itself both; everything from the run (titles, recipe, ids)
 is escaped. Words such as "above" and "below" a baseline are used only where the 95 % intervals do not overlap.
 
-This module decides what to show; `report_run` reads, `report_plots` draws, `report.html.jinja` lays out. No
-torch, no transformers, no training code.
+This module decides what to show, of item tokens `report_codes` does; `report_run` reads, `report_plots` and
+`report_tree` draw, `report.html.jinja` lays out. No torch, no transformers, no training code.
 """
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
+from markupsafe import Markup, escape
 
-from llm_itemtok import artifacts
+from llm_itemtok import artifacts, report_codes
 from llm_itemtok.evaluation.metrics import METRIC_KEYS
 from llm_itemtok.report_plots import (
+    SERIES_COLOURS,
     Bar,
     Chart,
+    Dots,
     Series,
     bar_chart,
+    dot_chart,
+    duration_text,
     line_chart,
-    load_chart,
     metric_text,
-    number_text,
-    usage_chart,
+    power_text,
+    value_text,
 )
 from llm_itemtok.report_run import RunFolder, read_run
 
@@ -37,14 +41,27 @@ _FEW_USERS = 1000
 _ORACLE = "oracle"
 """On synthetic data the generator itself is measured among the baselines. It is a bound and no rival."""
 
-_QUALITY_NAMES = {
-    "items": "Items",
-    "capacity": "Codes there is room for",
-    "collision_rate": "Items that shared their code with another, before resolution",
-    "unique": "Each item has a code of its own",
-    "reconstruction_error": "Squared error of the vectors rebuilt from codes, as a share of their variance",
+_OURS = "this model"
+_BESIDE = 3
+"""Baselines drawn beside the model by segment; more would hide each other."""
+
+_SEGMENTS = (
+    ("head", "Head: targets among the 20\u00a0% of items with most training interactions."),
+    ("tail", "Tail: all other items."),
+    ("cold", "Cold: items without any."),
+    ("history", "History: number of items the user had before."),
+    (
+        "same-time",
+        "Same-time step: the target bears the time of the item before it, so that their order may be chance.",
+    ),
+)
+"""First word of a segment's name → what it is, in the order of the page. Other segments are the recipe's."""
+
+_RULES = {
+    "best": ("Best", "of the users whose target was found, those where it stood highest"),
+    "median": ("Median", "those in the middle, by rank, of the users whose target was found"),
+    "worst": ("Worst", "users whose target was not found, or where it stood lowest if all were found"),
 }
-_SHARES = ("collision_rate", "reconstruction_error")
 
 
 def write_report(run: Path | str) -> Path:
@@ -68,6 +85,35 @@ def write_report(run: Path | str) -> Path:
 def render_report(run: Path | str) -> str:
     """Return the page that `write_report` writes; raises the same `ArtifactError`."""
     found = read_run(Path(run))
+    return _template().render(
+        run=found,
+        choices=_choices(found.recipe),
+        verdict=_verdict(found.metrics),
+        systems=_systems(found.metrics),
+        oracle=_ORACLE,
+        series=SERIES_COLOURS,
+        metric_rows=_metric_rows(found.metrics),
+        fitting_rows=_fitting_rows(found.metrics),
+        result_charts=_result_charts(found.metrics),
+        training_charts=_training_charts(found.log),
+        training_facts=_training_facts(found.metrics.get("training", {})),
+        segments=_segments(found.metrics),
+        token_charts=report_codes.usage_charts(found),
+        levels=report_codes.levels(found.quality),
+        tree=report_codes.code_tree(found),
+        changes=report_codes.changes(found),
+        quality_rows=report_codes.quality_rows(found.quality),
+        token_verdict=report_codes.verdict(found.quality),
+        examples=_examples(found.examples),
+        notes=[*found.notes, *_observations(found)],
+        protocol=_flat(found.metrics.get("protocol", {})),
+        speed=_flat(found.metrics.get("speed", {})),
+        environment=_flat(found.environment),
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
     # Jinja escapes by file extension unless told otherwise, and `.jinja` is not one it knows.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -76,27 +122,9 @@ def render_report(run: Path | str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _value_text, "metric": metric_text}
-    return environment.get_template("report.html.jinja").render(
-        run=found,
-        choices=_choices(found.recipe),
-        verdict=_verdict(found.metrics),
-        systems=_systems(found.metrics),
-        oracle=_ORACLE,
-        metric_rows=_metric_rows(found.metrics),
-        headline=[(key, _metric_name(key)) for key in (*_HEADLINE, "mrr@20")],
-        result_charts=_result_charts(found.metrics),
-        training_charts=_training_charts(found.log),
-        segments=_segments(found.metrics),
-        token_charts=_token_charts(found),
-        levels=_levels(found.quality),
-        quality_rows=_quality_rows(found.quality),
-        token_verdict=_resolved(list(found.quality.values())[-1]).get("verdict", "") if found.quality else "",
-        notes=[*found.notes, *_observations(found)],
-        protocol=_flat(found.metrics.get("protocol", {})),
-        speed=_flat(found.metrics.get("speed", {})),
-        environment=_flat(found.environment),
-    )
+    filters: dict[str, Callable[..., str]] = {"number": value_text, "metric": metric_text, "code": _code}
+    environment.filters |= filters
+    return environment.get_template("report.html.jinja")
 
 
 # --------------------------------------------------------------------------------------------------- what is shown
@@ -124,10 +152,19 @@ def _choices(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _systems(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """List the model and the baselines, each with its metrics and intervals."""
-    systems = [("this model", metrics, True)] if "test" in metrics else []
+    systems = [(_OURS, metrics, True)] if "test" in metrics else []
     systems += [(name, part, False) for name, part in metrics.get("baselines", {}).items()]
     return [
-        {"name": name, "test": part.get("test", {}), "ci95": part.get("ci95", {}), "ours": ours}
+        {
+            "name": name,
+            "test": part.get("test", {}),
+            "ci95": part.get("ci95", {}),
+            "validation": part.get("validation", {}),
+            "segments": part.get("segments", {}),
+            "seconds": part.get("training", {}).get("seconds") if ours else part.get("seconds"),
+            "settings": {} if ours else part.get("settings", {}),
+            "ours": ours,
+        }
         for name, part, ours in systems
     ]
 
@@ -146,6 +183,30 @@ def _metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[dict[str, A
         if any(value is not None for value in values):
             rows.append((_metric_name(key), cells))
     return rows
+
+
+def _fitting_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """List how each system was fitted, a cell of lines a system; rows that no baseline has are left out."""
+    systems = _systems(metrics)
+    key = "ndcg@10"
+    rows = [
+        (
+            f"{_metric_name(key)} on validation",
+            [[metric_text(part["validation"][key])] if key in part["validation"] else [] for part in systems],
+        ),
+        ("Time", [[] if part["seconds"] is None else [duration_text(part["seconds"])] for part in systems]),
+        ("Settings chosen", [_setting_lines(part["settings"]) for part in systems]),
+    ]
+    others = [place for place, part in enumerate(systems) if not part["ours"]]
+    return [(name, cells) for name, cells in rows if any(cells[place] for place in others)]
+
+
+def _setting_lines(settings: Mapping[str, Any]) -> list[str]:
+    """Write settings as they were given: 0.8 and not 0.8000."""
+    return [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value_text(value)}"
+        for name, value in settings.items()
+    ]
 
 
 def _verdict(metrics: Mapping[str, Any], key: str = "recall@10") -> str:
@@ -228,60 +289,61 @@ def _curves(log: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[float, flo
     return {name: sorted(points.items()) for name, points in curves.items()}
 
 
+def _training_facts(training: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Say what training took, as far as it was measured."""
+    forms: dict[str, tuple[str, Callable[..., str]]] = {
+        "steps": ("Steps", "{:,}".format),
+        "best_step": ("Best at step", "{:,}".format),
+        "seconds": ("Time", duration_text),
+        "targets_seen": ("Targets seen", "{:,}".format),
+        "parameters": ("Parameters trained", "{:,}".format),
+        "flops": ("Floating-point operations, estimated", power_text),
+        "peak_mb": ("Memory at most", "{:,.0f} MB".format),
+    }
+    return [(name, form(training[key])) for key, (name, form) in forms.items() if training.get(key) is not None]
+
+
 def _segments(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Prepare the table and the picture of the segments."""
+    """Prepare the table and the picture of the segments: the model beside the baselines measured on them."""
     parts = metrics.get("segments", {})
     key = _HEADLINE[0]
-    bars = [Bar(name, part[key]) for name, part in parts.items() if key in part]
-    if bars and key in metrics.get("test", {}):
-        bars.insert(0, Bar("all users", metrics["test"][key], ours=True))
-    return {"rows": parts, "charts": [bar_chart(f"{_metric_name(key)} by segment", bars)] if bars else []}
-
-
-def _levels(quality: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """List the levels of the newest codes, as they are once collisions are resolved."""
-    return list(_resolved(list(quality.values())[-1]).get("levels", [])) if quality else []
-
-
-def _resolved(quality: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part about the codes in use: they differ from the fitted ones where collisions were resolved."""
-    return quality.get("resolved", quality)
-
-
-def _token_charts(run: RunFolder) -> list[Chart]:
-    charts = []
-    levels = [
-        (str(level["name"]), int(level["size"]), int(level["used"]), float(level["perplexity"]))
-        for level in _levels(run.quality)
+    others = [part for part in _systems(metrics) if part["segments"] and not part["ours"]]
+    others.sort(key=lambda part: (part["name"] == _ORACLE, -part["test"].get(key, 0.0)))
+    columns = [(_OURS, parts), *((part["name"], part["segments"]) for part in others)]
+    rows = [
+        (name, part.get("users", 0), [column.get(name, {}).get(key) for _, column in columns])
+        for name, part in parts.items()
     ]
-    if levels:
-        charts.append(usage_chart("Codewords in use", levels))
-    if run.codes is not None:
-        loads = [
-            (name, np.unique(run.codes.table[:, level], return_counts=True)[1].tolist())
-            for level, name in enumerate(run.codes.names)
-        ]
-        charts.append(load_chart("Items under each codeword, fullest first", loads))
-    return charts
+    drawn = [part for part in others if part["name"] != _ORACLE][:_BESIDE]
+    dots = [Dots(name, values[: len(drawn) + 1]) for name, _, values in rows if values[0] is not None]
+    if dots and key in metrics.get("test", {}):
+        dots.insert(0, Dots("all users", [metrics["test"][key], *(part["test"].get(key) for part in drawn)]))
+    names = [_OURS, *(part["name"] for part in drawn)]
+    return {
+        "metric": _metric_name(key),
+        "columns": [name for name, _ in columns],
+        "rows": rows,
+        "charts": [dot_chart(f"{_metric_name(key)} by segment", names, dots)] if dots else [],
+        "hints": _segment_hints(parts),
+    }
 
 
-def _quality_rows(quality: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """List the numbers about the whole codes, a cell a version."""
-    versions = [dict(_quality_figures(part)) for part in quality.values()]
-    names = dict.fromkeys(name for figures in versions for name in figures)
-    return [(name, [figures.get(name, "–") for figures in versions]) for name in names]
+def _segment_hints(names: Iterable[str]) -> list[str]:
+    """Say what the segments are."""
+    first_words = {name.split()[0] for name in names}
+    hints = [hint for word, hint in _SEGMENTS if word in first_words]
+    if first_words - {word for word, _ in _SEGMENTS} - {"other"}:
+        hints.append("The remaining segments are those of the recipe (`evaluation.segments`).")
+    return hints
 
 
-def _quality_figures(quality: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    figures = {**quality, **_resolved(quality)}
-    for key, value in figures.items():
-        if key == "neighbours":
-            for row in value:
-                name = f"Nearest items with the same first {row['depth']} of the code (by chance)"
-                yield name, f"{row['share']:.1%} ({row['chance']:.1%})"
-        elif not isinstance(value, list | Mapping) and key != "verdict":
-            name = _QUALITY_NAMES.get(key, key)
-            yield name, f"{value:.1%}" if key in _SHARES else _value_text(value)
+def _examples(examples: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
+    """Sort the example users by the rule that chose them: heading, rule, users; the last for users without a rule."""
+    by_rule: dict[str, list[Mapping[str, Any]]] = {rule: [] for rule in (*_RULES, "")}
+    for example in examples:
+        rule = example.get("rule", "")
+        by_rule[rule if rule in _RULES else ""].append(example)
+    return [(*_RULES.get(rule, ("", "")), chosen) for rule, chosen in by_rule.items() if chosen]
 
 
 def _observations(run: RunFolder) -> list[str]:
@@ -294,7 +356,7 @@ def _observations(run: RunFolder) -> list[str]:
     points = _curves(run.log).get("validation/ndcg@10", [])
     if len(points) >= 3 and max(points, key=lambda point: point[1]) == points[-1]:
         notes.append("Validation NDCG@10 was best at the last measurement: longer training may still help.")
-    for level in _levels(run.quality):
+    for level in report_codes.levels(run.quality):
         if level["used"] < level["size"] / 2 and not level.get("counts_only"):
             notes.append(f"{level['name']} uses only {level['used']:,} of its {level['size']:,} codewords.")
     users = [run.metrics.get("segments", {}).get(name, {}).get("users", 0) for name in ("head", "tail")]
@@ -316,17 +378,14 @@ def _metric_name(key: str) -> str:
     return (family.upper() if family in ("ndcg", "mrr") else family.capitalize()) + at + cutoff
 
 
-def _value_text(value: Any) -> str:
-    """Write any JSON value for a table cell."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
-    if isinstance(value, int):
-        return str(value) if abs(value) < 10_000 else f"{value:,}"
-    if isinstance(value, float):
-        return number_text(value)
-    if isinstance(value, list):
-        return ", ".join(_value_text(part) for part in value) or "none"
-    return str(value)
+def _code(text: str) -> Markup:
+    """Set what stands between backquotes as code, and escape everything."""
+    parts = [escape(part) for part in text.split("`")]
+    if len(parts) % 2 == 0:  # one without its partner
+        return escape(text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else part for place, part in enumerate(parts)
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -336,5 +395,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             pairs += _flat(value, f"{prefix}{name}.")
         else:
-            pairs.append((f"{prefix}{name}", _value_text(value)))
+            pairs.append((f"{prefix}{name}", value_text(value)))
     return pairs

@@ -1,7 +1,7 @@
 """Pictures of the report, as SVG text that follows the page's colours.
 
 Decisions. The SVG is written by hand: a plotting library would fix fonts and colours in the file, whereas these
-pictures take both from the page's style sheet (classes `s0` … `s5`, `grid`, `label`, …) and so follow dark and light.
+pictures take both from the page's style sheet (classes `s0` … `s7`, `grid`, `label`, …) and so follow dark and light.
 All are 460 units wide, so that text stays readable when a phone shrinks them by a fifth. Captions and legends are not
 part of the SVG but text of the page. Each picture says in words what it shows (`Chart.summary`), for those who
 cannot see it.
@@ -13,14 +13,15 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from markupsafe import Markup
 
 WIDTH = 460
 """Width of every picture in SVG units; the page scales it."""
 
-SERIES_COLOURS = 6
-"""Series are coloured by the classes `s0` to `s5`; a chart of more series repeats them."""
+SERIES_COLOURS = 8
+"""Series are coloured by the classes `s0` to `s7`; a chart of more series repeats them."""
 
 _MAX_POINTS = 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 10, 40
@@ -54,6 +55,14 @@ class Bar:
     low: float | None = None
     high: float | None = None
     ours: bool = False
+
+
+@dataclass(frozen=True)
+class Dots:
+    """One row of a dot chart: a value a series, None where a series has none."""
+
+    label: str
+    values: Sequence[float | None]
 
 
 def line_chart(
@@ -131,6 +140,37 @@ def bar_chart(title: str, bars: Sequence[Bar]) -> Chart:
     return Chart(title, _svg(parts, len(bars) * _ROW_HEIGHT + 2, summary), (), summary)
 
 
+def dot_chart(title: str, names: Sequence[str], rows: Sequence[Dots]) -> Chart:
+    """Draw metrics of several systems as dots on one line a row, from 0; the first system's are larger, with numbers.
+
+    Args:
+        title: caption.
+        names: of the systems.
+        rows: at least one, each with a value (not below 0) or None a system.
+    """
+    top = max((value for row in rows for value in row.values if value is not None), default=0.0) or 1.0
+    zero, plot = _LABEL_WIDTH + 6, WIDTH - _LABEL_WIDTH - 76
+    parts, words = [], []
+    for number, row in enumerate(rows):
+        middle = number * _ROW_HEIGHT + 15
+        parts.append(_label(row.label, middle))
+        parts.append(Markup('<path class="grid" d="M{} {}h{}"/>').format(zero, middle, plot))
+        # The first system is drawn last, on top of the others.
+        for system in reversed(range(len(names))):
+            value = row.values[system]
+            if value is not None:
+                style = f"dot fill s{system % SERIES_COLOURS}"
+                parts.append(_dot(zero + value / top * plot, middle, 4.5 if system else 7, style))
+        if row.values[0] is not None:
+            parts.append(_text(zero + plot + 12, middle + 4.5, metric_text(row.values[0]), "value"))
+        known = zip(names, row.values, strict=True)
+        values = [f"{name} {metric_text(value)}" for name, value in known if value is not None]
+        words.append(f"{row.label}: " + (", ".join(values) or "none"))
+    legend = tuple((f"s{number % SERIES_COLOURS}", name) for number, name in enumerate(names))
+    summary = f"{title}: " + "; ".join(words) + "."
+    return Chart(title, _svg(parts, len(rows) * _ROW_HEIGHT + 2, summary), legend, summary)
+
+
 def usage_chart(title: str, levels: Sequence[tuple[str, int, int, float]]) -> Chart:
     """Draw for each level its capacity, the codewords in use, and the perplexity.
 
@@ -200,6 +240,11 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [points[0], *means, points[-1]]
 
 
+def shortened(text: str, letters: int) -> str:
+    """Cut a text to at most so many letters, the last of them then an ellipsis."""
+    return text if len(text) <= letters else text[: letters - 1] + "…"
+
+
 def metric_text(value: float) -> str:
     """Write a metric with four decimals, as tables of the field do."""
     return f"{value:.4f}"
@@ -212,6 +257,32 @@ def number_text(value: float) -> str:
     if abs(value) < 1e-3:
         return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def value_text(value: Any) -> str:
+    """Write any JSON value for a table cell."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10_000 else f"{value:,}"
+    if isinstance(value, float):
+        return number_text(value)
+    if isinstance(value, list):
+        return ", ".join(value_text(part) for part in value) or "none"
+    return str(value)
+
+
+def duration_text(seconds: float) -> str:
+    """Write a time in the unit that a reader would use: seconds, minutes or hours."""
+    if seconds < 99.5:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:,.1f} h"
+
+
+def power_text(value: float) -> str:
+    """Write a large count as a power of ten: 1.2 × 10¹⁵."""
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits} × 10" + str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
@@ -248,7 +319,7 @@ def _text(x: float, y: float, text: str, style: str) -> Markup:
 
 
 def _label(text: str, middle: float, *, ours: bool = False) -> Markup:
-    short = text if len(text) <= 16 else text[:15] + "…"
+    short = shortened(text, 16)
     style = "label end strong" if ours else "label end"
     return Markup('<text x="{}" y="{:.1f}" class="{}">{}<title>{}</title></text>').format(
         _LABEL_WIDTH - 8, middle + 4.5, style, short, text

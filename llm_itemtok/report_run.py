@@ -20,6 +20,7 @@ import yaml
 
 from llm_itemtok import artifacts
 from llm_itemtok.errors import ArtifactError
+from llm_itemtok.items.codes import FILE_NAME as CODES_FILE
 from llm_itemtok.items.codes import ItemCodes
 
 
@@ -34,6 +35,29 @@ class Recommended:
 
 
 @dataclass(frozen=True)
+class Item:
+    """An item as the bundle has it; the title is empty where the catalogue has none."""
+
+    item_id: str
+    title: str
+
+    @property
+    def label(self) -> str:
+        """The title, or the id where there is none."""
+        return self.title or self.item_id
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of the item tokens; None or empty where a file is missing."""
+
+    name: str
+    codes: ItemCodes | None
+    quality: Mapping[str, Any]
+    reasons: Mapping[str, str]  # why an item's code changed, by item id
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """What was found in a run folder; None or empty where a file is missing."""
 
@@ -43,11 +67,22 @@ class RunFolder:
     environment: Mapping[str, Any]
     log: tuple[dict[str, Any], ...]
     metrics: Mapping[str, Any]
-    quality: Mapping[str, Mapping[str, Any]]  # by code version, oldest first
-    codes: ItemCodes | None
+    versions: tuple[Version, ...]  # oldest first
+    items: tuple[Item, ...]  # in catalogue order
+    categories: tuple[tuple[str, ...], ...] | None  # in catalogue order, coarse first
     examples: tuple[Mapping[str, Any], ...]
     recommended: Recommended | None
     notes: tuple[str, ...]
+
+    @property
+    def codes(self) -> ItemCodes | None:
+        """The item tokens in use: the newest."""
+        return self.versions[-1].codes if self.versions else None
+
+    @property
+    def quality(self) -> dict[str, Mapping[str, Any]]:
+        """Quality by version, oldest first, where it was measured."""
+        return {version.name: version.quality for version in self.versions if version.quality}
 
 
 def read_run(folder: Path) -> RunFolder:
@@ -67,11 +102,12 @@ def read_run(folder: Path) -> RunFolder:
     notes: list[str] = []
     recipe_text = (folder / artifacts.RECIPE).read_text(encoding="utf-8")
     recipe = _parsed_recipe(folder / artifacts.RECIPE, recipe_text)
-    versions = sorted((folder / artifacts.CODES).glob("v[0-9]*"), key=lambda path: int(path.name[1:]))
     environment = _optional_json(folder / artifacts.ENVIRONMENT, {}, "the environment of the run", notes)
-    quality = _read_quality(versions, folder, notes)
+    versions = _read_versions(folder, notes)
     log = _read_log(folder / artifacts.METRICS_LOG, notes)
-    titles = _read_titles(folder / artifacts.MODEL / artifacts.ITEMS, notes)
+    num_items = next((version.codes.num_items for version in reversed(versions) if version.codes is not None), None)
+    items = _read_items(folder / artifacts.MODEL / artifacts.ITEMS, num_items, notes)
+    categories = _read_categories(folder / artifacts.CATEGORIES, num_items, notes)
     metrics = _optional_json(folder / artifacts.METRICS, {}, "metrics (the run was not evaluated)", notes)
     return RunFolder(
         name=folder.resolve().name,
@@ -80,10 +116,11 @@ def read_run(folder: Path) -> RunFolder:
         environment=environment,
         log=log,
         metrics=metrics,
-        quality=quality,
-        codes=ItemCodes.load(versions[-1]) if versions and any(versions[-1].glob("*.safetensors")) else None,
+        versions=versions,
+        items=items,
+        categories=categories,
         examples=tuple(_optional_json(folder / artifacts.EXAMPLES, [], "example recommendations", notes)),
-        recommended=_read_predictions(folder / artifacts.PREDICTIONS, titles, notes),
+        recommended=_read_predictions(folder / artifacts.PREDICTIONS, items, notes),
         notes=tuple(notes),
     )
 
@@ -129,34 +166,77 @@ def _read_log(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
     return tuple(lines)
 
 
-def _read_quality(versions: list[Path], folder: Path, notes: list[str]) -> dict[str, Mapping[str, Any]]:
-    if not versions:
+def _read_versions(folder: Path, notes: list[str]) -> tuple[Version, ...]:
+    paths = sorted((folder / artifacts.CODES).glob("v[0-9]*"), key=lambda path: int(path.name[1:]))
+    if not paths:
         notes.append(f"Missing: item tokens. There is no {artifacts.CODES}/v0 in the run folder.")
-    quality = {}
-    for version in versions:
-        name = str((version / artifacts.QUALITY).relative_to(folder))
-        if (version / artifacts.QUALITY).exists():
-            quality[version.name] = _optional_json(version / artifacts.QUALITY, {}, name, notes)
+    versions = []
+    for path in paths:
+        name = str((path / artifacts.QUALITY).relative_to(folder))
+        if (path / artifacts.QUALITY).exists():
+            quality = _optional_json(path / artifacts.QUALITY, {}, name, notes)
         else:
             notes.append(f"Missing: the quality of the item tokens. There is no {name} in the run folder.")
-    return quality
+            quality = {}
+        codes = ItemCodes.load(path) if (path / CODES_FILE).exists() else None
+        versions.append(Version(path.name, codes, quality, _read_reasons(path / artifacts.TRACE)))
+    return tuple(versions)
 
 
-def _read_titles(path: Path, notes: list[str]) -> dict[str, str]:
+def _read_reasons(path: Path) -> dict[str, str]:
+    """Why items changed their code. Old and new codes stand in the versions themselves and are read there."""
+    if not path.exists():
+        return {}
+    columns = _read_table(path, ("item", "why"))
+    return {str(item): str(why or "") for item, why in zip(columns["item"], columns["why"], strict=True)}
+
+
+def _read_items(path: Path, num_items: int | None, notes: list[str]) -> tuple[Item, ...]:
     if not path.exists():
         notes.append(f"Missing: the model to use. There is no {path.parent.name}/{path.name} in the run folder.")
-        return {}
-    titles = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        return ()
+    items = []
+    # Not `splitlines`: titles may hold other line ends, which JSON leaves as they are.
+    for number, text in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
         try:
             item = json.loads(text)
-            titles[str(item["id"])] = item.get("title") or ""
+            items.append(Item(str(item["id"]), item.get("title") or ""))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path}:{number}: a line must hold an item with `id`, found: {text[:60]!r}") from error
-    return titles
+    _check_number(path, len(items), num_items)
+    return tuple(items)
 
 
-def _read_predictions(path: Path, titles: Mapping[str, str], notes: list[str]) -> Recommended | None:
+def _read_categories(path: Path, num_items: int | None, notes: list[str]) -> tuple[tuple[str, ...], ...] | None:
+    if not path.exists():
+        notes.append(f"Missing: the categories of the items. There is no {path.name} in the run folder.")
+        return None
+    values = _read_table(path, ("categories",))["categories"]
+    if not all(value is None or isinstance(value, list) for value in values):
+        raise ArtifactError(f"{path}: the column `categories` must hold lists; make it again with `--from evaluate`")
+    _check_number(path, len(values), num_items)
+    return tuple(tuple(map(str, value or ())) for value in values)
+
+
+def _check_number(path: Path, found: int, num_items: int | None) -> None:
+    if num_items is not None and found != num_items:
+        raise ArtifactError(
+            f"{path}: must hold the {num_items:,} items that have codes, found: {found:,}; "
+            "were files mixed from two runs?"
+        )
+
+
+def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Read columns of a parquet file."""
+    try:
+        table = pyarrow.parquet.read_table(path, columns=list(columns))
+        return {name: table[name].to_pylist() for name in columns}
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        wanted = ", ".join(columns)
+        raise ArtifactError(f"{path}: must be parquet with the columns {wanted}, found: {error}") from error
+
+
+def _read_predictions(path: Path, items: tuple[Item, ...], notes: list[str]) -> Recommended | None:
     """Count which items stand in the first ten places."""
     if not path.exists():
         notes.append(f"Missing: the recommendations of the test users. There is no {path.name} in the run folder.")
@@ -171,4 +251,5 @@ def _read_predictions(path: Path, titles: Mapping[str, str], notes: list[str]) -
         return None
     most = max(counts, key=lambda entry: (entry["counts"], str(entry["values"])))
     item = str(most["values"])
-    return Recommended(users, len(counts), titles.get(item) or item, most["counts"] / users)
+    labels = {entry.item_id: entry.label for entry in items}
+    return Recommended(users, len(counts), labels.get(item, item), most["counts"] / users)

@@ -11,14 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llm_itemtok import artifacts
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.evaluation.metrics import bootstrap, metrics_from_ranks
 from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.pipeline.evaluate import _chosen_users
 from llm_itemtok.report import write_report
 
-PARTS = ("environment", "log", "metrics", "codes", "examples", "predictions", "model")
+PARTS = ("environment", "log", "metrics", "codes", "examples", "predictions", "model", "categories")
+KINDS = ("Dolls", "Puzzles", "<b>Kites</b>")
 NASTY = '<script>alert("1")</script> & "Soap"'
 
 
@@ -41,10 +45,11 @@ def make_run(folder: Path, parts=PARTS, *, steps=40) -> Path:
         "model": lambda: artifacts.write_text(
             folder / "model" / "items.jsonl",
             "".join(
-                json.dumps({"id": f"B{i}", "title": NASTY if i == 3 else f"Toy {i}", "code": [0, i, 0]}) + "\n"
-                for i in range(40)
+                json.dumps({"id": f"B{i}", "title": NASTY if i == 3 else f"Toy {i}", "code": f"<a_{i}>"}) + "\n"
+                for i in range(300)
             ),
         ),
+        "categories": lambda: _categories(folder / "categories.parquet", [["Toys", KINDS[i % 3]] for i in range(300)]),
     }
     for part in parts:
         writers[part]()
@@ -106,6 +111,11 @@ def _codes(folder, rng):
     artifacts.write_json(folder / "quality.json", {**fitted, "resolved": resolved})
 
 
+def _categories(path, lists):
+    ids = [f"B{i}" for i in range(len(lists))]
+    pq.write_table(pa.table({"item": ids, "categories": pa.array(lists, pa.list_(pa.string()))}), path)
+
+
 def _examples():
     def items(*numbers):
         return [{"item_id": f"B{i}", "title": NASTY if i == 3 else "" if i == 5 else f"Toy {i}"} for i in numbers]
@@ -114,9 +124,10 @@ def _examples():
         return [entry | {"score": -1.25 - place} for place, entry in enumerate(items(*numbers))]
 
     return [
-        {"user": "u<1>", "history": items(*range(10, 20)), "target": items(3)[0], "rank": 2,
+        {"user": "u<1>", "rule": "best", "older": 0, "history": items(*range(10, 20)), "target": items(3)[0], "rank": 2,
          "recommendations": recommend(7, 3, 5)},
-        {"user": "u2", "history": items(1), "target": items(30)[0], "rank": 0, "recommendations": recommend(8, 9)},
+        {"user": "u2", "rule": "worst", "older": 7, "history": items(1), "target": items(30)[0], "rank": 0,
+         "recommendations": recommend(8, 9)},
     ]  # fmt: skip
 
 
@@ -129,7 +140,7 @@ def _predictions(path):
 class Page(HTMLParser):
     """Collects tags, and text outside of the style sheet, and refuses a page whose tags do not nest."""
 
-    VOID = frozenset({"meta", "rect", "circle", "polyline", "path", "br"})
+    VOID = frozenset({"meta", "br"})
 
     def __init__(self, path: Path):
         super().__init__()
@@ -177,7 +188,7 @@ def test_a_finished_run_shows_all_its_parts(tmp_path):
     labels = [attrs["aria-label"] for attrs in page.named("svg")]
     for beginning in (
         "Recall@10 on test", "NDCG@10 on test", "Recall@10 by segment", "Loss:", "Validation metrics:", "Loss by term:",
-        "Learning rate:", "Codewords in use:", "Items under each codeword",
+        "Learning rate:", "Codewords in use:", "Items under each codeword", "The code tree: ",
     ):  # fmt: skip
         assert sum(label.startswith(beginning) for label in labels) == 1
     assert all(attrs["role"] == "img" for attrs in page.named("svg"))
@@ -233,6 +244,7 @@ def test_a_run_that_stopped_shows_what_it_has_and_says_what_it_has_not(tmp_path,
         "examples": "examples.json",
         "predictions": "predictions.parquet",
         "model": "model/items.jsonl",
+        "categories": "categories.parquet",
     }
     for part, name in files.items():
         assert (f"There is no {name} in the run folder." in text) == (part not in kept)
@@ -271,8 +283,65 @@ def test_the_target_is_marked_among_the_recommendations(tmp_path):
 
     assert page.text.count("✓ target") == 1
     assert "target at rank 2" in page.text
-    assert "target not in the list" in page.text
+    assert "target not found among the first 50" in page.text
     assert "4 older items" in page.text
+    assert "the model reads the newest 1 of 8 items" in page.text
+
+
+@pytest.mark.parametrize(("rank", "words"), [(2.5, "target at rank 2.5 "), (9, "target at rank 9, below this list ")])
+def test_a_target_below_the_list_shown_is_said_to_be_there(tmp_path, rank, words):
+    run = make_run(tmp_path, ("examples",))
+    examples = artifacts.read_json(run / "examples.json")
+    examples[0]["rank"] = rank
+    artifacts.write_json(run / "examples.json", examples)
+
+    assert words in Page(write_report(run)).text
+
+
+def test_example_users_stand_under_the_rule_that_chose_them(tmp_path):
+    text = Page(write_report(make_run(tmp_path, ("examples",)))).text
+
+    assert text.index("Best of the users whose target was found") < text.index("User u<1>")
+    assert text.index("User u<1>") < text.index("Worst users whose target was not found") < text.index("User u2")
+    assert "Median" not in text
+
+
+def test_examples_of_a_run_that_did_not_note_its_rule_are_shown_without(tmp_path):
+    run = make_run(tmp_path, ("examples",))
+    examples = artifacts.read_json(run / "examples.json")
+    artifacts.write_json(
+        run / "examples.json",
+        [{key: value for key, value in entry.items() if key not in ("rule", "older")} for entry in examples],
+    )
+
+    text = Page(write_report(run)).text
+
+    assert "User u<1>" in text
+    assert "Best" not in text
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 1.0, 2.5, 7.0, 20.0]), max_size=40), st.integers(1, 4))
+def test_users_are_chosen_by_rank_and_none_twice(ranks, each):
+    """Best users are found and rank before median ones; worst ones were not found, or rank behind all others."""
+    ranks = np.array(ranks, dtype=np.float64)
+
+    chosen = _chosen_users(ranks, each)
+
+    every = [case for cases in chosen.values() for case in cases]
+    assert len(every) == len(set(every))
+    assert all(len(cases) <= each for cases in chosen.values())
+    best, median, worst = (ranks[cases].tolist() for cases in chosen.values())
+    assert best == sorted(best)
+    assert median == sorted(median)
+    found = np.sort(ranks[ranks > 0])
+    assert best == found[: len(best)].tolist()
+    assert bool(best) == bool(len(found))
+    if (ranks == 0).any():
+        assert worst == [0.0] * min(each, int((ranks == 0).sum()))
+    else:
+        assert worst == found[::-1][: len(worst)].tolist()
+    if len(median) == each and each % 2 and not (ranks == 0).any():
+        assert median[each // 2] in (found[(len(found) - 1) // 2], found[len(found) // 2])
 
 
 def test_an_item_without_title_shows_its_id(tmp_path):
@@ -313,7 +382,7 @@ def test_losses_that_are_no_numbers_are_said_and_not_drawn(tmp_path):
 
     page = Page(write_report(run))
 
-    assert "`loss` was not a finite number at 2 logged steps, first at step 2." in page.text
+    assert "loss was not a finite number at 2 logged steps, first at step 2." in page.text
     assert "nan" not in page.named("svg")[0]["aria-label"].lower()
 
 
@@ -365,6 +434,62 @@ def test_the_oracle_is_a_bound_and_no_rival(tmp_path):
     assert '<td class="best">0.5000</td><td>0.9000</td><td>0.2000</td>' in page.source
 
 
+def test_segments_stand_beside_the_baselines_measured_on_them_best_first(tmp_path):
+    run = make_run(tmp_path, ("metrics",))
+    metrics = artifacts.read_json(run / "metrics.json")
+    metrics["segments"]["asin up"] = {"users": 9, "recall@10": 0.5}
+    for name, value in (("popularity", 0.0123), ("markov", 0.0456)):
+        metrics["baselines"][name]["segments"] = {"tail": {"users": 1000, "recall@10": value}}
+    artifacts.write_json(run / "metrics.json", metrics)
+
+    page = Page(write_report(run))
+
+    ours = f"{metrics['segments']['tail']['recall@10']:.4f}"
+    assert "Segment Users this model markov popularity" in page.text
+    assert f"tail 1,000 {ours} 0.0456 0.0123" in page.text
+    assert "cold 0 – – –" in page.text
+    assert "asin up 9 0.5000 – –" in page.text
+    assert "The remaining segments are those of the recipe" in page.text
+    label = next(attrs["aria-label"] for attrs in page.named("svg") if "by segment" in attrs["aria-label"])
+    assert f"tail: this model {ours}, markov 0.0456, popularity 0.0123" in label
+
+
+def test_baselines_say_their_time_settings_and_validation(tmp_path):
+    run = make_run(tmp_path, ("metrics",))
+    metrics = artifacts.read_json(run / "metrics.json")
+    metrics["baselines"]["markov"] |= {
+        "seconds": 0.31, "settings": {"order": 1, "decay": 0.8}, "validation": {"ndcg@10": 0.0777}
+    }  # fmt: skip
+    metrics["training"] = {"seconds": 6300.0}
+    artifacts.write_json(run / "metrics.json", metrics)
+
+    text = Page(write_report(run)).text
+
+    ours = f"{metrics['validation']['ndcg@10']:.4f}"
+    assert f"NDCG@10 on validation {ours} – 0.0777 Time 1.8 h – 0.31 s Settings chosen – – order 1 decay 0.8" in text
+
+
+def test_metrics_from_before_baselines_were_timed_have_no_empty_rows(tmp_path):
+    text = Page(write_report(make_run(tmp_path, ("metrics",)))).text
+
+    assert "Settings chosen" not in text
+    assert "on validation" not in text
+    assert "Segment Users this model head" in text
+
+
+def test_what_training_took_is_said_as_far_as_it_is_known(tmp_path):
+    run = make_run(tmp_path, ())
+    facts = {"steps": 11310, "best_step": 9802, "flops": 1.23e15, "seconds": 1020.0, "peak_mb": None, "curve": [[1, 2]]}
+    artifacts.write_json(run / "metrics.json", {"test": {"recall@10": 0.5}, "training": facts})
+
+    text = Page(write_report(run)).text
+
+    assert (
+        "Training Steps 11,310 Best at step 9,802 Time 17 min Floating-point operations, estimated 1.2 × 10¹⁵ "
+        "How it was made"
+    ) in text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -373,6 +498,9 @@ def test_the_oracle_is_a_bound_and_no_rival(tmp_path):
         ("recipe.yaml", "a: [", r"recipe.yaml: the recipe of a run must be YAML"),
         ("recipe.yaml", "- a", r"recipe.yaml: the recipe of a run must be a mapping, found: list"),
         ("predictions.parquet", "no", r"predictions.parquet: must be parquet with columns user, rank and item"),
+        ("categories.parquet", "no", r"categories.parquet: must be parquet with the columns categories"),
+        ("codes/v0/trace.parquet", "no", r"trace.parquet: must be parquet with the columns item, why"),
+        ("model/items.jsonl", '{"id": "B1"}\n', r"items.jsonl: must hold the 300 items that have codes, found: 1;"),
         ("model/items.jsonl", '{"title": "x"}\n', r"items.jsonl:1: a line must hold an item with `id`"),
     ],
 )
@@ -402,8 +530,22 @@ def test_the_report_needs_neither_torch_nor_transformers(tmp_path):
 
 def test_a_title_of_a_megabyte_does_not_fill_the_page(tmp_path):
     run = make_run(tmp_path)
+    before = write_report(run).stat().st_size
     examples = artifacts.read_json(run / "examples.json")
     examples[0]["target"]["title"] = "word " * 200_000
     artifacts.write_json(run / "examples.json", examples)
+    titles = [json.dumps({"id": f"B{i}", "title": "word " * 9_000}) + "\n" for i in range(300)]
+    artifacts.write_text(run / "model" / "items.jsonl", "".join(titles))
 
-    assert write_report(run).stat().st_size < 100_000
+    assert write_report(run).stat().st_size < before + 30_000
+
+
+def test_the_page_of_a_large_catalogue_stays_small(tmp_path):
+    """A page is sent by mail and opened on a phone; 12,101 items on 3 levels are the field's standard table."""
+    run = make_run(tmp_path, ("metrics", "log"))
+    rng = np.random.default_rng(0)
+    table = np.minimum(rng.geometric(0.02, (12_101, 3)), 256) - 1
+    ItemCodes(table, (256, 256, 256)).save(run / "codes" / "v0")
+    _categories(run / "categories.parquet", [["Toys", f"a category of some length {i % 11}"] for i in range(12_101)])
+
+    assert write_report(run).stat().st_size < 1_000_000

@@ -9,11 +9,16 @@ from hypothesis import strategies as st
 
 from llm_itemtok.report_plots import (
     Bar,
+    Dots,
     Series,
     bar_chart,
+    dot_chart,
+    duration_text,
     line_chart,
     load_chart,
     number_text,
+    power_text,
+    shortened,
     thinned,
     ticks,
     usage_chart,
@@ -74,6 +79,19 @@ def test_bars_of_nothing_but_zeros_are_drawn():
     assert "0.0000" in bar_chart("Recall@10", [Bar("cold", 0.0, 0.0, 0.0)]).svg
 
 
+def test_dots_are_to_scale_and_a_missing_value_has_none():
+    chart = dot_chart("Recall@10", ["ours", "markov"], [Dots("head", [0.1, 0.2]), Dots("cold", [0.0, None])])
+
+    places = {
+        name: [float(x) for x in re.findall(rf'<circle cx="([\d.]+)"[^>]*class="dot fill {style}"', chart.svg)]
+        for name, style in (("ours", "s0"), ("markov", "s1"))
+    }
+    zero = places["ours"][1]
+    assert len(places["markov"]) == 1
+    assert places["markov"][0] - zero == pytest.approx(2 * (places["ours"][0] - zero), abs=0.2)
+    assert chart.summary == "Recall@10: head: ours 0.1000, markov 0.2000; cold: ours 0.0000."
+
+
 def test_a_line_of_one_point_is_a_dot():
     chart = line_chart("Loss", [Series("loss", [(5.0, 2.0)])], x_label="step")
 
@@ -104,6 +122,7 @@ def test_labels_cannot_write_markup():
     charts = [
         line_chart(nasty, [Series(nasty, [(0, 1), (1, 2)])], x_label=nasty),
         bar_chart(nasty, [Bar(nasty, 0.5)]),
+        dot_chart(nasty, [nasty], [Dots(nasty, [0.5])]),
         usage_chart(nasty, [(nasty, 4, 3, 2.0)]),
         load_chart(nasty, [(nasty, [1])]),
     ]
@@ -123,3 +142,24 @@ def test_a_long_name_is_cut_and_kept_in_full_beside():
 )
 def test_numbers_have_the_digits_a_reader_can_use(value, text):
     assert number_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.314, "0.31 s"), (9.94, "9.9 s"), (42.4, "42 s"), (99.6, "2 min"), (1020, "17 min"), (6300, "1.8 h")],
+)
+def test_a_time_has_the_unit_a_reader_would_use(seconds, text):
+    assert duration_text(seconds) == text
+
+
+def test_large_counts_are_powers_of_ten():
+    assert power_text(1.234e15) == "1.2 × 10¹⁵"
+    assert power_text(0) == "0.0 × 10⁰"
+
+
+@given(st.text(max_size=30), st.integers(1, 20))
+def test_a_shortened_text_is_no_longer_than_asked_for(text, letters):
+    short = shortened(text, letters)
+
+    assert len(short) == min(len(text), letters)
+    assert short == text or (short[-1] == "…" and text.startswith(short[:-1]))

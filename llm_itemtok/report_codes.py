@@ -1,0 +1,170 @@
+"""The report's part on item tokens: how they are used, what the code tree looks like, what changed between versions.
+
+Decisions. Numbers of quality come from `quality.json`, counts of changes from the code tables themselves; a trace file
+only says why. Examples of changed items are chosen by rule: those whose code changed at the earliest level, then in
+catalogue order.
+
+This module decides what is shown of item tokens; `report_tree` and `report_plots` draw.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.report_plots import Chart, load_chart, usage_chart, value_text
+from llm_itemtok.report_run import RunFolder
+from llm_itemtok.report_tree import category_groups, follows, fullest_codewords, spelled, tree_chart
+
+_QUALITY_NAMES = {
+    "items": "Items",
+    "capacity": "Codes there is room for",
+    "collision_rate": "Items that shared their code with another, before resolution",
+    "unique": "Each item has a code of its own",
+    "reconstruction_error": "Squared error of the vectors rebuilt from codes, as a share of their variance",
+}
+_SHARES = ("collision_rate", "reconstruction_error")
+_EXAMPLES = 6
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The picture of the code tree, how to read it, and its fullest codewords in words."""
+
+    chart: Chart
+    reading: str
+    fullest: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one version of the codes changed from the one before.
+
+    Attributes:
+        versions: names of the two, such as `v0 → v1`.
+        items: items whose code changed.
+        share: of all items.
+        levels: (name of a level, share of items whose codeword changed there).
+        reasons: (why, items), most frequent first; empty without a trace.
+        examples: a few changed items: `label`, `old`, `new`, `why`.
+    """
+
+    versions: str
+    items: int
+    share: float
+    levels: tuple[tuple[str, float], ...]
+    reasons: tuple[tuple[str, int], ...]
+    examples: tuple[Mapping[str, str], ...]
+
+
+def levels(quality: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """List the levels of the newest codes, as they are once collisions are resolved."""
+    return list(resolved(list(quality.values())[-1]).get("levels", [])) if quality else []
+
+
+def verdict(quality: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the verdict on the newest codes; empty where there is none."""
+    return str(resolved(list(quality.values())[-1]).get("verdict", "")) if quality else ""
+
+
+def resolved(quality: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part about the codes in use: they differ from the fitted ones where collisions were resolved."""
+    return quality.get("resolved", quality)
+
+
+def usage_charts(run: RunFolder) -> list[Chart]:
+    """Draw codewords in use and items under each."""
+    charts = []
+    used = [
+        (str(level["name"]), int(level["size"]), int(level["used"]), float(level["perplexity"]))
+        for level in levels(run.quality)
+    ]
+    if used:
+        charts.append(usage_chart("Codewords in use", used))
+    if run.codes is not None:
+        loads = [
+            (name, np.unique(run.codes.table[:, level], return_counts=True)[1].tolist())
+            for level, name in enumerate(run.codes.names)
+        ]
+        charts.append(load_chart("Items under each codeword, fullest first", loads))
+    return charts
+
+
+def code_tree(run: RunFolder) -> Tree | None:
+    """Draw the newest codes as a tree; None without codes."""
+    if run.codes is None:
+        return None
+    groups = category_groups(run.categories or ((),) * run.codes.num_items)
+    labels = [item.label for item in run.items] or [f"row {row}" for row in range(run.codes.num_items)]
+    nodes = [
+        f"{name} ({len(run.codes.prefix_counts(depth)[1]):,})" for depth, name in enumerate(run.codes.names, start=1)
+    ]
+    reading = (
+        f"One row a level, from above, with its number of nodes: {', '.join(nodes)}. A block is a codeword after those "
+        "above it, as wide as its items; neighbours too thin to be seen are drawn as one. "
+    )
+    if groups.names:
+        entry = "the first entry" if groups.position == 0 else f"entry {groups.position + 1}, the first that differs,"
+        reading += (
+            f"Its colour is its most frequent category ({entry} of each item's list), paler where more of its items "
+            f"belong to others. {follows(run.codes, groups)}"
+        )
+    elif run.categories is None:
+        reading += "It has no colours, because the run folder does not say which categories the items have."
+    else:
+        reading += "It has no colours, because the items of this catalogue have no categories."
+    return Tree(
+        tree_chart("The code tree", run.codes, groups, labels), reading, fullest_codewords(run.codes, groups, labels)
+    )
+
+
+def changes(run: RunFolder) -> list[Change]:
+    """Compare each version of the codes with the one before; versions of other shapes cannot be compared."""
+    known = [(version, version.codes) for version in run.versions if version.codes is not None]
+    return [
+        _change(run, f"{older.name} → {newer.name}", newer.reasons, old, new)
+        for (older, old), (newer, new) in pairwise(known)
+        if old.sizes == new.sizes and len(old) == len(new)
+    ]
+
+
+def _change(run: RunFolder, versions: str, reasons: Mapping[str, str], old: ItemCodes, new: ItemCodes) -> Change:
+    moved = old.table != new.table
+    rows = np.flatnonzero(moved.any(axis=1))
+    earliest_first = rows[np.argsort(moved[rows].argmax(axis=1), kind="stable")]
+    examples = []
+    for row in earliest_first[:_EXAMPLES].tolist():
+        label, item_id = (run.items[row].label, run.items[row].item_id) if run.items else (f"row {row}", "")
+        codes = {"old": spelled(old.table[row].tolist()), "new": spelled(new.table[row].tolist())}
+        examples.append({"label": label, **codes, "why": reasons.get(item_id, "")})
+    return Change(
+        versions=versions,
+        items=len(rows),
+        share=len(rows) / len(moved),
+        levels=tuple(zip(new.names, moved.mean(axis=0).tolist(), strict=True)),
+        reasons=tuple(Counter(filter(None, reasons.values())).most_common()),
+        examples=tuple(examples),
+    )
+
+
+def quality_rows(quality: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """List the numbers about the whole codes, a cell a version."""
+    versions = [dict(_quality_figures(part)) for part in quality.values()]
+    names = dict.fromkeys(name for figures in versions for name in figures)
+    return [(name, [figures.get(name, "–") for figures in versions]) for name in names]
+
+
+def _quality_figures(quality: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    figures = {**quality, **resolved(quality)}
+    for key, value in figures.items():
+        if key == "neighbours":
+            for row in value:
+                name = f"Nearest items with the same first {row['depth']} of the code (by chance)"
+                yield name, f"{row['share']:.1%} ({row['chance']:.1%})"
+        elif not isinstance(value, list | Mapping) and key != "verdict":
+            name = _QUALITY_NAMES.get(key, key)
+            yield name, f"{value:.1%}" if key in _SHARES else value_text(value)
