@@ -44,8 +44,27 @@ def metrics_from_ranks(ranks: NDArray[np.floating]) -> dict[str, float]:
     Raises:
         ValueError: if there is no case, or a value is no rank.
     """
-    gains = _gains(_checked(ranks))
-    return {key: float(gain.mean()) for key, gain in zip(METRIC_KEYS, gains, strict=True)}
+    of_metrics = _gains(_checked(ranks))
+    return {key: float(gain.mean()) for key, gain in zip(METRIC_KEYS, of_metrics, strict=True)}
+
+
+def gains(ranks: NDArray[np.floating], key: str) -> NDArray[np.float64]:
+    """Return each case's gain under one metric; their mean is the metric.
+
+    Args:
+        ranks: float [C], as in `metrics_from_ranks`.
+        key: one of `METRIC_KEYS`.
+
+    Returns:
+        float64 [C], each in [0, 1].
+
+    Raises:
+        ValueError: if there is no case, a value is no rank, or `key` is no metric.
+    """
+    if key not in METRIC_KEYS:
+        raise ValueError(f"the metric must be one of {', '.join(METRIC_KEYS)}, was: {key!r}")
+    of_key: NDArray[np.float64] = _gains(_checked(ranks))[METRIC_KEYS.index(key)]
+    return of_key
 
 
 def bootstrap(
