@@ -7,8 +7,10 @@ Exit status: 0 done, 1 the run failed, 2 bad usage or bad input (one message on 
 import argparse
 import json
 import os
+import signal
 import stat
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -93,6 +95,17 @@ def _parser() -> argparse.ArgumentParser:
 
     report = _command(commands, "report", _write_report, "write report.html of a run again")
     report.add_argument("run", type=Path)
+
+    reproduce = _command(
+        commands, "reproduce", _reproduce, "carry out an experiment plan, or go on with it; write its results page"
+    )
+    reproduce.add_argument("plan", type=Path)
+    reproduce.add_argument("--dry-run", action="store_true", help="say what would run and how long it takes")
+    reproduce.add_argument("--rerun", metavar="RUN", help="run this row (first digits of its hash) again and compare")
+    reproduce.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    reproduce.add_argument("--minutes", type=float, help="stop after this time, with checkpoints")
+    reproduce.add_argument("--results", type=Path, default=Path("docs/results"), help="default: docs/results")
+    reproduce.add_argument("--runs", type=Path, default=Path("runs/pool"), help="run folders (default: runs/pool)")
 
     explain = _command(commands, "explain", _explain, "what a recipe setting means")
     explain.add_argument("setting", nargs="?", default="", help="such as tokenizer.levels; all of them if left out")
@@ -232,6 +245,32 @@ def _write_report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _reproduce(options: argparse.Namespace) -> int:
+    from llm_itemtok.experiments import reproduce as plans
+
+    _quiet()
+    places = {"results": options.results, "runs": options.runs}
+    if options.dry_run:
+        print(plans.dry_run(options.plan, workers=options.workers, **places))
+        return 0
+    try:
+        if options.rerun:
+            same, text = plans.rerun(options.plan, options.rerun, log=_say_with_time, **places)
+            print(text)
+            return 0 if same else 1
+        page = plans.reproduce(
+            options.plan, workers=options.workers, minutes=options.minutes, log=_say_with_time, **places
+        )
+    except plans.Interrupted as stop:
+        print("itemtok: stopped after checkpoints; the same command goes on", file=sys.stderr)
+        return 130 if stop.signal == signal.SIGINT else STOPPED
+    except plans.Failed as failure:
+        print(f"itemtok: {failure}\n  the same command tries again", file=sys.stderr)
+        return 1
+    _say(f"results: {page}")
+    return 0
+
+
 def _explain(options: argparse.Namespace) -> int:
     from llm_itemtok.config import explain
 
@@ -248,6 +287,10 @@ def _quiet() -> None:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _say_with_time(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def test_commands_and_flags_are_frozen(capsys: pytest.CaptureFixture[str]) -> No
         "recommend": {"--history", "-k", "--json"},
         "report": set(),
         "explain": set(),
+        "reproduce": {"--dry-run", "--rerun", "--workers", "--minutes", "--results", "--runs"},
     }
     for command, flags in expected.items():
         with pytest.raises(SystemExit):

@@ -1,8 +1,8 @@
 """README and docs say what is true of the code beside them: commands parse, recipes load, Python runs, links lead on.
 
 Conventions of a page:
-- A fenced `bash` block holds commands as they can be typed; a fenced `yaml` block is a recipe, named in its first line
-  (`# my.yaml`) where commands of the page use it.
+- A fenced `bash` block holds commands as they can be typed; a fenced `yaml` block is a recipe, or an experiment plan,
+  named in its first line (`# my.yaml`) where commands of the page use it.
 - A fenced `python` block under the line `<!-- run -->` is executed after a small quickstart, in the folder of the run.
 - Code in a sentence, such as `tokenizer.levels` or `tokenizer.kind: rqvae`, is a setting, and takes the value.
 """
@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 
 from llm_itemtok.cli import _parser
 from llm_itemtok.config import RunConfig, explain
+from llm_itemtok.experiments.plan import LoadedPlan
 from llm_itemtok.settings import Data
 from llm_itemtok.training.arguments import check_settings
 from tests.test_recipes import SMALL
@@ -158,11 +159,16 @@ def test_every_command_parses_and_its_recipe_resolves(recipes, monkeypatch):
             check_settings(RunConfig.load(options.recipe, options.overrides).trainer)
         if hasattr(options, "setting"):
             assert explain(options.setting)
+        if hasattr(options, "plan"):
+            assert LoadedPlan.load(options.plan).confirm_cells({})
 
 
 def test_every_recipe_of_the_docs_resolves(recipes):
     for recipe in recipes.glob("*.yaml"):
-        check_settings(RunConfig.load(recipe).trainer, source=recipe.name)
+        if "arms" in yaml.safe_load(recipe.read_text(encoding="utf-8")):
+            assert LoadedPlan.load(recipe).confirm_cells({})
+        else:
+            check_settings(RunConfig.load(recipe).trainer, source=recipe.name)
 
 
 def test_commands_and_flags_in_sentences_exist():

@@ -1,6 +1,7 @@
 """A recipe carried out: what a run folder holds, what is run again, and what stays the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,10 +10,12 @@ import pytest
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data import synthetic
 from llm_itemtok.errors import ArtifactError, CollisionError, DataError, ItemTokError, RecipeError
+from llm_itemtok.evaluation.metrics import metrics_from_ranks
+from llm_itemtok.pipeline import stages
 from llm_itemtok.pipeline.check import check
 from llm_itemtok.pipeline.evaluate import evaluate_path
 from llm_itemtok.pipeline.inspect import inspect
-from llm_itemtok.pipeline.run import run
+from llm_itemtok.pipeline.run import alone_in, run
 from llm_itemtok.pipeline.stages import input_hashes
 from llm_itemtok.recommender import Recommender
 
@@ -61,8 +64,12 @@ def test_metrics_json_has_the_keys_of_the_contract(finished: Path) -> None:
     keys = {"recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr@20"}
     assert set(metrics["test"]) == set(metrics["validation"]) == set(metrics["ci95"]) == keys
     assert metrics["protocol"]["candidates"] == "full"
-    assert set(metrics["baselines"]) == {"popularity", "markov", "oracle"}
-    assert set(metrics) == {"protocol", "test", "ci95", "segments", "validation", "baselines", "codes", "speed"}
+    assert set(metrics["baselines"]) == {"popularity", "markov", "item-knn", "oracle"}
+    assert set(metrics) == {
+        *("protocol", "test", "ci95", "segments", "validation", "baselines", "codes", "training", "speed")
+    }
+    assert metrics["training"]["steps"] == 6
+    assert metrics["training"]["targets_seen"] > 0
     assert all(low <= metrics["test"][key] <= high for key, (low, high) in metrics["ci95"].items())
 
 
@@ -85,7 +92,10 @@ def test_the_metrics_log_is_json_lines_with_loss_terms_and_validation(finished: 
 def test_the_same_recipe_and_seed_give_the_same_metrics_timings_aside(finished: Path, tmp_path: Path) -> None:
     again = run(recipe(tmp_path), tmp_path / "again")
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (finished, again))
-    del first["speed"], second["speed"]
+    for metrics in (first, second):
+        del metrics["speed"], metrics["training"]["seconds"], metrics["training"]["peak_mb"]
+        for baseline in metrics["baselines"].values():
+            baseline.pop("seconds", None)
     assert first == second
 
 
@@ -101,6 +111,30 @@ def test_finished_stages_are_not_run_again(finished: Path, tmp_path: Path) -> No
     run(recipe(tmp_path), finished, log=lines.append)
     assert {path: path.stat().st_mtime_ns for path in (finished / "model").iterdir()} == before
     assert sum("done before" in line for line in lines) == 6
+
+
+def test_the_ranks_of_all_test_users_give_the_metrics_again(finished: Path) -> None:
+    table = pq.read_table(finished / "ranks.parquet")
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics_from_ranks(table["rank"].to_numpy().astype(float)) == metrics["test"]
+    assert len(set(table["user"].to_pylist())) == len(table) == metrics["protocol"]["counts"]["test_cases"]
+
+
+def test_two_processes_do_not_work_in_one_run_folder(finished: Path, tmp_path: Path) -> None:
+    with alone_in(finished), pytest.raises(ArtifactError, match="only one process may work in a run folder"):
+        run(recipe(tmp_path), finished)
+    run(recipe(tmp_path), finished)
+
+
+def test_results_of_an_older_version_of_the_code_are_not_gone_on_from(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    monkeypatch.setattr(stages, "RESULTS_VERSION", stages.RESULTS_VERSION + 1)
+    lines: list[str] = []
+    run(recipe(tmp_path), copy, until="items", log=lines.append)
+    assert not any("done before" in line for line in lines)
 
 
 def test_from_runs_a_stage_and_all_after_it_again(finished: Path, tmp_path: Path) -> None:
@@ -144,6 +178,60 @@ def test_a_bundle_alone_is_tested_on_the_split_it_was_trained_with(folder: Path,
     metrics = evaluate_path(str(tmp_path / "alone"), folder)
     assert metrics["protocol"]["split"] == "temporal"
     assert metrics["test"] == json.loads((tmp_path / "run/metrics.json").read_text())["test"]
+
+
+SEGMENTS = "{brand: {kind: item-order, column: shelf}, home: {kind: user-column, column: country}}"
+
+
+def with_further_columns(folder: Path) -> None:
+    """Give every item a shelf, in the order of the file, and every interaction a country, one a user."""
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**item, "shelf": number}) + "\n" for number, item in enumerate(items)]
+    (folder / "items.jsonl").write_text("".join(lines))
+    header, *rows = (folder / "interactions.csv").read_text().splitlines()
+    lines = [f"{row},{'NL' if int(row[1:6]) % 4 else 'DE'}" for row in rows]
+    (folder / "interactions.csv").write_text("\n".join([f"{header},country", *lines]) + "\n")
+
+
+def test_segments_by_rule_are_in_the_metrics_and_nothing_is_trained_again_when_their_columns_change(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {folder}"))
+    plain = run(RunConfig.load(path), tmp_path / "plain")
+    with_further_columns(folder)
+    config = RunConfig.load(path, [f"evaluation.segments={SEGMENTS}"])
+    out = run(config, tmp_path / "run")
+
+    first, metrics = (json.loads((run / "metrics.json").read_text()) for run in (plain, out))
+    assert metrics["test"] == first["test"]
+    assert metrics["protocol"] == first["protocol"]
+    assert {name: part["users"] for name, part in metrics["segments"].items() if name.startswith("home")} == {
+        "home: NL": 60,
+        "home: DE": 20,
+    }
+    assert metrics["segments"]["brand up"]["users"] + metrics["segments"]["brand down"]["users"] == 80
+    assert {name: metrics["segments"][name] for name in first["segments"]} == first["segments"]
+    assert evaluate_path(str(out), None)["segments"] == metrics["segments"]
+    assert set(evaluate_path(str(out / "model"), None)["segments"]) == set(metrics["segments"])
+
+    log = folder / "interactions.csv"
+    log.write_text(log.read_text().replace(",DE", ",FR"))
+    lines: list[str] = []
+    run(config, out, log=lines.append)
+    assert [line for line in lines if line.endswith(":")] == ["evaluate:", "report:"]
+    assert "home: FR" in json.loads((out / "metrics.json").read_text())["segments"]
+    (out / "model").rename(tmp_path / "alone")
+    assert set(evaluate_path(str(tmp_path / "alone"), folder)["segments"]) == set(first["segments"])
+
+
+def test_check_refuses_a_segment_of_a_column_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {folder}"))
+    with pytest.raises(DataError, match=r"items\.jsonl: the column `titles`.*did you mean `title`\?"):
+        check(RunConfig.load(path, ["evaluation.segments={x: {kind: item-order, column: titles}}"]))
+    with pytest.raises(DataError, match=r"interactions\.csv: the column `country`.*there are: 'user_id'"):
+        check(RunConfig.load(path, ["evaluation.segments={x: {kind: user-column, column: country}}"]))
 
 
 def test_text_tasks_without_any_title_are_refused_also_where_categories_exist(folder: Path, tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import pytest
 
 from llm_itemtok import artifacts
 from llm_itemtok.config import RunConfig
+from llm_itemtok.experiments.plan import LoadedPlan
 from llm_itemtok.training.arguments import check_settings
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "accelerate" not in path.parts)
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if not {"accelerate", "plans"} & set(path.parts))
+PLANS = sorted((ROOT / "recipes" / "plans").glob("*.yaml"))
 MAX_LINES = 60
 
 SMALL = [
@@ -53,6 +55,17 @@ def test_a_recipe_says_what_it_is_and_how_to_run_it_in_sixty_lines(path):
     header = "\n".join(line for line in lines if line.startswith("#"))
     assert lines[0].startswith("# ")
     assert f"itemtok run recipes/{_name(path)}" in header
+
+
+@pytest.mark.parametrize("path", PLANS, ids=_name)
+def test_a_plan_resolves_and_is_named_after_its_file(path, monkeypatch, tmp_path):
+    for name in ("ITEMTOK_DATA", "ITEMTOK_MINILM"):
+        monkeypatch.setenv(name, str(tmp_path))
+    loaded = LoadedPlan.load(path)
+    assert loaded.plan.name == path.stem
+    for cell in (*loaded.tuning_cells(), *loaded.confirm_cells({})):
+        check_settings(cell.config.trainer, source=cell.name)
+    assert f"itemtok reproduce recipes/plans/{path.name}" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.recipe

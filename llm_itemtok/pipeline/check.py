@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.catalog import Catalog
@@ -30,14 +30,12 @@ def check(config: RunConfig) -> str:
     Raises:
         ItemTokError: for everything wrong with the recipe or the data.
     """
-    data = load_data(config.data, config.seed)
+    data = load_data(config.data, config.seed, config.evaluation.segments)
     refuse_textless(config, data.catalog)
     _refuse_codes(config, data.catalog)
     table = make_examples(config, data)
     check_settings(config.trainer)
-    # A recipe for a GPU is checked on machines without one; precision changes neither steps nor batches.
-    portable = {name: value for name, value in config.trainer.items() if name not in ("bf16", "fp16", "tf32")}
-    arguments = build_arguments(portable, output_dir=Path("checkpoints"), seed=config.seed)
+    arguments = _arguments(config)
     steps, total = count_steps(arguments, len(table))
     tokens = sum(table["length"]) * _levels(config)
     lines = [
@@ -59,6 +57,43 @@ def check(config: RunConfig) -> str:
         refuse_long_histories(config, lm, _levels(config))
         lines += _cost(config, lm, tokens * total / max(1, steps), arguments.device.type)
     return "\n".join(lines)
+
+
+def estimate_seconds(config: RunConfig) -> float | None:
+    """About how long training takes here on one CPU thread, validation left out; None if the model is out of reach."""
+    lm = _empty_model(config)
+    if lm is None:
+        return None
+    table = make_examples(config, load_data(config.data, config.seed, {}))
+    steps, total = count_steps(_arguments(config), len(table))
+    tokens = sum(table["length"]) * _levels(config) * total / max(1, steps)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = _seconds(_work(config, lm, tokens))
+    torch.set_num_threads(threads)
+    return seconds
+
+
+def _arguments(config: RunConfig) -> TrainingArguments:
+    """The recipe's `trainer` section; one for a GPU is checked on machines without one."""
+    portable = {name: value for name, value in config.trainer.items() if name not in ("bf16", "fp16", "tf32")}
+    return build_arguments(portable, output_dir=Path("checkpoints"), seed=config.seed)
+
+
+def _body(lm: PreTrainedModel) -> int:
+    """Parameters beside the input table."""
+    return sum(p.numel() for p in lm.parameters()) - input_table(lm).weight.numel()
+
+
+def _work(config: RunConfig, lm: PreTrainedModel, tokens: float) -> float:
+    """Floating-point operations of training on a number of tokens."""
+    return tokens * (4 if config.model.adapter == "lora" else 6) * _body(lm)
+
+
+def _seconds(work: float) -> float:
+    """Time for it on this CPU."""
+    # Measured on small models: about half of the matrix rate is reached; attention and optimiser take the rest.
+    return work / _matmul_rate() * 2
 
 
 def _levels(config: RunConfig) -> int:
@@ -111,7 +146,7 @@ def _cost(config: RunConfig, lm: PreTrainedModel, tokens: float, device: str) ->
     """Lines on parameters, memory and time of training on a number of tokens."""
     width = input_table(lm).embedding_dim
     words = config.model.scratch.vocab_size if config.model.name == "scratch" else input_table(lm).num_embeddings
-    body = sum(p.numel() for p in lm.parameters()) - input_table(lm).weight.numel()
+    body = _body(lm)
     rows = _levels(config) * config.tokenizer.codebook_size * width * (1 if lm.config.tie_word_embeddings else 2)
     lora = config.model.adapter == "lora"
     if lora:
@@ -123,18 +158,16 @@ def _cost(config: RunConfig, lm: PreTrainedModel, tokens: float, device: str) ->
         trained = rows + body + words * width
     size = 2 if config.model.dtype == "bfloat16" else 4
     memory = (body + words * width) * size + trained * (size + 8)  # weights; gradients and two moments
-    work = tokens * (4 if lora else 6) * body
+    work = _work(config, lm, tokens)
     lines = [
         f"  base model: about {_scaled(body + words * width)}parameters; trained: about {_scaled(trained)}",
         f"  memory for weights, gradients and optimiser: about {_scaled(memory)}B, activations besides",
         f"  work: {_scaled(work)}FLOP",
     ]
     if device == "cpu":
-        rate = _matmul_rate()
-        # Measured on small models: about half of the matrix rate is reached; attention and optimiser take the rest.
-        minutes = work / rate * 2 / 60
+        minutes = _seconds(work) / 60
         lines.append(
-            f"  time here, at {rate / 1e9:.0f} GFLOP/s: "
+            "  time here: "
             + (f"about {minutes:.0f} minutes" if minutes >= 1 else "less than a minute")
             + ", and validation"
         )

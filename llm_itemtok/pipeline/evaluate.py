@@ -9,32 +9,38 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from llm_itemtok.artifacts import (
+    CATEGORIES,
     CODES,
     EXAMPLES,
     METRICS,
     MODEL,
     PREDICTIONS,
     QUALITY,
+    RANKS,
     RECIPE,
+    TRAINING,
+    cache_folder,
     read_json,
     write_json,
     write_text,
 )
 from llm_itemtok.config import RunConfig
+from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.evaluation import baselines
 from llm_itemtok.evaluation.full_ranking import Ranking, rank_cases
 from llm_itemtok.evaluation.metrics import bootstrap, metrics_from_ranks, ranks_from_scores
-from llm_itemtok.evaluation.segments import segment_masks, segment_metrics
+from llm_itemtok.evaluation.segments import item_order_masks, segment_masks, segment_metrics, user_column_masks
 from llm_itemtok.items.quality import quality
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.pipeline.card import card
 from llm_itemtok.pipeline.prepare import Dataset, Log, load_data, progress_lines
 from llm_itemtok.recommender import CARD, Recommender
-from llm_itemtok.settings import Data, Filter
+from llm_itemtok.settings import Data, Evaluation, Filter, ItemOrderSegments, Segments
 from llm_itemtok.vocab.trie import ItemTrie
 
 
@@ -63,7 +69,9 @@ def measure(
     seed: int,
     batch_size: int,
     baseline_names: tuple[str, ...],
+    segments: Mapping[str, Segments],
     quality: Mapping[str, Any],
+    training: Mapping[str, Any],
     log: Log,
 ) -> tuple[dict[str, Any], Ranking]:
     """Measure a recommender: the contract's `metrics.json`, and the test lists.
@@ -75,7 +83,10 @@ def measure(
         seed: of the bootstrap.
         batch_size: users decoded at a time.
         baseline_names: measured beside it; the generator's oracle is added on synthetic data.
+        segments: rules for further segments, whose columns `data` was read with.
         quality: of the item codes, copied.
+        training: what training took and how validation ended, copied; empty for a model of unknown origin, which is
+            validated here.
         log: called with progress lines.
 
     Raises:
@@ -86,36 +97,70 @@ def measure(
     started = time.perf_counter()
     ranking = rank(recommender, test, batch_size=batch_size, log=log, what="test users")
     seconds = time.perf_counter() - started
-    validation = rank(recommender, data.split.validation, batch_size=batch_size, log=log, what="validation users")
-    others = baselines.evaluate_baselines(baseline_names, data.split, test, generation.mask_seen, seed)
-    if data.oracle is not None:
-        scores = data.oracle.scores(test.histories(), test.users)
-        exclude = baselines.seen_items(test.histories(), len(data.catalog)) if generation.mask_seen else None
-        ranks = ranks_from_scores(scores, test.targets, exclude)
-        others["oracle"] = {"test": metrics_from_ranks(ranks), "ci95": bootstrap(ranks, seed=seed)}
+    masks = _masks(data, segments)
+    facts = dict(training)
+    validation = facts.pop("validation", None)
+    if validation is None:
+        cases = data.split.validation
+        ranks = rank(recommender, cases, batch_size=batch_size, log=log, what="validation users").ranks
+        validation = metrics_from_ranks(ranks)
     metrics = {
-        "protocol": {
-            "split": data.split.kind,
-            "k_core": k_core,
-            "history_length": generation.history_length,
-            "mask_seen": generation.mask_seen,
-            "candidates": "full",
-            "beam": generation.beam,
-            "normaliser": generation.normaliser,
-            "seed": seed,
-            "catalog_sha256": data.catalog.sha256,
-            "interactions_sha256": data.interactions.sha256,
-            "counts": {"items": len(data.catalog), **data.split.counts},
-        },
+        "protocol": _protocol(recommender, data, k_core, seed),
         "test": metrics_from_ranks(ranking.ranks),
         "ci95": bootstrap(ranking.ranks, seed=seed),
-        "segments": segment_metrics(ranking.ranks, segment_masks(test, data.split.item_counts())),
-        "validation": metrics_from_ranks(validation.ranks),
-        "baselines": others,
+        "segments": segment_metrics(ranking.ranks, masks),
+        "validation": validation,
+        "baselines": _baselines(data, baseline_names, generation.mask_seen, masks, seed, log),
         "codes": dict(quality),
+        "training": facts,
         "speed": {"test_seconds": round(seconds, 3), "users_per_second": round(len(test) / seconds, 1)},
     }
     return metrics, ranking
+
+
+def _baselines(
+    data: Dataset, names: tuple[str, ...], mask_seen: bool, masks: Mapping[str, NDArray[np.bool_]], seed: int, log: Log
+) -> dict[str, dict[str, Any]]:
+    """The baselines, measured now or on the same split before, and the oracle where there is one."""
+    split, test = data.split, data.split.test
+    cache = cache_folder() / "baselines"
+    others = baselines.evaluate_baselines(names, split, test, mask_seen, seed, masks=masks, cache=cache, log=log)
+    if data.oracle is not None:
+        scores = data.oracle.scores(test.histories(), test.users)
+        exclude = baselines.seen_items(test.histories(), len(data.catalog)) if mask_seen else None
+        ranks = ranks_from_scores(scores, test.targets, exclude)
+        others["oracle"] = {"test": metrics_from_ranks(ranks), "ci95": bootstrap(ranks, seed=seed)}
+    return others
+
+
+def _protocol(recommender: Recommender, data: Dataset, k_core: int, seed: int) -> dict[str, Any]:
+    """What has to agree for numbers to be comparable."""
+    generation = recommender.generation
+    return {
+        "split": data.split.kind,
+        "k_core": k_core,
+        "history_length": generation.history_length,
+        "mask_seen": generation.mask_seen,
+        "candidates": "full",
+        "beam": generation.beam,
+        "normaliser": generation.normaliser,
+        "seed": seed,
+        "catalog_sha256": data.catalog.sha256,
+        "interactions_sha256": data.interactions.sha256,
+        "counts": {"items": len(data.catalog), **data.split.counts},
+    }
+
+
+def _masks(data: Dataset, rules: Mapping[str, Segments]) -> dict[str, NDArray[np.bool_]]:
+    """Say which test cases belong to which segment: those that every run has, and those of the recipe's rules."""
+    test = data.split.test
+    masks = segment_masks(test, data.split.item_counts())
+    for name, rule in rules.items():
+        if isinstance(rule, ItemOrderSegments):
+            masks |= item_order_masks(name, test, data.catalog.column(rule.column))
+        else:
+            masks |= user_column_masks(name, test, data.interactions, rule.column)
+    return masks
 
 
 def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
@@ -128,11 +173,15 @@ def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
         seed=config.seed,
         batch_size=config.evaluation.batch_size,
         baseline_names=config.evaluation.baselines,
+        segments=config.evaluation.segments,
         quality=read_json(folder / CODES / "v0" / QUALITY),
+        training=read_json(folder / TRAINING),
         log=log,
     )
     test = data.split.test
+    write_ranks(folder / RANKS, ranking, test)
     write_predictions(folder / PREDICTIONS, ranking, test, recommender.item_ids, config.evaluation.k)
+    write_categories(folder / CATEGORIES, data.catalog)
     write_json(folder / EXAMPLES, _examples(ranking, test, recommender))
     vocab = recommender.model.vocab
     text = card(metrics, recommender.generation, levels=vocab.num_levels, spelling=vocab.spell(0))
@@ -165,14 +214,17 @@ def evaluate_path(path: str, data_folder: Path | None, log: Log = lambda _line: 
         config = RunConfig.load(recipe, [f"data.source={source}", f"data.path={json.dumps(str(data_folder))}"])
     settings = config.data if config else _bundle_data(recommender, str(data_folder))
     seed = config.seed if config else 0
+    segments = config.evaluation.segments if config else {}
     return measure(
         recommender,
-        load_data(settings, seed),
+        load_data(settings, seed, segments),
         k_core=settings.k_core,
         seed=seed,
         batch_size=config.evaluation.batch_size if config else 64,
-        baseline_names=config.evaluation.baselines if config else ("popularity", "markov"),
+        baseline_names=config.evaluation.baselines if config else Evaluation().baselines,
+        segments=segments,
         quality=quality(recommender.model.vocab.codes),
+        training={},
         log=log,
     )[0]
 
@@ -190,6 +242,18 @@ def _bundle_data(recommender: Recommender, path: str) -> Data:
     return Data(path=path, filter=None if rule is None else Filter(**rule), **protocol)
 
 
+def write_ranks(path: Path, ranking: Ranking, cases: Cases) -> None:
+    """Write where each user's target was found: user, rank (float32, 0 where it is not in the list)."""
+    columns = {"user": pa.array(cases.users, pa.string()), "rank": pa.array(ranking.ranks, pa.float32())}
+    _write_table(path, columns)
+
+
+def _write_table(path: Path, columns: Mapping[str, pa.Array]) -> None:
+    temporary = path.with_suffix(".partial")
+    pq.write_table(pa.table(columns), temporary)
+    temporary.replace(path)
+
+
 def write_predictions(path: Path, ranking: Ranking, cases: Cases, item_ids: tuple[str, ...], k: int) -> None:
     """Write the first `k` of every list: user, rank, item, score."""
     items, scores = ranking.items[:, :k], ranking.scores[:, :k]
@@ -201,18 +265,17 @@ def write_predictions(path: Path, ranking: Ranking, cases: Cases, item_ids: tupl
         "item": pa.array(names[items[case, place]], pa.string()),
         "score": pa.array(scores[case, place], pa.float32()),
     }
-    temporary = path.with_suffix(".partial")
-    pq.write_table(pa.table(columns), temporary)
-    temporary.replace(path)
+    _write_table(path, columns)
+
+
+def write_categories(path: Path, catalog: Catalog) -> None:
+    """Write what the report colours the code tree by, in catalogue order: item, categories (a list of texts)."""
+    categories = pa.array([list(parts) for parts in catalog.categories], pa.list_(pa.string()))
+    _write_table(path, {"item": pa.array(catalog.item_ids, pa.string()), "categories": categories})
 
 
 def _examples(ranking: Ranking, cases: Cases, recommender: Recommender, each: int = 3) -> list[dict[str, Any]]:
-    """Users chosen by rule: the best ranks, the middle of those found, and targets not found; first in file order."""
-    found = np.flatnonzero(ranking.ranks > 0)
-    by_rank = found[np.argsort(ranking.ranks[found], kind="stable")]
-    middle = len(by_rank) // 2
-    chosen = [*by_rank[:each], *by_rank[max(each, middle) : max(each, middle) + each]]
-    chosen += np.flatnonzero(ranking.ranks == 0)[:each].tolist()
+    """A few users with history, target and list, and the rule that chose them; `each` a rule, best first."""
 
     def item(row: int) -> dict[str, str]:
         return {"item_id": recommender.item_ids[row], "title": recommender.titles[row]}
@@ -220,7 +283,9 @@ def _examples(ranking: Ranking, cases: Cases, recommender: Recommender, each: in
     return [
         {
             "user": cases.users[case],
+            "rule": rule,
             "history": [item(row) for row in cases.history(case)[-recommender.generation.history_length :].tolist()],
+            "older": max(0, len(cases.history(case)) - recommender.generation.history_length),
             "target": item(int(cases.targets[case])),
             "rank": float(ranking.ranks[case]),
             "recommendations": [
@@ -229,8 +294,34 @@ def _examples(ranking: Ranking, cases: Cases, recommender: Recommender, each: in
                 if row >= 0
             ],
         }
+        for rule, chosen in _chosen_users(ranking.ranks, each).items()
         for case in chosen
     ]
+
+
+def _chosen_users(ranks: NDArray[np.float64], each: int) -> dict[str, list[int]]:
+    """Choose users by rule, none twice; users of equal rank stand in the order of the data.
+
+    Args:
+        ranks: float64 `[C]`, rank of each target, 0 where it was not found.
+        each: at most so many a rule; where few were found, they are shared out among the rules.
+
+    Returns:
+        Cases under `best` (lowest ranks), `median` (the middle of those found) and `worst` (targets not found, or,
+        where all were found, the highest ranks, highest first).
+    """
+    missed = np.flatnonzero(ranks == 0)
+    found = np.flatnonzero(ranks > 0)
+    by_rank = found[np.argsort(ranks[found], kind="stable")]
+    few = min(each, max(1, len(by_rank) // 3), len(by_rank))
+    stop = len(by_rank) if len(missed) else max(few, len(by_rank) - few)
+    middle = min(max(few, (len(by_rank) - few) // 2), stop)
+    worst = missed[:each] if len(missed) else by_rank[stop:][::-1]
+    return {
+        "best": by_rank[:few].tolist(),
+        "median": by_rank[middle : min(middle + few, stop)].tolist(),
+        "worst": worst.tolist(),
+    }
 
 
 def table(metrics: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from llm_itemtok.artifacts import METRICS_LOG, MODEL, read_json, write_json
+from llm_itemtok.artifacts import METRICS_LOG, MODEL, TRAINING, read_json, write_json
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import DecodeNormaliser
@@ -39,6 +40,7 @@ from llm_itemtok.training import examples
 from llm_itemtok.training.arguments import build_arguments
 from llm_itemtok.training.callbacks import MetricsLog, Progress, StopOnSignal
 from llm_itemtok.training.collator import Collator
+from llm_itemtok.training.effort import peak_megabytes, training_flops
 from llm_itemtok.training.next_token import NextToken
 from llm_itemtok.training.trainer import ItemTokenTrainer
 from llm_itemtok.vocab.trie import ItemTrie
@@ -179,7 +181,27 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
         f"  best validation NDCG@10 {state.best_metric:.4f} at step {state.best_global_step:,} of {state.global_step:,}"
     )
     if arguments.should_save:
+        prompts = Prompts(tokenizer, model.vocab)
+        validate = _validation(config, model, prompts, data.split.validation, everybody=True)
+        facts = _took(trainer, training_flops(model, trainer.effort.positions), trainable)
+        write_json(folder / TRAINING, {**facts, "validation": validate()})
         bundle(config, data, model, tokenizer, peft_model).save_pretrained(folder / MODEL)
+
+
+def _took(trainer: ItemTokenTrainer, flops: float, trainable: int) -> dict[str, Any]:
+    """Facts about a finished training."""
+    state, effort = trainer.state, trainer.effort
+    key = "validation/ndcg@10"
+    return {
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "targets_seen": effort.targets,
+        "flops": flops,
+        "seconds": round(effort.seconds, 1),
+        "peak_mb": round(peak_megabytes()),
+        "parameters": trainable,
+        "curve": [[line["step"], line[key]] for line in state.log_history if key in line],
+    }
 
 
 def _last_checkpoint(folder: Path, key: str, *, resume: bool, writes: bool) -> Path | None:
@@ -260,11 +282,12 @@ def bundle(
 
 
 def _validation(
-    config: RunConfig, model: ItemTokenModel, prompts: Prompts, cases: Cases
+    config: RunConfig, model: ItemTokenModel, prompts: Prompts, cases: Cases, *, everybody: bool = False
 ) -> Callable[[], dict[str, float]]:
-    """A function that ranks the validation cases (a seeded sample of them if the recipe says so)."""
+    """A function that ranks the validation cases (a seeded sample of them if the recipe says so, or everybody)."""
     trie = ItemTrie(model.vocab.codes)
-    sample = cases.head(config.evaluation.validation_users or len(cases), config.seed)
+    users = 0 if everybody else config.evaluation.validation_users
+    sample = cases.head(users or len(cases), config.seed)
 
     def validate() -> dict[str, float]:
         ranking = rank_cases(

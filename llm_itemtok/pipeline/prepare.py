@@ -1,8 +1,9 @@
 """The stages before training: data, item vectors, codes, base model, vocabulary."""
 
 import dataclasses
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_itemtok import settings
-from llm_itemtok.artifacts import CODES, QUALITY, atomic_folder, read_json, sha256_of_arrays, write_json
+from llm_itemtok.artifacts import CODES, QUALITY, atomic_folder, cache_folder, read_json, sha256_of_arrays, write_json
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data import splits, synthetic
 from llm_itemtok.data.catalog import Catalog
@@ -38,7 +39,7 @@ from llm_itemtok.pipeline.stages import input_hashes
 from llm_itemtok.vocab import init
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
-BASE, VOCAB, CACHE = "base", "vocab", "cache"
+BASE, VOCAB = "base", "vocab"
 Log = Callable[[str], None]
 
 
@@ -71,9 +72,20 @@ class Dataset:
         """Hash of catalogue and log."""
         return sha256_of_arrays(self.catalog.sha256, self.interactions.sha256)
 
+    @property
+    def segments_sha256(self) -> str:
+        """Hash of the columns that only segments are made from."""
+        columns = {name: column.tolist() for name, column in self.interactions.extra.items()}
+        return sha256_of_arrays(json.dumps([dict(self.catalog.extra), columns], sort_keys=True))
 
-def load_data(data: settings.Data, seed: int) -> Dataset:
+
+def load_data(data: settings.Data, seed: int, segments: Mapping[str, settings.Segments]) -> Dataset:
     """Read, filter, split, and prove that the split does not leak.
+
+    Args:
+        data: what to read and how.
+        seed: of made-up data.
+        segments: rules whose columns are read, too; none where the data are not for an evaluation.
 
     Raises:
         DataError: for everything wrong with the input.
@@ -91,6 +103,8 @@ def load_data(data: settings.Data, seed: int) -> Dataset:
             unknown_items=data.unknown_items,
             event_filter=rule and {key: value for key, value in rule.items() if value is not None},
             deduplicate=data.deduplicate,
+            item_columns=_columns(segments, settings.ItemOrderSegments),
+            log_columns=_columns(segments, settings.UserColumnSegments),
         )
     core = raw.core(data.k_core)
     if len(core.catalog) < len(raw.catalog):
@@ -107,6 +121,11 @@ def load_data(data: settings.Data, seed: int) -> Dataset:
         split = splits.leave_last_out(raw.interactions, num_items=len(raw.catalog))
     splits.check_leaks(split, raw.interactions)
     return Dataset(raw, split, oracle)
+
+
+def _columns(segments: Mapping[str, settings.Segments], kind: type) -> list[str]:
+    """The columns that rules of one kind name, each once."""
+    return list(dict.fromkeys(rule.column for rule in segments.values() if isinstance(rule, kind)))
 
 
 def refuse_textless(config: RunConfig, catalog: Catalog) -> None:
@@ -206,12 +225,11 @@ def item_vectors(config: RunConfig, catalog: Catalog, folder: Path, log: Log) ->
     key: dict[str, Any] = {
         "texts": catalog.sha256,
         "settings": config.to_dict()["vectors"],
-        "seed": config.seed,
         "inputs": input_hashes(config),
     }
     compute: Callable[[], np.ndarray]
     if isinstance(kind, settings.TfidfSvdVectors):
-        key["scikit-learn"] = version("scikit-learn")
+        key |= {"seed": config.seed, "scikit-learn": version("scikit-learn")}
 
         def compute() -> np.ndarray:
             return vectors.tfidf_svd(
@@ -225,8 +243,7 @@ def item_vectors(config: RunConfig, catalog: Catalog, folder: Path, log: Log) ->
                 texts, model=kind.model, batch_size=kind.batch_size, progress=progress_lines(log, "item vectors")
             )
     else:
-        key["model"] = config.to_dict()["model"]
-        key["transformers"] = version("transformers")
+        key |= {"seed": config.seed, "model": config.to_dict()["model"], "transformers": version("transformers")}
 
         def compute() -> np.ndarray:
             lm, tokenizer = base_model(config, catalog, folder, log)
@@ -238,7 +255,7 @@ def item_vectors(config: RunConfig, catalog: Catalog, folder: Path, log: Log) ->
                 progress=progress_lines(log, "item vectors"),
             )
 
-    return vectors.cached(key, folder / CACHE, compute)
+    return vectors.cached(key, cache_folder() / "vectors", compute)
 
 
 def progress_lines(log: Log, what: str) -> Callable[[int, int], None]:

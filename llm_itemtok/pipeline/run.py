@@ -2,15 +2,17 @@
 
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.describe import describe, describe_text
-from llm_itemtok.errors import RecipeError
+from llm_itemtok.errors import ArtifactError, RecipeError
 from llm_itemtok.pipeline import evaluate, fit, prepare, stages
 from llm_itemtok.report import write_report
 from llm_itemtok.training.arguments import check_settings
@@ -51,30 +53,53 @@ def run(
     patience = timedelta(seconds=config.trainer.get("ddp_timeout", 86_400))
     state = PartialState(cpu=config.trainer.get("use_cpu", False), timeout=patience)
     say = log if state.is_main_process else lambda _line: None
-    data = prepare.load_data(config.data, config.seed)
+    data = prepare.load_data(config.data, config.seed, config.evaluation.segments)
     prepare.refuse_textless(config, data.catalog)
-    keys = stages.keys(config, data.sha256, stages.input_hashes(config))
+    keys = stages.keys(config, data.sha256, stages.input_hashes(config), data.segments_sha256)
     book = stages.Stages.open(folder, fresh=fresh, writes=state.is_main_process)
     if start is not None:
         book.require_before(start)
     state.wait_for_everyone()  # nobody writes before everybody has read
-    if state.is_main_process:
-        stages.claim(folder, config, fresh=fresh, finished=book.finished)
-    state.wait_for_everyone()
-    if start is not None:
-        book.forget_from(start)
-    for stage in stages.STAGE_NAMES[: last + 1]:
-        if book.done(stage, keys[stage]):
-            say(f"{stage}: done before, kept")
-            continue
-        say(f"{stage}:")
-        began = time.perf_counter()
-        if stage == "train" or state.is_main_process:
-            _carry_out(stage, config, data, folder, keys[stage], resume, say)
+    with alone_in(folder) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            stages.claim(folder, config, fresh=fresh, finished=book.finished)
         state.wait_for_everyone()
-        book.mark(stage, keys[stage])
-        say(f"{stage}: finished in {time.perf_counter() - began:.0f} s")
+        if start is not None:
+            book.forget_from(start)
+        for stage in stages.STAGE_NAMES[: last + 1]:
+            if book.done(stage, keys[stage]):
+                say(f"{stage}: done before, kept")
+                continue
+            say(f"{stage}:")
+            began = time.perf_counter()
+            if stage == "train" or state.is_main_process:
+                _carry_out(stage, config, data, folder, keys[stage], resume, say)
+            state.wait_for_everyone()
+            book.mark(stage, keys[stage])
+            say(f"{stage}: finished in {time.perf_counter() - began:.0f} s")
     return folder
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, which the system gives back also when the process is killed.
+
+    Raises:
+        ArtifactError: if another process holds it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.lock")  # beside it: `--fresh` exchanges the folder itself
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ArtifactError(
+            f"{folder}: only one process may work in a run folder, and another does now; wait for it, stop it, or "
+            "choose another `--out`"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _last_stage(start: str | None, until: str | None) -> int:

@@ -29,6 +29,12 @@ from llm_itemtok.artifacts import (
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import ArtifactError, RecipeError
 
+RESULTS_VERSION = 1
+"""Raised with every change of the code after which a recipe gives other numbers; `tests/test_pinned.py` tells when.
+
+Finished stages and checkpoints of another version are not gone on from, and recorded runs of another are stale.
+"""
+
 STAGE_NAMES = ("data", "items", "vocab", "train", "evaluate", "report")
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {
@@ -90,20 +96,24 @@ class Stages:
             write_json(self.folder / STAGES, self.finished)
 
 
-def keys(config: RunConfig, data_sha256: str, file_sha256: Mapping[str, str]) -> dict[str, str]:
+def keys(config: RunConfig, data_sha256: str, file_sha256: Mapping[str, str], segments_sha256: str) -> dict[str, str]:
     """Key of every stage.
 
     Args:
         config: the recipe.
         data_sha256: hash of catalogue and interactions as read.
         file_sha256: hash of each other local input (vectors file, base model), by recipe key.
+        segments_sha256: hash of the columns that only segments are made from. Nothing is trained on them, so where
+            nothing else changed, evaluation and report alone are done again.
     """
     settings = config.to_dict()
     settings["data"] = {**settings["data"], "path": data_sha256}
     result: dict[str, str] = {}
-    before = ""
+    before = f"results {RESULTS_VERSION}"
     for stage in STAGE_NAMES:
         inputs = {section: settings[section] for section in SECTIONS[stage]}
+        if stage == "evaluate":
+            inputs["segments"] = segments_sha256
         files = {key: value for key, value in file_sha256.items() if key.split(".")[0] in SECTIONS[stage]}
         before = sha256_of_arrays(before, repr(_sorted(inputs)), repr(_sorted(files)))
         result[stage] = before
@@ -183,5 +193,6 @@ def environment() -> dict[str, Any]:
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "results": RESULTS_VERSION,
         "packages": {name: version(name) for name in PACKAGES},
     }

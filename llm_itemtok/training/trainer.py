@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from llm_itemtok.training.effort import Effort, batch_counts
 from llm_itemtok.training.objective import Objective
 
 
@@ -31,6 +32,7 @@ class ItemTokenTrainer(Trainer):
     ) -> None:
         """Take Hugging Face's arguments, the objective, and a function that returns validation metrics."""
         super().__init__(*args, **kwargs)
+        self.add_callback(Effort())
         self.objective: Objective = objective
         self.validate = validate
         # Terms are divided by the whole step's denominators: the trainer must not divide by accumulation again.
@@ -38,6 +40,11 @@ class ItemTokenTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._terms_start = 0  # global step at which `_terms` began to fill; Trainer moves its own mark before `log`
+
+    @property
+    def effort(self) -> Effort:
+        """What training took so far; a resume puts another one into its place."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Effort))
 
     def compute_loss(  # type: ignore[override]  # what Hugging Face calls a count is our mapping of totals
         self,
@@ -93,6 +100,10 @@ class ItemTokenTrainer(Trainer):
         """
         if not batch_samples:
             return None
+        counts = batch_counts(batch_samples).to(device)
+        targets, positions = self.accelerator.gather(counts).view(-1, 2).sum(0).tolist()
+        self.effort.targets += targets
+        self.effort.positions += positions
         totals: dict[str, Tensor] = {}
         for batch in batch_samples:
             for name, value in self.objective.denominators(batch).items():

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PrinterCallback, ProgressCallback
 
+from llm_itemtok.artifacts import write_json
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.training.arguments import build_arguments
 from llm_itemtok.training.callbacks import MetricsLog
@@ -67,6 +68,7 @@ def make_trainer(
         arguments = dataclasses.replace(
             arguments, eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every,
             load_best_model_at_end=validate is not None, metric_for_best_model="ndcg@10", greater_is_better=True,
+            restore_callback_states_from_checkpoint=True,
         )  # fmt: skip
         validate = validate or (lambda: {"ndcg@10": 0.5})
     trainer = ItemTokenTrainer(
@@ -96,3 +98,4 @@ if __name__ == "__main__":
     run.train()
     if run.args.should_save:
         save_file(weights(run), target / "weights.safetensors")
+        write_json(target / "effort.json", {"targets": run.effort.targets})

@@ -228,6 +228,7 @@ def test_two_processes_train_as_one(tmp_path):
             process.kill()
     one, two = tmp_path / "one", tmp_path / "two"
     assert_close(load_file(two / "weights.safetensors"), load_file(one / "weights.safetensors"), atol=1e-7, rtol=1e-5)
+    assert (two / "effort.json").read_text() == (one / "effort.json").read_text()
     assert len(training_lines(two)) == 3
     for ours, theirs in zip(without_times(two), without_times(one), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)

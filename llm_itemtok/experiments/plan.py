@@ -1,0 +1,240 @@
+"""An experiment plan: arms × data sets × seeds, as changes of recipes.
+
+A plan is a YAML file of values. `datasets` name a recipe each; `arms` change it; exactly one arm is the `control`, the
+one that gains are measured against. `tuning` tries every combination of its grid for every arm, on one data set and one
+seed, by validation alone: those runs end before test is opened, and the best point of each arm is carried over to all
+data sets. `confirm` then runs each arm with fresh seeds on each data set, and opens test.
+
+A *cell* is one run: a stage, a block (rows of one block are matched), a data set, an arm, a seed, and the recipe that
+follows from them. This module makes cells; it runs nothing.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+
+from llm_itemtok import recipe_file, strict
+from llm_itemtok.config import RunConfig
+from llm_itemtok.errors import RecipeError
+from llm_itemtok.strict import Within
+
+Seed = Annotated[int, Within(low=0, high=2**32 - 1)]
+Point = tuple[tuple[str, Any], ...]
+"""One combination of a grid: pairs (dotted setting, value)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedData:
+    """A data set of a plan."""
+
+    recipe: str
+    """Recipe that all arms start from; relative to the plan."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What this data set changes in it, nested as in a recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One of the things compared."""
+
+    title: str = ""
+    """How tables and pictures call it; its name if empty."""
+    control: bool = False
+    """Gains are measured against this arm."""
+    probe: bool = False
+    """A side comparison: neither the plan's method nor its control."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What it changes in the recipe, nested as in a recipe."""
+    grid: Mapping[str, list[Any]] = field(default_factory=dict)
+    """Settings of its own to tune, beside those of `tuning.grid`: dotted setting → values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The stage that cannot see test."""
+
+    dataset: str
+    """Data set to tune on."""
+    seed: Seed
+    """Of every tuning run; `confirm` may not use it."""
+    grid: Mapping[str, list[Any]]
+    """Dotted setting → values to try; every combination, for every arm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirm:
+    """The stage that opens test."""
+
+    seeds: tuple[Seed, ...]
+    """One run an arm, a data set and a seed."""
+    probe_seeds: tuple[Seed, ...] | None = None
+    """Seeds of the arms with `probe: true`; null takes `seeds`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An experiment."""
+
+    name: str
+    """Of its files under `docs/results`; the method's arm bears it too."""
+    question: str
+    """What it asks, in a sentence."""
+    datasets: Mapping[str, PlannedData]
+    """Name of the data folder → recipe."""
+    arms: Mapping[str, Arm]
+    """Name → what is compared."""
+    tuning: Tuning | None = None
+    """Choice of settings on validation; null takes the recipes as they are."""
+    confirm: Confirm
+    """Runs that are reported."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a plan.
+
+    Attributes:
+        stage: `screen` cells end before test is opened.
+        block: rows of one block are matched.
+        dataset: name in the plan.
+        arm: name in the plan.
+        point: the tuned settings, empty where nothing is tuned.
+        config: the recipe, resolved.
+    """
+
+    stage: Literal["screen", "confirm"]
+    block: str
+    dataset: str
+    arm: str
+    point: Point
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """For a progress line."""
+        return f"{self.block} · {self.arm} · seed {self.config.seed}"
+
+
+@dataclass(frozen=True)
+class LoadedPlan:
+    """A plan and where it stands, so that its recipes are found."""
+
+    path: Path
+    plan: Plan
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and check a plan.
+
+        Raises:
+            RecipeError: if anything about it is not right; the message names the file and the setting.
+        """
+        layers = recipe_file.read_layers(path, ())
+        plan: Plan = strict.Checker(str(path), layers.origins).section((Plan,), Plan, layers.settings, ())
+        for fault in _faults(plan):
+            raise RecipeError(f"{path}: {fault}")
+        return cls(path, plan)
+
+    def tuning_cells(self) -> list[Cell]:
+        """Every arm at every point of its grid, matched arms next to each other; empty without `tuning`."""
+        tuning = self.plan.tuning
+        if tuning is None:
+            return []
+        cells = []
+        for shared in points(tuning.grid):
+            block = ", ".join([tuning.dataset, *(f"{_short(name)} {value}" for name, value in shared)])
+            for arm in self.plan.arms:
+                for own in points(self.plan.arms[arm].grid):
+                    cells.append(self._cell("screen", block, tuning.dataset, arm, tuning.seed, (*shared, *own)))
+        return cells
+
+    def confirm_cells(self, chosen: Mapping[str, Point]) -> list[Cell]:
+        """Every arm with every seed on every data set, at the point that was chosen for it; first seeds first."""
+        confirm = self.plan.confirm
+        probe_seeds = confirm.seeds if confirm.probe_seeds is None else confirm.probe_seeds
+        cells = []
+        for seed in dict.fromkeys((*confirm.seeds, *probe_seeds)):
+            for dataset, (name, arm) in itertools.product(self.plan.datasets, self.plan.arms.items()):
+                if seed in (probe_seeds if arm.probe else confirm.seeds):
+                    cells.append(self._cell("confirm", dataset, dataset, name, seed, chosen.get(name, ())))
+        return cells
+
+    def _cell(
+        self, stage: Literal["screen", "confirm"], block: str, dataset: str, arm: str, seed: int, point: Point
+    ) -> Cell:
+        planned = self.plan.datasets[dataset]
+        overrides = [
+            *_overrides(planned.settings),
+            *_overrides(self.plan.arms[arm].settings),
+            *(f"{name}={_yaml(value)}" for name, value in point),
+            f"seed={seed}",
+        ]
+        config = RunConfig.load(self.path.parent / planned.recipe, overrides)
+        return Cell(stage, block, dataset, arm, point, config)
+
+
+def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
+    """Every combination of a grid, the last setting changing fastest; one empty point for an empty grid."""
+    return [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _faults(plan: Plan) -> list[str]:
+    """What is wrong with a plan whose settings are each right alone."""
+    faults = []
+    controls = [name for name, arm in plan.arms.items() if arm.control]
+    if len(controls) != 1:
+        faults.append(f"`arms` must have exactly one with `control: true`, was: {', '.join(controls) or 'none'}")
+    both = [name for name, arm in plan.arms.items() if arm.control and arm.probe]
+    if both:
+        faults.append(f"`arms.{both[0]}` must be the control or a probe, not both")
+    if plan.name not in plan.arms or plan.arms[plan.name].control or plan.arms[plan.name].probe:
+        faults.append(
+            f"the arm that is the plan's method must bear its name, `arms.{plan.name}`, and be neither control nor "
+            f"probe; arms are: {', '.join(plan.arms)}"
+        )
+    if not plan.name.replace("-", "").isalnum():
+        faults.append(f"`name` must be letters, digits and hyphens, as it names files, was: {plan.name!r}")
+    if not plan.datasets:
+        faults.append("`datasets` must name at least one")
+    if not plan.confirm.seeds or len(set(plan.confirm.seeds)) < len(plan.confirm.seeds):
+        faults.append(f"`confirm.seeds` must be distinct and at least one, was: {list(plan.confirm.seeds)}")
+    return faults + (_tuning_faults(plan, plan.tuning) if plan.tuning else [])
+
+
+def _tuning_faults(plan: Plan, tuning: Tuning) -> list[str]:
+    faults = []
+    if tuning.dataset not in plan.datasets:
+        faults.append(f"`tuning.dataset` must be one of {', '.join(plan.datasets)}, was: {tuning.dataset}")
+    if tuning.seed in (*plan.confirm.seeds, *(plan.confirm.probe_seeds or ())):
+        faults.append(f"`tuning.seed` must be none of the seeds of `confirm`, was: {tuning.seed}")
+    grids = {"tuning.grid": tuning.grid, **{f"arms.{name}.grid": arm.grid for name, arm in plan.arms.items()}}
+    for where, grid in grids.items():
+        for name, values in grid.items():
+            if not values or name == "seed":
+                faults.append(f"`{where}.{name}` must be a list of values to try (and not of seeds), was: {values}")
+    return faults
+
+
+def _overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Nested settings as texts `a.b=value`, a text each, so that later ones do not wipe out their neighbours."""
+    texts = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            texts += _overrides(value, f"{prefix}{name}.")
+        else:
+            texts.append(f"{prefix}{name}={_yaml(value)}")
+    return texts
+
+
+def _yaml(value: Any) -> str:
+    """A value on one line, as `--set` reads it."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _short(dotted: str) -> str:
+    return dotted.rpartition(".")[2]

@@ -1,0 +1,104 @@
+"""Runs of recipes as processes of their own, a few at a time, that any stop leaves resumable.
+
+Each worker is `itemtok run … --resume` on one thread, in a session of its own: a Ctrl-C at the terminal reaches the
+plan only, which then asks its workers for a checkpoint. If the plan itself is killed, workers go on; the lock of their
+run folders tells the next one.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_itemtok.artifacts import write_text
+from llm_itemtok.errors import ArtifactError
+from llm_itemtok.experiments.pool import Job, Pool
+from llm_itemtok.pipeline.run import alone_in
+
+_PROGRESS = re.compile(r"step ([\d,]+) of ([\d,]+): .* about ([\d.]+) min left")
+_STOPPED = 143
+
+
+@dataclass
+class Worker:
+    """A run in progress.
+
+    Attributes:
+        job: what it runs.
+        process: who runs it.
+        log: file of its lines.
+        began: on the monotonic clock.
+    """
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    log: Path
+    began: float
+
+    @classmethod
+    def start(cls, job: Job, pool: Pool) -> "Worker":
+        """Begin, or go on with, a run; screening ends before test is opened."""
+        recipe = pool.folder(job).with_suffix(".yaml")
+        log = pool.folder(job).with_suffix(".log")
+        write_text(recipe, job.cell.config.to_yaml())
+        command = [sys.executable, "-m", "llm_itemtok", "run", str(recipe), "--out", str(pool.folder(job)), "--resume"]
+        if job.cell.stage == "screen":
+            command += ["--until", "train"]
+        # One thread each: results depend on their number, and two threads of one run gain less than two runs.
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **threads},
+                start_new_session=True,
+            )
+        return cls(job, process, log, time.monotonic())
+
+    @property
+    def status(self) -> int | None:
+        """Exit status; None while it runs."""
+        return self.process.poll()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it ended because it was asked to, or was killed, and can be gone on with."""
+        return self.status is not None and (self.status == _STOPPED or self.status < 0)
+
+    @property
+    def last_lines(self) -> str:
+        """The end of its log."""
+        return "\n".join(self._text().splitlines()[-8:])
+
+    def progress(self) -> tuple[float, float] | None:
+        """Share of the training done, in [0, 1], and the seconds that it says are left; None before it has begun."""
+        found = _PROGRESS.findall(self._text())
+        if not found:
+            return None
+        done, total, minutes = (float(number.replace(",", "")) for number in found[-1])
+        return done / total, 60 * minutes
+
+    def _text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+
+def in_use(job: Job, pool: Pool) -> bool:
+    """Tell whether another process works in a job's run folder."""
+    try:
+        with alone_in(pool.folder(job)):
+            return False
+    except ArtifactError:
+        return True
+
+
+def stop_all(workers: list[Worker]) -> None:
+    """Ask for checkpoints and wait until all are written."""
+    for worker in workers:
+        worker.process.terminate()
+    for worker in workers:
+        worker.process.wait()

@@ -1,0 +1,84 @@
+"""What a training took: targets, positions, time, memory, and an estimate of the arithmetic.
+
+Experiments compare methods that saw the same number of targets, and say what each cost. The counts are taken from the
+batches themselves, over all processes, and stand in checkpoints, so a resumed run reports what an uninterrupted one
+would; time counts training and validation, without what an interruption lost.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import ExportableState
+
+from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.rows import output_head
+
+
+class Effort(TrainerCallback, ExportableState):
+    """Counts kept while training, and in every checkpoint.
+
+    Attributes:
+        targets: items that were a target, over all epochs and processes; an item of L tokens counts once.
+        positions: token positions that the model computed, padding included.
+        seconds_before: of the parts of this training that ended in a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        """Begin at nothing."""
+        self.targets = 0
+        self.positions = 0
+        self.seconds_before = 0.0
+        self._began: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far."""
+        return self.seconds_before + (0.0 if self._began is None else time.monotonic() - self._began)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        counts = {"targets": self.targets, "positions": self.positions, "seconds_before": self.seconds}
+        return {"args": {}, "attributes": counts}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self._began = time.monotonic()
+
+
+def batch_counts(batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """Targets and positions of some micro-batches: int64 `[2]`."""
+    counts = torch.zeros(2, dtype=torch.long)
+    for batch in batches:
+        counts += torch.tensor([int((batch["levels"] == 0).sum()), batch["input_ids"].numel()])
+    return counts
+
+
+def training_flops(model: ItemTokenModel, positions: int) -> float:
+    """Floating-point operations of training on a number of positions, estimated.
+
+    Two a weight of each linear layer and position for the forward pass, two for the gradient of its input, two more
+    for its own gradient where it is trained (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Left out, and small
+    here: attention scores, norms, the softmax over item tokens, the optimiser. The output head of the base model is
+    left out with them: item tokens do not pass through it.
+    """
+    head = output_head(model.lm)
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            total += module.weight.numel() * (6 if module.weight.requires_grad else 4)
+    return float(total) * positions
+
+
+def peak_megabytes() -> float:
+    """Most memory this process has held so far: of the accelerator if it has one, else resident; in 2**20 bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / 2**20 if sys.platform == "darwin" else most / 2**10

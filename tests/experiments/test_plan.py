@@ -1,0 +1,98 @@
+"""A plan is matched by construction: arms differ by their own settings only, and tuning never meets confirm."""
+
+import itertools
+
+import pytest
+import yaml
+
+from llm_itemtok.errors import RecipeError
+from llm_itemtok.experiments.plan import LoadedPlan, points
+
+RECIPE = "data: {source: synthetic, items: 60, users: 80}\ntrainer: {learning_rate: 1.0e-3, max_steps: 20}\n"
+PLAN = {
+    "name": "demo",
+    "question": "Does it work?",
+    "datasets": {
+        "first": {"recipe": "base.yaml"},
+        "second": {"recipe": "base.yaml", "settings": {"data": {"users": 90}}},
+    },
+    "arms": {
+        "demo": {"title": "the method", "settings": {"trainer": {"weight_decay": 0.1}}},
+        "random": {"control": True, "settings": {"tokenizer": {"kind": "random"}}},
+        "side": {"probe": True, "settings": {"trainer": {"max_steps": 10}}, "grid": {"tokenizer.levels": [2, 3]}},
+    },
+    "tuning": {"dataset": "first", "seed": 9, "grid": {"trainer.learning_rate": [1.0e-3, 1.0e-5]}},
+    "confirm": {"seeds": [1, 2], "probe_seeds": [1]},
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    (tmp_path / "base.yaml").write_text(RECIPE, encoding="utf-8")
+
+    def written(**changes):
+        plan = {name: value for name, value in {**PLAN, **changes}.items() if value is not None}
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan), encoding="utf-8")
+        return LoadedPlan.load(tmp_path / "plan.yaml")
+
+    return written
+
+
+def test_tuning_tries_every_point_for_every_arm_and_blocks_are_matched(load):
+    cells = load().tuning_cells()
+    assert {cell.stage for cell in cells} == {"screen"}
+    assert {cell.config.seed for cell in cells} == {9}
+    blocks = {block: list(rows) for block, rows in itertools.groupby(cells, lambda cell: cell.block)}
+    assert list(blocks) == ["first, learning_rate 0.001", "first, learning_rate 1e-05"]
+    for rows, rate in zip(blocks.values(), (1e-3, 1e-5), strict=True):
+        assert [row.arm for row in rows] == ["demo", "random", "side", "side"]
+        assert {row.config.trainer["learning_rate"] for row in rows} == {rate}
+    assert [row.config.tokenizer.levels for row in blocks["first, learning_rate 0.001"][2:]] == [2, 3]
+
+
+def test_arms_differ_by_their_own_settings_only(load):
+    cells = [cell for cell in load().confirm_cells({}) if (cell.dataset, cell.config.seed) == ("second", 1)]
+    method, control, _ = (cell.config.to_dict() for cell in cells)
+    assert method["trainer"].pop("weight_decay") == 0.1
+    assert control.pop("tokenizer")["kind"] == "random"
+    method.pop("tokenizer")
+    assert method == control
+    assert method["data"]["users"] == 90
+
+
+def test_confirm_carries_the_chosen_point_over_and_probes_have_their_own_seeds(load):
+    cells = load().confirm_cells({"demo": (("trainer.learning_rate", 1e-5),)})
+    assert {(cell.dataset, cell.arm, cell.config.seed) for cell in cells} == {
+        *itertools.product(("first", "second"), ("demo", "random"), (1, 2)),
+        *itertools.product(("first", "second"), ("side",), (1,)),
+    }
+    rates = {cell.arm: cell.config.trainer["learning_rate"] for cell in cells}
+    assert rates == {"demo": 1e-5, "random": 1e-3, "side": 1e-3}
+    assert all(cell.block == cell.dataset and cell.stage == "confirm" for cell in cells)
+
+
+def test_a_grid_gives_every_combination_once():
+    assert points({}) == [()]
+    assert points({"a": [1, 2], "b": ["x"]}) == [(("a", 1), ("b", "x")), (("a", 2), ("b", "x"))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"arms": {"demo": {}}}, "exactly one with `control: true`, was: none"),
+        ({"arms": {"other": {}, "random": {"control": True}}}, "must bear its name, `arms.demo`"),
+        ({"arms": {"demo": {"controls": True}}}, "did you mean `arms.demo.control`"),
+        ({"tuning": {**PLAN["tuning"], "seed": 1}}, "must be none of the seeds of `confirm`, was: 1"),
+        ({"tuning": {**PLAN["tuning"], "dataset": "third"}}, "must be one of first, second, was: third"),
+        ({"tuning": {**PLAN["tuning"], "grid": {"seed": [1, 2]}}}, "not of seeds"),
+        ({"confirm": {"seeds": [1, 1]}}, "must be distinct"),
+        ({"confirm": {"seeds": []}}, "at least one"),
+        ({"name": "a/b", "arms": {"a/b": {}, "random": {"control": True}}}, "as it names files"),
+        ({"question": None}, "`question` must be given"),
+        ({"datasets": {}}, "`datasets` must name at least one"),
+    ],
+)
+def test_a_plan_that_cannot_be_right_is_refused_with_the_reason(load, changes, says):
+    with pytest.raises(RecipeError, match=r"plan\.yaml") as caught:
+        load(**changes)
+    assert says in str(caught.value)

@@ -1,0 +1,156 @@
+"""A plan loses nothing: whatever stops it, going on gives the rows of a plan that was never stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from llm_itemtok import artifacts
+from llm_itemtok.cli import main
+from llm_itemtok.experiments.reproduce import dry_run
+
+RECIPE = {
+    "data": {"source": "synthetic", "items": 60, "users": 80},
+    "vectors": {"dimensions": 16},
+    "tokenizer": {"levels": 2, "codebook_size": 16},
+    "model": {"scratch": {"layers": 1, "width": 32, "heads": 2, "vocab_size": 400, "pretrain_epochs": 1}},
+    "trainer": {"max_steps": 30, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "logging_steps": 5},
+    "evaluation": {"baselines": ["popularity"], "every": 1},
+}
+PLAN = {
+    "name": "demo",
+    "question": "Does it work?",
+    "datasets": {"shop": {"recipe": "base.yaml"}},
+    "arms": {"demo": {"title": "k-means"}, "random": {"control": True, "settings": {"tokenizer": {"kind": "random"}}}},
+    "tuning": {"dataset": "shop", "seed": 9, "grid": {"trainer.learning_rate": [1e-5, 3e-3]}},
+    "confirm": {"seeds": [1]},
+}
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "base.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    (folder / "demo.yaml").write_text(yaml.safe_dump(PLAN), encoding="utf-8")
+    return folder / "demo.yaml"
+
+
+def command(plan, place):
+    places = ["--results", str(place / "results"), "--runs", str(place / "runs")]
+    return [sys.executable, "-m", "llm_itemtok", "reproduce", str(plan), *places]
+
+
+def wait_until(holds, seconds=120):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def table(place):
+    """The rows without what time and memory decide."""
+    rows = artifacts.read_json(place / "results" / "demo.json")
+    return [{name: value for name, value in row.items() if name not in ("seconds", "peak_mb")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(plan, tmp_path_factory):
+    place = tmp_path_factory.mktemp("undisturbed")
+    done = subprocess.run(command(plan, place), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.mark.slow
+def test_a_plan_leaves_rows_ranks_records_and_a_page(undisturbed):
+    results = undisturbed / "results"
+    rows = table(undisturbed)
+    assert [row["stage"] for row in rows] == ["screen"] * 4 + ["confirm"] * 2
+    assert all((row["test"] is None) == (row["stage"] == "screen") for row in rows)
+    assert {row["seed"] for row in rows if row["stage"] == "screen"} == {9}
+    for row in rows:
+        record = artifacts.read_json(results / "runs" / f"{row['recipe_sha256'][:12]}.json")
+        assert record["metrics"]["validation"] == row["validation"]
+        screened = undisturbed / "runs" / row["recipe_sha256"][:12] / artifacts.METRICS
+        assert screened.exists() == (row["stage"] == "confirm")  # tuning never opened test
+    ranks = pq.read_table(results / "demo.ranks.parquet")
+    confirmed = {row["recipe_sha256"] for row in rows if row["stage"] == "confirm"}
+    assert set(ranks["recipe_sha256"].to_pylist()) == confirmed
+    assert len(ranks) == 80 * len(confirmed)
+    assert "Does it work?" in (results / "demo.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_tuning_chooses_by_validation_for_each_arm(undisturbed):
+    rows = table(undisturbed)
+    for arm in ("demo", "random"):
+        screened = [row for row in rows if row["stage"] == "screen" and row["arm"] == arm]
+        best = max(screened, key=lambda row: row["validation"]["ndcg@10"])
+        chosen = {str(row["settings"]) for row in rows if row["stage"] == "confirm" and row["arm"] == arm}
+        assert chosen == {str(best["settings"])}
+
+
+@pytest.mark.slow
+def test_a_plan_stopped_and_killed_goes_on_to_the_same_table(plan, undisturbed, tmp_path):
+    first = subprocess.Popen(command(plan, tmp_path), stdout=subprocess.DEVNULL)
+    wait_until(lambda: (tmp_path / "results" / "demo.json").exists())
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(120) == 143
+    before = table(tmp_path)
+
+    second = subprocess.Popen(command(plan, tmp_path), stdout=subprocess.DEVNULL)
+    wait_until(lambda: len(table(tmp_path)) > len(before))
+    second.kill()
+    second.wait()
+    kept = table(tmp_path)
+    assert kept[: len(before)] == before
+
+    last = subprocess.run(command(plan, tmp_path), capture_output=True, text=True, check=False)
+    assert last.returncode == 0, last.stderr
+    assert table(tmp_path) == table(undisturbed)
+    one, other = (place / "results" / "demo.ranks.parquet" for place in (tmp_path, undisturbed))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_finished_plan_runs_nothing_and_a_rerun_gives_the_same(plan, undisturbed, capsys, monkeypatch):
+    places = {"results": undisturbed / "results", "runs": undisturbed / "runs"}
+    assert "6 of 6 runs done" in dry_run(plan, **places)
+    page = (places["results"] / "demo.md").read_bytes()
+    flags = ["--results", str(places["results"]), "--runs", str(places["runs"])]
+    began = time.monotonic()
+    assert main(["reproduce", str(plan), *flags]) == 0
+    assert time.monotonic() - began < 10
+    assert (places["results"] / "demo.md").read_bytes() == page
+    run = table(undisturbed)[-1]["recipe_sha256"][:12]
+    assert main(["reproduce", str(plan), "--rerun", run, *flags]) == 0
+    assert "the same in all of test, validation, segments" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_told_and_the_others_are_finished(plan, tmp_path, capsys):
+    broken = {**PLAN, "tuning": None, "confirm": {"seeds": [1]}}
+    broken["arms"] = {"demo": {"settings": {"model": {"name": str(tmp_path / "nowhere")}}}, "random": {"control": True}}
+    del broken["tuning"]
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    path = tmp_path / "demo.yaml"
+    path.write_text(yaml.safe_dump(broken), encoding="utf-8")
+    done = subprocess.run(command(path, tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "shop · demo · seed 1 failed" in done.stderr
+    assert [row["arm"] for row in table(tmp_path)] == ["random"]
+
+
+def test_a_dry_run_says_what_is_to_do_and_writes_nothing(plan, tmp_path):
+    text = dry_run(plan, results=tmp_path / "results", runs=tmp_path / "runs")
+    assert "tuning, on validation only: 4 runs" in text
+    assert "confirm, on test: 2 runs" in text
+    assert "0 of 6 runs done" in text
+    assert "after tuning" in text
+    assert not (tmp_path / "results").exists()
+    assert os.listdir(tmp_path) in ([], ["runs"])
