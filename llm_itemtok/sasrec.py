@@ -11,8 +11,10 @@ What we do otherwise, and why:
   target too.
 - Every interaction is a target once: a sequence longer than `max_length` is cut into windows that overlap by one item.
 - Batches hold windows of about one length and about the same number of targets, so next to nothing is padding.
-- Layers are normalised before attention and before the feed-forward part, which needs no careful warm-up.
+- Layers are normalised before attention and before the feed-forward part, not after.
 - The weights kept are those that validated best; what that means is the caller's (`validate`).
+- The defaults were chosen on Beauty's validation users (NDCG@10 .050): width 128 was no better at twice the time
+  (.047), neither were cosines in place of products (.046) or a learning rate that falls steadily (.049).
 
 On one thread of a CPU the same seed gives the same weights. This module knows catalogue rows and torch; it knows
 nothing of language models, item tokens or how a ranking is measured.
@@ -177,12 +179,12 @@ def fit(
     heads: int = 2,
     max_length: int = 50,
     dropout: float = 0.5,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 3e-3,
     batch_targets: int = 1024,
     drawn: int = 1024,
     steps: int = 30_000,
     every: int = 300,
-    patience: int = 4,
+    patience: int = 3,
     seed: int = 0,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -198,12 +200,12 @@ def fit(
         heads: see `SASRec`.
         max_length: see `SASRec`.
         dropout: see `SASRec`.
-        learning_rate: of Adam, reached after 200 steps and then constant.
+        learning_rate: of Adam, reached after 200 steps; when validation stalls, a fifth of it from the best weights on.
         batch_targets: about this many targets a step.
         drawn: items in the softmax beside a target; the whole catalogue where it is no larger.
         steps: upper bound.
         every: steps between validations; counted in steps because an epoch of a small log is only a few of them.
-        patience: validations without a better score before training stops.
+        patience: validations without a better score before the learning rate falls, and the next time training stops.
         seed: of weights, dropout, batches and drawn items.
         device: where to train, as torch names it.
         progress: called with (steps done, upper bound) at each validation.
@@ -224,32 +226,30 @@ def fit(
     # The caller's random numbers are not ours to use up.
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
-        model = SASRec(num_items, width=width, layers=layers, heads=heads, max_length=max_length, dropout=dropout).to(
-            device
-        )
+        model = SASRec(num_items, width=width, layers=layers, heads=heads, max_length=max_length, dropout=dropout)
+        model.to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
-        warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 200))
-        best = Fitted(model, -math.inf, 0)
-        weights = model.state_dict()
+        best, weights = Fitted(model, -math.inf, 0), model.state_dict()
+        since, slower = 0, 1.0
         for step, batch in enumerate(_batches(windows, batch_targets, generator), start=1):
             model.train()
             loss = _loss(model, batch, drawn, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            warm_up.step()
+            _descend(optimizer, loss, learning_rate * slower * min(1.0, step / 200))
             last = step == steps
             if step % every and not last:
                 continue
             score = validate(model)
             if score > best.score:
-                best = Fitted(model, score, step)
+                best, since = Fitted(model, score, step), step
                 weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             if progress is not None:
                 progress(step, steps)
-            if last or step - best.step >= patience * every:
+            stalled = step - since >= patience * every
+            if last or (stalled and slower < 1):
                 break
+            if stalled:
+                since, slower = step, 0.2
+                model.load_state_dict(weights)
     model.load_state_dict(weights)
     model.eval()
     return best
@@ -285,6 +285,16 @@ def _batches(windows: Sequence[_Window], targets: int, generator: np.random.Gene
         batches = np.split(order, np.flatnonzero(np.diff(batch_of)) + 1)
         for batch in generator.permutation(len(batches)).tolist():
             yield [windows[window] for window in batches[batch].tolist()]
+
+
+def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float) -> None:
+    """Take one step, its gradient cut to a norm of 5."""
+    optimizer.zero_grad()
+    loss.backward()
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], 5.0)
+        group["lr"] = learning_rate
+    optimizer.step()
 
 
 def _loss(model: SASRec, batch: Sequence[_Window], drawn: int, generator: np.random.Generator) -> Tensor:

@@ -145,8 +145,8 @@ def test_same_seed_same_weights_and_the_callers_random_numbers_are_left_alone():
 
 
 def test_the_best_weights_are_kept_and_training_stops():
-    """Validation is best at the second look; two looks later, patience is at its end."""
-    looks, tables = iter([0.1, 0.5, 0.4, 0.3, 0.9]), []
+    """Validation is best at the second look. Two looks later training goes back to it, and two later it ends."""
+    looks, tables = iter([0.1, 0.5, 0.4, 0.3, 0.4, 0.3, 0.9]), []
 
     def validate(model):
         tables.append(model.item_vectors())
@@ -160,7 +160,10 @@ def test_the_best_weights_are_kept_and_training_stops():
 
     assert (fitted.score, fitted.step) == (0.5, 6)
     assert fitted.model.item_vectors().tolist() == tables[1].tolist()
-    assert done == [(3, 50), (6, 50), (9, 50), (12, 50)]
+    assert done == [(step, 50) for step in (3, 6, 9, 12, 15, 18)]
+    # The fifth look is three slow steps from the second; the fourth was six fast ones away.
+    away = [np.abs(table - tables[1]).max() for table in tables]
+    assert away[4] < away[3] / 4
 
 
 def test_numbers_out_of_range_are_refused():

@@ -263,14 +263,22 @@ def _tune_sasrec(split: Split, mask_seen: bool, log: Log) -> tuple[Scorer, dict[
     cases = split.validation.head(_TUNING_CASES, seed=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def validate(model: sasrec.SASRec) -> float:
-        return _validated(model, cases, mask_seen)
+    said = time.monotonic()
 
+    def validate(model: sasrec.SASRec) -> float:
+        nonlocal said
+        score = _validated(model, cases, mask_seen)
+        if time.monotonic() - said > 60:  # a sign of life, not a curve
+            said = time.monotonic()
+            log(f"  sasrec: validation NDCG@10 {score:.4f}")
+        return score
+
+    # Five epochs of a small log, which overfits within a few more; less than one of a large log.
+    every = int(np.clip(5 * len(split.train_items) / 1024, 50, 300))
     best, chosen = None, {}
     for setting in SASREC_SETTINGS:
-        fitted = sasrec.fit(
-            split.train_sequences(), split.num_items, validate=validate, seed=0, device=device, **setting
-        )
+        settings = {"every": every, "device": device, **setting}
+        fitted = sasrec.fit(split.train_sequences(), split.num_items, validate=validate, seed=0, **settings)
         log(f"  sasrec {dict(setting)}: validation NDCG@10 {fitted.score:.4f} after {fitted.step} steps")
         if best is None or fitted.score > best.score:
             best, chosen = fitted, {**setting, "steps": fitted.step}
