@@ -100,10 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         commands, "reproduce", _reproduce, "carry out an experiment plan, or go on with it; write its results page"
     )
     reproduce.add_argument("plan", type=Path)
-    reproduce.add_argument("--dry-run", action="store_true", help="say what would run and how long it takes")
-    reproduce.add_argument("--rerun", metavar="RUN", help="run this row (first digits of its hash) again and compare")
-    reproduce.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each (default: 2)")
-    reproduce.add_argument("--minutes", type=float, help="stop after this time, with checkpoints")
+    instead = reproduce.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="say what would run and how long it takes")
+    instead.add_argument("--rerun", metavar="RUN", help="run this row (first digits of its hash) again and compare")
+    instead.add_argument("--minutes", type=_positive, help="stop after this time, with checkpoints")
+    reproduce.add_argument("--workers", type=_count, default=2, help="runs at a time, one thread each (default: 2)")
     reproduce.add_argument("--results", type=Path, default=Path("docs/results"), help="default: docs/results")
     reproduce.add_argument("--runs", type=Path, default=Path("runs/pool"), help="run folders (default: runs/pool)")
 
@@ -122,6 +123,20 @@ def _command(
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.set_defaults(command=function)
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, was: {text}")
+    return number
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, was: {text}")
+    return number
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:

@@ -106,6 +106,11 @@ class RunConfig:
         plain: dict[str, Any] = _plain(self)
         return plain
 
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of all settings of the kinds that this recipe has chosen, nested; required ones are left out."""
+        plain: dict[str, Any] = _defaults(self)
+        return plain
+
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; `RunConfig.load` of it gives an equal config."""
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
@@ -252,6 +257,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     return value
+
+
+def _defaults(section: Any) -> Any:
+    found = {}
+    for part in dataclasses.fields(section):
+        value, default = getattr(section, part.name), strict.default_of(part)
+        if dataclasses.is_dataclass(value):
+            found[part.name] = _defaults(value)
+        elif default is not dataclasses.MISSING:
+            found[part.name] = _plain(default)
+    return found
 
 
 def explain(dotted: str = "") -> str:

@@ -8,13 +8,17 @@ anyone who ships it would: on the Beauty table that is Recall@10 .0656 in place 
 a gain over a baseline left weak is none.
 
 What was measured once is kept (`evaluate_baselines(cache=…)`), because arms and seeds of an experiment share their
-baselines. Kept are ranks, under a hash of everything that decides them; averages, intervals and segments are made anew.
+baselines. Kept are ranks (`kept.py`), under a hash of everything that decides them: the split, and the `fingerprint` of
+the baseline, in which settings and defaults are counted and only other changes of code need a new version, set by hand.
+Averages, intervals and segments are made anew.
 
 A scorer is anything with `scores(histories) -> float32 [B, N]`.
 
 Shape letters in this file: B cases of a batch, C cases in all, N items of the catalogue.
 """
 
+import inspect
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,10 +30,12 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from llm_itemtok import sasrec
-from llm_itemtok.artifacts import read_json, sha256_of_arrays, write_json
+from llm_itemtok.artifacts import sha256_of_arrays
 from llm_itemtok.data.splits import Cases, Split
-from llm_itemtok.errors import ArtifactError, RecipeError
+from llm_itemtok.errors import RecipeError
+from llm_itemtok.evaluation.kept import Measured, measured_once
 from llm_itemtok.evaluation.metrics import bootstrap, metrics_from_ranks, ranks_from_scores
+from llm_itemtok.evaluation.neighbours import nearest, similar_items
 from llm_itemtok.evaluation.segments import segment_metrics
 
 Log = Callable[[str], None]
@@ -155,8 +161,8 @@ class ItemKNN:
             decay: as in the constructor.
             repeats: as in the constructor.
         """
-        similarity, settle = _similar_items(split, neighbours, shrink), _popularity(split)
-        return cls(similarity, settle, decay=decay, repeats=repeats)
+        settle = _popularity(split)
+        return cls(similar_items(split, settle, neighbours, shrink), settle, decay=decay, repeats=repeats)
 
     @classmethod
     def tune(cls, split: Split, mask_seen: bool, log: Log) -> "tuple[ItemKNN, dict[str, Any]]":
@@ -167,14 +173,14 @@ class ItemKNN:
         """
         cases, settle = split.validation.head(_TUNING_CASES, seed=0), _popularity(split)
         most = max(cls.GRID["neighbours"])
-        nearest: dict[float, csr_array] = {}
+        similar: dict[float, csr_array] = {}
         seen: dict[tuple[Any, ...], float] = {}
 
         def make(setting: Mapping[str, Any]) -> ItemKNN:
             shrink = setting["shrink"]
-            if shrink not in nearest:
-                nearest[shrink] = _similar_items(split, most, shrink)
-            similarity = _nearest(nearest[shrink], setting["neighbours"])
+            if shrink not in similar:
+                similar[shrink] = similar_items(split, settle, most, shrink)
+            similarity = nearest(similar[shrink], setting["neighbours"])
             return cls(similarity, settle, decay=setting["decay"], repeats=setting["repeats"])
 
         def score(setting: Mapping[str, Any]) -> float:
@@ -198,7 +204,10 @@ class ItemKNN:
         weights = csr_array(((self.decay**ages).astype(np.float32), items, offsets), shape=shape)
         scores: NDArray[np.float32] = (weights @ self.similarity).toarray() + self.settle
         if not self.repeats:
-            scores[seen_items(histories, shape[1])] -= len(items) + 1  # no sum of cosines is that large
+            # Scores are not negative, so their reciprocals put them below all others and in the same order. To take a
+            # large number off instead would round away what tells them apart.
+            seen = seen_items(histories, shape[1])
+            scores[seen] = -1 / (scores[seen] + np.finfo(np.float32).tiny)
         return scores
 
 
@@ -214,55 +223,16 @@ def _popularity(split: Split) -> NDArray[np.float32]:
     return (counts / (counts.max(initial=0) + 1)).astype(np.float32)
 
 
-def _similar_items(split: Split, neighbours: int, shrink: float, block: int = 512) -> csr_array:
-    """Find each item's nearest others by cosine: float32 [N, N], rows ordered from the nearest on.
-
-    Only `block` rows are whole at a time, and only in what is not zero. Equal likeness is settled by popularity.
-    """
-    users = np.repeat(np.arange(len(split.train_users)), np.diff(split.train_offsets))
-    ones = np.ones(len(users), dtype=np.float32)
-    touched = csr_array((ones, (users, split.train_items)), shape=(len(split.train_users), split.num_items))
-    touched.sum_duplicates()
-    touched.data[:] = 1  # sets: how often a user came back does not count
-    by_item, norms = touched.T.tocsr(), np.sqrt(touched.sum(axis=0))
-    settle = _popularity(split)
-    columns, values, lengths = [], [], []
-    for start in range(0, split.num_items, block):
-        together = by_item[start : start + block] @ touched
-        for row in range(together.shape[0]):
-            inside = slice(together.indptr[row], together.indptr[row + 1])
-            others, both = together.indices[inside], together.data[inside]
-            others, both = others[others != start + row], both[others != start + row]
-            cosines = both / (norms[others] * norms[start + row] + shrink)
-            order = np.lexsort((others, -settle[others], -cosines))[:neighbours]
-            columns.append(others[order])
-            values.append(cosines[order].astype(np.float32))
-            lengths.append(len(order))
-    offsets = np.cumsum([0, *lengths])
-    shape = (split.num_items, split.num_items)
-    return csr_array((np.concatenate(values), np.concatenate(columns), offsets), shape=shape)
-
-
-def _nearest(similarity: csr_array, neighbours: int) -> csr_array:
-    """Keep the first entries of each row, of rows that are ordered from the nearest on."""
-    lengths = np.diff(similarity.indptr)
-    place = np.arange(similarity.nnz) - np.repeat(similarity.indptr[:-1], lengths)
-    kept, offsets = place < neighbours, np.cumsum([0, *np.minimum(lengths, neighbours)])
-    return csr_array((similarity.data[kept], similarity.indices[kept], offsets), shape=similarity.shape)
-
-
 SASREC_SETTINGS: Sequence[Mapping[str, Any]] = ({"dropout": 0.5}, {"dropout": 0.3})
 """What the SASRec baseline chooses from on validation; all else as `sasrec.fit` has it."""
 
 
-def _tune_sasrec(split: Split, mask_seen: bool, log: Log) -> tuple[Scorer, dict[str, Any]]:
+def _tune_sasrec(split: Split, mask_seen: bool, device: str, log: Log) -> tuple[Scorer, dict[str, Any]]:
     """Train one SASRec a setting and keep the one that validates best.
 
     Its seed is fixed, not the recipe's: one result then serves every seed of an experiment.
     """
     cases = split.validation.head(_TUNING_CASES, seed=0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
     said = time.monotonic()
 
     def validate(model: sasrec.SASRec) -> float:
@@ -290,19 +260,51 @@ class Baseline(NamedTuple):
     """How a baseline comes about."""
 
     version: int
-    """To be raised whenever its ranks can change: what was kept of older versions is then not used."""
-    fit: Callable[[Split, bool, Log], tuple[Scorer, dict[str, Any]]]
-    """From a split, `mask_seen` (which the validation it is tuned on follows) and a log: the baseline fitted, and the
-    settings that were chosen on validation."""
+    """To be raised whenever its ranks can change by more than what `settings` says: what was kept of older versions is
+    then not used."""
+    fit: Callable[[Split, bool, str, Log], tuple[Scorer, dict[str, Any]]]
+    """From a split, `mask_seen` (which the validation it is tuned on follows), the device to train on and a log: the
+    baseline fitted, and the settings that were chosen on validation."""
+    settings: Callable[[], Sequence[Any]] = tuple
+    """Says what settings are tried and what defaults stand for the others; JSON values, in the order they are tried."""
 
 
 BASELINES: Mapping[str, Baseline] = {
-    "popularity": Baseline(1, lambda split, _mask_seen, _log: (Popularity.fit(split), {})),
-    "markov": Baseline(1, lambda split, _mask_seen, _log: (Markov.fit(split), {})),
-    "item-knn": Baseline(1, ItemKNN.tune),
-    "sasrec": Baseline(1, _tune_sasrec),
+    "popularity": Baseline(1, lambda split, _mask_seen, _device, _log: (Popularity.fit(split), {})),
+    "markov": Baseline(
+        1, lambda split, _mask_seen, _device, _log: (Markov.fit(split), {}), lambda: (_defaults(Markov.fit),)
+    ),
+    "item-knn": Baseline(
+        2,
+        lambda split, mask_seen, _device, log: ItemKNN.tune(split, mask_seen, log),
+        lambda: (ItemKNN.GRID, _TUNING_CASES),
+    ),
+    "sasrec": Baseline(
+        1,
+        _tune_sasrec,
+        lambda: (SASREC_SETTINGS, _TUNING_CASES, _defaults(sasrec.fit), _defaults(sasrec.SASRec)),
+    ),
 }
 """The baselines that `evaluation.baselines` of a recipe may name."""
+
+
+def fingerprint(name: str) -> str:
+    """Hash what decides a baseline apart from the data: its version, the settings tried and the defaults of the rest.
+
+    Args:
+        name: a key of `BASELINES`.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    baseline = BASELINES[name]
+    return sha256_of_arrays(name, str(baseline.version), json.dumps(baseline.settings()))[:16]
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of a function that have a default, and that."""
+    arguments = inspect.signature(function).parameters.values()
+    return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 
 
 def rank_cases(scorer: Scorer, cases: Cases, mask_seen: bool, batch: int = 512) -> NDArray[np.float64]:
@@ -332,19 +334,6 @@ def rank_cases(scorer: Scorer, cases: Cases, mask_seen: bool, batch: int = 512) 
     return ranks
 
 
-class Measured(NamedTuple):
-    """What is kept of a baseline on a split."""
-
-    test: NDArray[np.float64]
-    """Ranks of the test cases, float64 [C]."""
-    validation: NDArray[np.float64]
-    """Ranks of the validation cases, float64 [C]."""
-    settings: dict[str, Any]
-    """What was chosen on validation."""
-    seconds: float
-    """Taken to tune, fit and rank."""
-
-
 def evaluate_baselines(
     names: Sequence[str],
     split: Split,
@@ -352,6 +341,7 @@ def evaluate_baselines(
     mask_seen: bool,
     seed: int,
     *,
+    device: str | torch.device = "cpu",
     masks: Mapping[str, NDArray[np.bool_]] | None = None,
     cache: Path | None = None,
     log: Log = lambda _line: None,
@@ -364,13 +354,16 @@ def evaluate_baselines(
         cases: what they are measured on, as a rule `split.test`.
         mask_seen: as in `rank_cases`.
         seed: of the bootstrap. Baselines do not depend on it.
+        device: where the baselines that are networks are trained and ranked.
         masks: segments of `cases`, as `segment_metrics` takes them; none without.
-        cache: folder in which ranks are kept and looked for; None keeps nothing.
+        cache: folder in which ranks are kept and looked for; None keeps nothing. Processes that share it measure
+            nothing twice: one waits for the other.
         log: called with lines of progress.
 
     Returns:
         `{name: {"test": {metric: value}, "ci95": {metric: [low, high]}, "segments": {segment: {...}}, "validation":
-        {metric: value}, "settings": {what was chosen on validation}, "seconds": to tune, fit and rank}}`.
+        {metric: value}, "settings": {what was chosen on validation}, "seconds": to tune, fit and rank, "fingerprint":
+        as `fingerprint` gives it}}`.
 
     Raises:
         RecipeError: if a name is no baseline.
@@ -380,7 +373,7 @@ def evaluate_baselines(
         raise RecipeError(f"`evaluation.baselines` takes {', '.join(BASELINES)}, was: {', '.join(unknown)}")
     results = {}
     for name in names:
-        measured = _measured(name, split, cases, mask_seen, cache, log)
+        measured = _measured(name, split, cases, mask_seen, str(device), cache, log)
         results[name] = {
             "test": metrics_from_ranks(measured.test),
             "ci95": bootstrap(measured.test, seed=seed),
@@ -388,54 +381,36 @@ def evaluate_baselines(
             "validation": metrics_from_ranks(measured.validation),
             "settings": measured.settings,
             "seconds": measured.seconds,
+            "fingerprint": fingerprint(name),
         }
     return results
 
 
-def _measured(name: str, split: Split, cases: Cases, mask_seen: bool, cache: Path | None, log: Log) -> Measured:
+def _measured(
+    name: str, split: Split, cases: Cases, mask_seen: bool, device: str, cache: Path | None, log: Log
+) -> Measured:
     """Measure a baseline, or find what was kept when it was measured before."""
-    key = _key(name, split, cases, mask_seen)
-    path = None if cache is None else cache / f"{name}-{key[:16]}.json"
-    if path is not None and (kept := _read_kept(path, key, len(cases), len(split.validation))):
-        return kept
-    log(f"  baseline {name} …")
-    started = time.perf_counter()
-    scorer, settings = BASELINES[name].fit(split, mask_seen, log)
-    test, validation = (rank_cases(scorer, part, mask_seen) for part in (cases, split.validation))
-    measured = Measured(test, validation, settings, round(time.perf_counter() - started, 3))
-    if path is not None:
-        try:
-            write_json(path, {"key": key, "content": _content(measured), **measured._asdict()})
-        except OSError as error:
-            log(f"  {path} could not be written, so baseline {name} is measured again next time: {error}")
-    return measured
+
+    def measure() -> Measured:
+        log(f"  baseline {name} …")
+        started = time.perf_counter()
+        scorer, settings = BASELINES[name].fit(split, mask_seen, device, log)
+        test, validation = (rank_cases(scorer, part, mask_seen) for part in (cases, split.validation))
+        return Measured(test, validation, settings, round(time.perf_counter() - started, 3))
+
+    if cache is None:
+        return measure()
+    key = _key(name, split, cases, mask_seen, device)
+    return measured_once(cache / f"{name}-{key[:16]}.json", key, (len(cases), len(split.validation)), measure, log)
 
 
-def _key(name: str, split: Split, cases: Cases, mask_seen: bool) -> str:
+def _key(name: str, split: Split, cases: Cases, mask_seen: bool, device: str) -> str:
     """Hash everything that decides the ranks of a baseline."""
-    facts = f"{name} {BASELINES[name].version} {split.num_items} {mask_seen}"
-    if name == "sasrec":  # whose arithmetic is torch's, and not the same on every device
-        facts += f" torch {torch.__version__} {'cuda' if torch.cuda.is_available() else 'cpu'}"
+    facts = f"{name} {fingerprint(name)} {split.num_items} {mask_seen}"
+    if name == "sasrec":  # whose arithmetic is torch's, and not the same on every kind of device
+        facts += f" torch {torch.__version__} {torch.device(device).type}"
     parts = (part for of in (split.validation, cases) for part in (of.offsets, of.items, of.targets))
     return sha256_of_arrays(facts, split.train_offsets, split.train_items, *parts)
-
-
-def _content(measured: Measured) -> str:
-    """Hash what is kept, so that a file that was changed or cut is known as such."""
-    settings, seconds = sorted(measured.settings.items()), float(measured.seconds)
-    return sha256_of_arrays(measured.test, measured.validation, f"{settings} {seconds}")
-
-
-def _read_kept(path: Path, key: str, num_test: int, num_validation: int) -> Measured | None:
-    """Read what was kept under a key; None if there is nothing, or nothing that can be trusted."""
-    try:
-        kept = read_json(path)
-        ranks = [np.array(kept[part], dtype=np.float64) for part in ("test", "validation")]
-        measured = Measured(ranks[0], ranks[1], dict(kept["settings"]), float(kept["seconds"]))
-        trusted = kept["key"] == key and kept["content"] == _content(measured)
-    except (ArtifactError, OSError, KeyError, TypeError, ValueError):
-        return None
-    return measured if trusted and [part.shape for part in ranks] == [(num_test,), (num_validation,)] else None
 
 
 def seen_items(histories: Sequence[NDArray[np.int64]], num_items: int) -> NDArray[np.bool_]:

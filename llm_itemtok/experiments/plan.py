@@ -103,6 +103,7 @@ class Cell:
         dataset: name in the plan.
         arm: name in the plan.
         point: the tuned settings, empty where nothing is tuned.
+        name: for a progress line; no other cell of the plan has it.
         config: the recipe, resolved.
     """
 
@@ -111,12 +112,8 @@ class Cell:
     dataset: str
     arm: str
     point: Point
+    name: str
     config: RunConfig
-
-    @property
-    def name(self) -> str:
-        """For a progress line."""
-        return f"{self.block} · {self.arm} · seed {self.config.seed}"
 
 
 @dataclass(frozen=True)
@@ -146,10 +143,12 @@ class LoadedPlan:
             return []
         cells = []
         for shared in points(tuning.grid):
-            block = ", ".join([tuning.dataset, *(f"{_short(name)} {value}" for name, value in shared)])
+            block = ", ".join([tuning.dataset, *map(_short, shared)])
             for arm in self.plan.arms:
                 for own in points(self.plan.arms[arm].grid):
-                    cells.append(self._cell("screen", block, tuning.dataset, arm, tuning.seed, (*shared, *own)))
+                    name = " · ".join([block, arm, *map(_short, own), f"seed {tuning.seed}"])
+                    config = self._config(tuning.dataset, arm, tuning.seed, (*shared, *own))
+                    cells.append(Cell("screen", block, tuning.dataset, arm, (*shared, *own), name, config))
         return cells
 
     def confirm_cells(self, chosen: Mapping[str, Point]) -> list[Cell]:
@@ -160,12 +159,13 @@ class LoadedPlan:
         for seed in dict.fromkeys((*confirm.seeds, *probe_seeds)):
             for dataset, (name, arm) in itertools.product(self.plan.datasets, self.plan.arms.items()):
                 if seed in (probe_seeds if arm.probe else confirm.seeds):
-                    cells.append(self._cell("confirm", dataset, dataset, name, seed, chosen.get(name, ())))
+                    point = chosen.get(name, ())
+                    config = self._config(dataset, name, seed, point)
+                    said = f"{dataset} · {name} · seed {seed}"
+                    cells.append(Cell("confirm", dataset, dataset, name, point, said, config))
         return cells
 
-    def _cell(
-        self, stage: Literal["screen", "confirm"], block: str, dataset: str, arm: str, seed: int, point: Point
-    ) -> Cell:
+    def _config(self, dataset: str, arm: str, seed: int, point: Point) -> RunConfig:
         planned = self.plan.datasets[dataset]
         overrides = [
             *_overrides(planned.settings),
@@ -173,8 +173,7 @@ class LoadedPlan:
             *(f"{name}={_yaml(value)}" for name, value in point),
             f"seed={seed}",
         ]
-        config = RunConfig.load(self.path.parent / planned.recipe, overrides)
-        return Cell(stage, block, dataset, arm, point, config)
+        return RunConfig.load(self.path.parent / planned.recipe, overrides)
 
 
 def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
@@ -200,8 +199,9 @@ def _faults(plan: Plan) -> list[str]:
         faults.append(f"`name` must be letters, digits and hyphens, as it names files, was: {plan.name!r}")
     if not plan.datasets:
         faults.append("`datasets` must name at least one")
-    if not plan.confirm.seeds or len(set(plan.confirm.seeds)) < len(plan.confirm.seeds):
-        faults.append(f"`confirm.seeds` must be distinct and at least one, was: {list(plan.confirm.seeds)}")
+    for name, seeds in (("seeds", plan.confirm.seeds), ("probe_seeds", plan.confirm.probe_seeds)):
+        if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
+            faults.append(f"`confirm.{name}` must be distinct and at least one, was: {list(seeds)}")
     return faults + (_tuning_faults(plan, plan.tuning) if plan.tuning else [])
 
 
@@ -214,8 +214,8 @@ def _tuning_faults(plan: Plan, tuning: Tuning) -> list[str]:
     grids = {"tuning.grid": tuning.grid, **{f"arms.{name}.grid": arm.grid for name, arm in plan.arms.items()}}
     for where, grid in grids.items():
         for name, values in grid.items():
-            if not values or name == "seed":
-                faults.append(f"`{where}.{name}` must be a list of values to try (and not of seeds), was: {values}")
+            if not values or name == "seed" or any(value in values[:at] for at, value in enumerate(values)):
+                faults.append(f"`{where}.{name}` must list distinct values to try (and not seeds), was: {values}")
     return faults
 
 
@@ -236,5 +236,6 @@ def _yaml(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _short(dotted: str) -> str:
-    return dotted.rpartition(".")[2]
+def _short(setting: tuple[str, Any]) -> str:
+    name, value = setting
+    return f"{name.rpartition('.')[2]} {value}"

@@ -6,16 +6,18 @@ The record, `RESULTS/runs/<first 12 digits>.json`, is for the repository: recipe
 machine paths. Anybody can check a record: its recipe hashes to its name.
 
 A record of another `RESULTS_VERSION` is stale and counts as absent: the code has changed so that the recipe gives
-other numbers.
+other numbers. A record made before a setting existed serves a recipe that has the setting at its default: what was
+not there yet is what the default leaves alone.
 """
 
 import hashlib
 import json
-import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,9 +26,10 @@ from llm_itemtok import artifacts
 from llm_itemtok.artifacts import read_json, write_json
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import ArtifactError
+from llm_itemtok.evaluation.metrics import metrics_from_ranks
 from llm_itemtok.experiments.plan import Cell
 from llm_itemtok.pipeline.prepare import load_data
-from llm_itemtok.pipeline.stages import RESULTS_VERSION, environment, input_hashes
+from llm_itemtok.pipeline.stages import RESULTS_VERSION, input_hashes
 
 DIGITS = 12
 """Of a hash, in the names of files and folders."""
@@ -73,7 +76,14 @@ class Pool:
         """
         hashes = self._path_hashes(cell.config)
         recipe = json.loads(json.dumps(cell.config.portable(hashes), default=str))
-        return Job(cell, recipe, recipe_hash(recipe))
+        job = Job(cell, recipe, recipe_hash(recipe))
+        if self.record_path(job.sha256).exists():
+            return job
+        for path in sorted(self.record_path(job.sha256).parent.glob("*.json")):
+            older = _read_record(path)["recipe"]
+            if serves(older, recipe, json.loads(json.dumps(cell.config.defaults(), default=str))):
+                return Job(cell, older, recipe_hash(older))
+        return job
 
     def folder(self, job: Job) -> Path:
         """The run folder."""
@@ -92,12 +102,7 @@ class Pool:
         path = self.record_path(job.sha256)
         if not path.exists():
             return None
-        found: dict[str, Any] = read_json(path)
-        if recipe_hash(found.get("recipe")) != job.sha256:
-            raise ArtifactError(
-                f"{path}: the recipe in a record must hash to the record's name, but this one does not; it was edited, "
-                "or the form of recipes has changed: delete it to run it again"
-            )
+        found = _read_record(path)
         if found["versions"].get("results") != RESULTS_VERSION:
             return None
         return found if job.cell.stage == "screen" or "test" in found["metrics"] else None
@@ -108,10 +113,14 @@ class Pool:
         Raises:
             ArtifactError: if the folder does not hold what the cell's stage leaves.
         """
-        packages = environment()["packages"]
-        versions = {"results": RESULTS_VERSION, **{name: packages[name] for name in ("llm-itemtok", "torch")}}
-        versions |= {name: packages[name] for name in ("transformers", "peft", "accelerate")}
-        record = {"recipe": job.recipe, "metrics": self.measured(job), "commit": commit(), "versions": versions}
+        made_by = read_json(self.folder(job) / artifacts.TRAINING)["made_by"]
+        record = {
+            "recipe": job.recipe,
+            "metrics": self.measured(job),
+            "commit": made_by["commit"],
+            "versions": {"results": made_by["results"], **made_by["packages"]},
+            "device": made_by["cuda"][0] if made_by["cuda"] else "cpu",
+        }
         write_json(self.record_path(job.sha256), record)
         return record
 
@@ -122,19 +131,22 @@ class Pool:
             found = read_json(self.folder(job) / artifacts.METRICS)
             return found
         found = read_json(self.folder(job) / artifacts.TRAINING)
+        del found["made_by"]
         return {"validation": found.pop("validation"), "training": found}
 
-    def ranks(self, job: Job) -> pa.Table | None:
-        """Ranks of a run's test users (columns user, rank): from its folder, or from a plan that reported it."""
+    def ranks(self, job: Job, test: Mapping[str, float]) -> pa.Table | None:
+        """Ranks of a run's test users (columns user, rank), from its folder or from a plan that reported it.
+
+        Args:
+            job: whose ranks.
+            test: its recorded metrics; ranks that give others, such as those of a stale run, are passed over.
+        """
         own = self.folder(job) / artifacts.RANKS
-        if own.exists():
-            return pq.read_table(own)
+        sources = [pq.read_table(own)] if own.exists() else []
         for path in sorted(self.results.glob("*.ranks.parquet")):
             table = pq.read_table(path)
-            mine = table.filter(pc.equal(table["recipe_sha256"], job.sha256))
-            if len(mine):
-                return mine.select(["user", "rank"])
-        return None
+            sources.append(table.filter(pc.equal(table["recipe_sha256"], job.sha256)).select(["user", "rank"]))
+        return next((table for table in sources if len(table) and _give(table, test)), None)
 
     def _path_hashes(self, config: RunConfig) -> dict[str, str]:
         plain = config.to_dict()
@@ -148,7 +160,7 @@ class Pool:
 
 
 def recipe_hash(recipe: Any) -> str:
-    """Hash of a portable recipe as it stands in a record; equal to `RunConfig.recipe_sha256`."""
+    """SHA-256 of a portable recipe as it stands in a record, keys sorted; equal to `RunConfig.recipe_sha256`."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
@@ -176,18 +188,41 @@ def row(job: Job, record: dict[str, Any], *, control: bool, probe: bool) -> dict
     }
 
 
-def commit() -> str:
-    """The commit of the code that runs, with `-dirty` if it was changed since; empty outside a checkout."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""  # an installed package has a version instead
+def serves(older: Any, recipe: Any, defaults: Any) -> bool:
+    """Tell whether a record's recipe is this one but for settings that are younger, and are at their default here."""
+    if not isinstance(recipe, dict) or not isinstance(older, dict):
+        return bool(older == recipe)
+    defaults = defaults if isinstance(defaults, dict) else {}
+    return set(older) <= set(recipe) and all(
+        serves(older[name], value, defaults.get(name))
+        if name in older
+        else name in defaults and defaults[name] == value
+        for name, value in recipe.items()
+    )
+
+
+def _give(table: pa.Table, test: Mapping[str, float]) -> bool:
+    """Tell whether ranks give these metrics, but for rounding to float32."""
+    found = metrics_from_ranks(table["rank"].to_numpy().astype(np.float64))
+    return all(abs(found[key] - value) < 1e-6 for key, value in test.items())
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """A record whose form is right and whose recipe hashes to its name."""
+    found = read_json(path)
+    parts = {"recipe": dict, "metrics": dict, "versions": dict, "commit": str}
+    if not isinstance(found, dict) or any(not isinstance(found.get(part), kind) for part, kind in parts.items()):
+        raise ArtifactError(f"{path}: a record must hold {', '.join(parts)}; delete it to run it again")
+    if recipe_hash(found["recipe"])[:DIGITS] != path.stem:
+        raise ArtifactError(
+            f"{path}: the recipe in a record must hash to the record's name, but this one was changed; delete it to "
+            "run it again"
+        )
+    return found
 
 
 def _backbone(config: RunConfig) -> str:
     if config.model.name != "scratch":
-        return f"decoder {config.model.name}"
+        return f"decoder {Path(config.model.name).name if Path(config.model.name).exists() else config.model.name}"
     sizes = config.model.scratch
     return f"decoder {sizes.layers}x{sizes.width}"

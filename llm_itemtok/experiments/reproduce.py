@@ -1,8 +1,7 @@
 """Carry an experiment plan out: what is missing is run, what is finished is written down at once.
 
-The order is the plan's: first the tuning, by validation alone, then the best point of each arm with fresh seeds. After
-every run the rows, the ranks and the page are written anew from all that is finished, so a plan that is stopped, or
-killed, at any moment has lost nothing that was done, and the same command goes on.
+The order is the plan's: first the tuning, by validation alone, then the best point of each arm with fresh seeds. A plan
+that is stopped, or killed, at any moment has lost nothing that was done, and the same command goes on.
 """
 
 import shutil
@@ -13,24 +12,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from llm_itemtok.artifacts import write_bytes, write_json, write_text
 from llm_itemtok.errors import RecipeError
-from llm_itemtok.experiments.page import render_page
+from llm_itemtok.experiments.book import CHOOSE_BY, Book
 from llm_itemtok.experiments.plan import Cell, LoadedPlan, Point
-from llm_itemtok.experiments.pool import Job, Pool, row
+from llm_itemtok.experiments.pool import Job, Pool
 from llm_itemtok.experiments.workers import Worker, in_use, stop_all
-from llm_itemtok.pipeline.check import estimate_seconds
+from llm_itemtok.pipeline.check import check, estimate_seconds
 from llm_itemtok.pipeline.run import alone_in
 
-CHOOSE_BY = "ndcg@10"
-"""Validation metric by which tuning chooses."""
 _POLL_SECONDS = 1.0
-_SAY_EVERY = 60.0
+_LOOK_SECONDS = 10.0
+"""Between looks for other processes at work in the pool."""
+_SAY_SECONDS = 60.0
+_MOST_STARTS = 3
+"""Of a run that is killed from outside again and again."""
+
+Log = Callable[[str], None]
 
 
 class Interrupted(Exception):
@@ -46,95 +44,6 @@ class Failed(Exception):
     """Runs of the plan failed; the message says which and why."""
 
 
-@dataclass
-class Book:
-    """What a plan has done so far.
-
-    Attributes:
-        loaded: the plan.
-        pool: of runs.
-        records: hash → record of each finished run.
-        jobs: hash → job of every cell known so far, in the plan's order.
-    """
-
-    loaded: LoadedPlan
-    pool: Pool
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    jobs: dict[str, Job] = field(default_factory=dict)
-
-    def plan_jobs(self) -> tuple[list[Job], list[Job]]:
-        """The jobs of tuning, and of confirm once tuning is finished (empty before)."""
-        tuning = [self._known(cell) for cell in self.loaded.tuning_cells()]
-        if any(job.sha256 not in self.records for job in tuning):
-            return tuning, []
-        return tuning, [self._known(cell) for cell in self.loaded.confirm_cells(self.chosen())]
-
-    def _known(self, cell: Cell) -> Job:
-        job = self.pool.job(cell)
-        twin = self.jobs.setdefault(job.sha256, job)
-        if twin.cell.name != cell.name:
-            raise RecipeError(
-                f"{self.loaded.path}: every run of a plan must have a recipe of its own, but these two have the same: "
-                f"{twin.cell.name}; {cell.name}"
-            )
-        found = self.records.get(job.sha256) or self.pool.record(job)
-        if found is not None:
-            self.records[job.sha256] = found
-        return job
-
-    def chosen(self) -> dict[str, Point]:
-        """The best point of each arm by validation; of equal ones the first."""
-        best: dict[str, tuple[float, Point]] = {}
-        for job in self.jobs.values():
-            if job.cell.stage == "screen" and job.sha256 in self.records:
-                value = self.records[job.sha256]["metrics"]["validation"][CHOOSE_BY]
-                if job.cell.arm not in best or value > best[job.cell.arm][0]:
-                    best[job.cell.arm] = (value, job.cell.point)
-        return {arm: point for arm, (_, point) in best.items()}
-
-    def finish(self, job: Job) -> None:
-        """Take a finished run into the pool and write everything down."""
-        self.records[job.sha256] = self.pool.adopt(job)
-        self.write()
-
-    def write(self) -> None:
-        """Write rows, ranks and page of all that is finished."""
-        arms = self.loaded.plan.arms
-        done = [job for job in self.jobs.values() if job.sha256 in self.records]
-        rows = [
-            row(job, self.records[job.sha256], control=arms[job.cell.arm].control, probe=arms[job.cell.arm].probe)
-            for job in done
-        ]
-        name, results = self.loaded.plan.name, self.pool.results
-        ranks = self._ranks([job for job in done if job.cell.stage == "confirm"])
-        write_json(results / f"{name}.json", rows)
-        sink = pa.BufferOutputStream()
-        pq.write_table(ranks, sink, compression="zstd")
-        write_bytes(results / f"{name}.ranks.parquet", sink.getvalue().to_pybytes())
-        page, pictures = render_page(
-            name=name,
-            question=self.loaded.plan.question,
-            titles={arm: given.title or arm for arm, given in arms.items()},
-            rows=rows,
-            ranks=ranks,
-            records={job.sha256: self.records[job.sha256] for job in done},
-            not_run=[job.cell.name for job in self.jobs.values() if job.sha256 not in self.records],
-        )
-        write_text(results / f"{name}.md", page)
-        for file, picture in pictures.items():
-            write_text(results / file, picture)
-
-    def _ranks(self, done: Sequence[Job]) -> pa.Table:
-        schema = pa.schema([("recipe_sha256", pa.string()), ("user", pa.string()), ("rank", pa.float32())])
-        tables = [schema.empty_table()]
-        for job in done:
-            found = self.pool.ranks(job)
-            if found is not None:
-                names = pa.array([job.sha256] * len(found), pa.string())
-                tables.append(found.select(["user", "rank"]).add_column(0, "recipe_sha256", names).cast(schema))
-        return pa.concat_tables(tables)
-
-
 def reproduce(
     path: Path,
     *,
@@ -142,7 +51,7 @@ def reproduce(
     runs: Path,
     workers: int = 2,
     minutes: float | None = None,
-    log: Callable[[str], None] = lambda line: None,
+    log: Log = lambda line: None,
 ) -> Path:
     """Carry a plan out, or go on with it.
 
@@ -162,26 +71,147 @@ def reproduce(
         Interrupted: after SIGTERM, Ctrl-C or `minutes`, with all that was done written down.
         Failed: if a run failed, after all others are finished.
     """
-    loaded = LoadedPlan.load(path)
-    book = Book(loaded, Pool(results, runs))
-    for cell in loaded.confirm_cells({}):
-        book.pool.job(cell)  # an input missing for a later run is told now and not after hours of tuning
+    book = Book(LoadedPlan.load(path), Pool(results, runs))
+    plan = book.loaded.plan
+    later = book.loaded.confirm_cells({})
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    with alone_in(runs / f"plan-{loaded.plan.name}"), _signals() as received:
-        tuning, _ = book.plan_jobs()
-        _run_all(tuning, book, workers, deadline, received, log)
-        _, confirm = book.plan_jobs()
-        if book.chosen():
+    with alone_in(runs / f"plan-{plan.name}"), _signals() as received:
+        _check_all(book, later)
+        _Shift(book, book.tuning(), later, workers, deadline, received, log).work()
+        if plan.tuning:
             log("chosen on validation: " + "; ".join(f"{arm}: {_point(at)}" for arm, at in book.chosen().items()))
-        _run_all(confirm, book, workers, deadline, received, log)
+        _Shift(book, book.confirm(), (), workers, deadline, received, log).work()
         book.write()
-    return results / f"{loaded.plan.name}.md"
+    return results / f"{plan.name}.md"
+
+
+def _check_all(book: Book, cells: Sequence[Cell]) -> None:
+    """Check a run of every arm on every data set: what is wrong is told now and not after hours of tuning."""
+    for cell in {(cell.dataset, cell.arm): cell for cell in reversed(cells)}.values():
+        if book.pool.record(book.pool.job(cell)) is None:
+            check(cell.config)
+
+
+@dataclass
+class _Shift:
+    """Workers at the jobs of one stage.
+
+    Attributes:
+        book: of the plan; finished jobs are written into it.
+        jobs: all of the stage.
+        later: cells of the stage after it, for the estimate.
+        workers: runs at a time.
+        deadline: on the monotonic clock, None for no limit.
+        received: signals so far, filled by the handler.
+        log: called with progress lines.
+    """
+
+    book: Book
+    jobs: Sequence[Job]
+    later: Sequence[Cell]
+    workers: int
+    deadline: float | None
+    received: list[int]
+    log: Log
+    waiting: list[Job] = field(default_factory=list)
+    running: list[Worker] = field(default_factory=list)
+    others: list[Job] = field(default_factory=list)
+    starts: dict[str, int] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    def work(self) -> None:
+        """Run what is not finished; raise if that was stopped, or if a run failed."""
+        self.waiting = [job for job in self.jobs if job.sha256 not in self.book.records]
+        looked = said = -_SAY_SECONDS
+        try:
+            while self.waiting or self.running:
+                for worker in [worker for worker in self.running if worker.status is not None]:
+                    self.running.remove(worker)
+                    self._end(worker)
+                if self.received or (self.deadline is not None and time.monotonic() > self.deadline):
+                    raise Interrupted(self.received[0] if self.received else 0)
+                if time.monotonic() - looked > _LOOK_SECONDS:
+                    looked = time.monotonic()
+                    self.others = [job for job in self.waiting if in_use(job, self.book.pool)]
+                self._start()
+                if time.monotonic() - said > _SAY_SECONDS:
+                    said = time.monotonic()
+                    self.log(self._progress())
+                time.sleep(_POLL_SECONDS)
+        finally:
+            stop_all(self.running)
+        if self.failed:
+            raise Failed("\n".join(self.failed))
+
+    def _start(self) -> None:
+        """Fill free places; a process that a killed plan left behind takes one, too."""
+        free = self.workers - len(self.running) - len(self.others)
+        for job in [job for job in self.waiting if job not in self.others][: max(0, free)]:
+            self.waiting.remove(job)
+            record = self.book.pool.record(job)  # another plan may have run it meanwhile
+            if record is not None:
+                self.book.records[job.sha256] = record
+                self.book.write()
+                continue
+            self.running.append(Worker.start(job, self.book.pool))
+            self.starts[job.sha256] = self.starts.get(job.sha256, 0) + 1
+            self.log(f"{job.cell.name}: {job.short} begins")
+
+    def _end(self, worker: Worker) -> None:
+        """File a worker that has ended: as finished, as one that waits again, or as failed."""
+        job = worker.job
+        said = f"{job.cell.name}: {job.short}"
+        if worker.status == 0:
+            self.book.finish(job)
+            validation = self.book.records[job.sha256]["metrics"]["validation"][CHOOSE_BY]
+            minutes = (time.monotonic() - worker.began) / 60
+            self.log(f"{said} finished, {minutes:.1f} min, validation NDCG@10 {validation:.4f}")
+        elif worker.kept_out:
+            self.waiting.append(job)
+            self.others.append(job)
+            self.log(f"{said} is in the hands of another process")
+        elif worker.interrupted and self.starts[job.sha256] < _MOST_STARTS:
+            self.waiting.append(job)
+            self.log(f"{said} was stopped from outside; it goes on later")
+        else:
+            why = f"{said} failed (status {worker.status}):\n{worker.last_lines}\n  whole log: {worker.log}"
+            self.failed.append(why)
+            self.log(why)
+
+    def _progress(self) -> str:
+        """One line: what is done, what runs how far, how long the rest will take."""
+        parts = [
+            f"{worker.job.cell.arm} seed {worker.job.cell.config.seed} {progress[0]:.0%}"
+            for worker in self.running
+            if (progress := worker.progress()) is not None
+        ]
+        left = self._seconds_left()
+        words = f"; about {left / self.workers / 3600:.1f} h left" if left is not None else ""
+        done, total = self.book.done(self.jobs), len(self.jobs) + len(self.later)
+        return f"{done} of {total} done; running: {', '.join(parts) or 'starting'}{words}"
+
+    def _seconds_left(self) -> float | None:
+        """Seconds of training left, by the finished runs of the same data set or what the running ones promise."""
+        known = self.book.typical_seconds()
+        left, promised = 0.0, [0.0]
+        for worker in self.running:
+            progress, spent = worker.progress(), time.monotonic() - worker.began
+            if progress is not None:
+                left += progress[1]
+                promised.append(progress[1] / max(1e-9, 1 - progress[0]))
+            elif worker.job.cell.dataset in known:
+                left += max(0.0, known[worker.job.cell.dataset] - spent)
+            else:
+                return None
+        cells = [*(job.cell for job in self.waiting), *self.later]
+        rest = [known.get(cell.dataset, max([*known.values(), *promised])) for cell in cells]
+        return left + sum(rest) if all(rest) else None
 
 
 def rerun(
     path: Path, which: str, *, results: Path, runs: Path, log: Callable[[str], None] = lambda line: None
 ) -> tuple[bool, str]:
-    """Run one row of a plan again, from nothing and beside its pool, and compare.
+    """Run one row of a plan again, beside its pool, and compare; item vectors and baselines may come from the cache.
 
     Args:
         path: the plan.
@@ -195,27 +225,30 @@ def rerun(
 
     Raises:
         RecipeError: if no finished row, or more than one, begins so.
+        Interrupted: after SIGTERM or Ctrl-C.
         Failed: if the run fails.
     """
     book = Book(LoadedPlan.load(path), Pool(results, runs))
-    tuning, confirm = book.plan_jobs()
-    found = [job for job in (*tuning, *confirm) if job.sha256.startswith(which) and job.sha256 in book.records]
+    finished = [job for job in (*book.tuning(), *book.confirm()) if job.sha256 in book.records]
+    found = [job for job in finished if job.sha256.startswith(which)]
     if len(found) != 1:
-        names = ", ".join(sha256[:12] for sha256 in book.records) or "none"
+        names = ", ".join(job.short for job in finished) or "none"
         raise RecipeError(f"`--rerun` must begin the hash of one finished run, was: {which}; finished are: {names}")
     (job,) = found
     again = Pool(results, runs / f"rerun-{job.short}")
-    shutil.rmtree(again.runs, ignore_errors=True)
-    log(f"{job.cell.name}: {job.short} runs again in {again.folder(job)}")
-    worker = Worker.start(job, again)
-    try:
-        worker.process.wait()
-    finally:
+    with alone_in(again.runs), _signals() as received:
+        shutil.rmtree(again.runs, ignore_errors=True)
+        log(f"{job.cell.name}: {job.short} runs again in {again.folder(job)}")
+        worker = Worker.start(job, again)
+        while worker.status is None and not received:
+            time.sleep(_POLL_SECONDS)
         stop_all([worker])
+    if received:
+        raise Interrupted(received[0])
     if worker.status != 0:
         raise Failed(f"{job.cell.name} failed:\n{worker.last_lines}")
     old, new = book.records[job.sha256]["metrics"], again.measured(job)
-    parts = [part for part in ("test", "validation", "segments") if part in old]
+    parts = [part for part in ("test", "validation", "segments") if part in old and part in new]
     different = [
         f"  {part} {key}: {value} before, {new[part].get(key)} now"
         for part in parts
@@ -227,100 +260,56 @@ def rerun(
     return True, f"{job.short}: the same in all of {', '.join(parts)}"
 
 
-def _run_all(
-    jobs: Sequence[Job],
-    book: Book,
-    workers: int,
-    deadline: float | None,
-    received: list[int],
-    log: Callable[[str], None],
-) -> None:
-    """Run the jobs that are not finished; raise if that was stopped, or if one of them failed."""
-    waiting = [job for job in jobs if job.sha256 not in book.records]
-    running: list[Worker] = []
-    failed: dict[str, str] = {}
-    said = 0.0
-    try:
-        while waiting or running:
-            for worker in [worker for worker in running if worker.status is not None]:
-                running.remove(worker)
-                _end(worker, book, waiting, failed, received, log)
-            if received or (deadline is not None and time.monotonic() > deadline):
-                raise Interrupted(received[0] if received else 0)
-            for job in [job for job in waiting if not in_use(job, book.pool)][: workers - len(running)]:
-                waiting.remove(job)
-                running.append(Worker.start(job, book.pool))
-                log(f"{job.cell.name}: {job.short} begins")
-            if time.monotonic() - said > _SAY_EVERY:
-                said = time.monotonic()
-                log(_progress(jobs, waiting, running, book, workers))
-            time.sleep(_POLL_SECONDS)
-    finally:
-        stop_all(running)
-    if failed:
-        raise Failed("\n".join(f"{name} failed:\n{why}" for name, why in failed.items()))
+def dry_run(path: Path, *, results: Path, runs: Path, workers: int = 2) -> str:
+    """Say what a plan would run, what of it is done, and about how long the rest will take. Runs nothing.
 
-
-def _end(
-    worker: Worker,
-    book: Book,
-    waiting: list[Job],
-    failed: dict[str, str],
-    received: list[int],
-    log: Callable[[str], None],
-) -> None:
-    """File a worker that has ended: as finished, as interrupted (it waits again), or as failed."""
-    job, minutes = worker.job, (time.monotonic() - worker.began) / 60
-    if worker.status == 0:
-        book.finish(job)
-        validation = book.records[job.sha256]["metrics"]["validation"][CHOOSE_BY]
-        log(f"{job.cell.name}: {job.short} finished, {minutes:.1f} min, validation NDCG@10 {validation:.4f}")
-    elif worker.interrupted and received:
-        log(f"{job.cell.name}: {job.short} stopped after a checkpoint")
-    elif worker.interrupted:
-        waiting.append(job)
-        log(f"{job.cell.name}: {job.short} was stopped from outside; it goes on later")
-    else:
-        failed[job.cell.name] = f"{worker.last_lines}\n  whole log: {worker.log}"
-        log(f"{job.cell.name}: {job.short} failed")
-
-
-def _progress(jobs: Sequence[Job], waiting: Sequence[Job], running: Sequence[Worker], book: Book, workers: int) -> str:
-    """One line: what is done, what runs how far, how long the rest will take."""
-    done = sum(job.sha256 in book.records for job in jobs)
-    parts = [
-        f"{worker.job.cell.arm} seed {worker.job.cell.config.seed} {progress[0]:.0%}"
-        for worker in running
-        if (progress := worker.progress()) is not None
+    Raises:
+        ItemTokError: for a plan or an input that is not right.
+    """
+    loaded = LoadedPlan.load(path)
+    book = Book(loaded, Pool(results, runs))
+    tuning, confirm = book.tuning(), book.confirm()
+    tuned = bool(confirm) or not tuning
+    # Until tuning has chosen, the recipes of `confirm` are not known; their number and size are.
+    confirm = confirm or [book.pool.job(cell) for cell in loaded.confirm_cells({})]
+    seconds, guessed = _estimates([*tuning, *confirm], book)
+    lines = [f"plan {loaded.plan.name}: {loaded.plan.question}", ""]
+    total = 0.0
+    for stage, jobs in (("tuning, on validation only", tuning), ("confirm, on test", confirm)):
+        lines += [f"{stage}: {len(jobs)} runs"] if jobs else []
+        for job in jobs:
+            state = _state(job, book)
+            total += 0.0 if state == "done" else seconds[job.cell.dataset]
+            name = job.short if tuned or job.cell.stage == "screen" else "after tuning"
+            about = f"{seconds[job.cell.dataset] / 60:4.0f} min"
+            lines.append(f"  {name:<12}  {state:<7}  {about}  {job.cell.name}")
+    done = book.done((*tuning, *confirm))
+    lines += [
+        "",
+        f"{done} of {len(tuning) + len(confirm)} runs done; training of the rest takes about {total / 3600:.1f} "
+        f"thread-hours, {total / workers / 3600:.1f} hours with {workers} workers"
+        + ("" if not guessed else f" (not measured yet on {', '.join(guessed)}: a rule of thumb)"),
     ]
-    left = _seconds_left(waiting, running, book)
-    words = f"; about {left / workers / 3600:.1f} h left" if left is not None else ""
-    return f"{done} of {len(jobs)} done; running: {', '.join(parts) or 'starting'}{words}"
+    return "\n".join(lines)
 
 
-def _seconds_left(waiting: Sequence[Job], running: Sequence[Worker], book: Book) -> float | None:
-    """Seconds of work left, from the finished runs of the same data set or what the running ones promise."""
-    known = typical_seconds(book)
-    left, promised = 0.0, [0.0]
-    for worker in running:
-        progress, spent = worker.progress(), time.monotonic() - worker.began
-        if progress is not None:
-            left += progress[1]
-            promised.append(progress[1] / max(1e-9, 1 - progress[0]))
-        elif worker.job.cell.dataset in known:
-            left += max(0.0, known[worker.job.cell.dataset] - spent)
-        else:
-            return None
-    rest = [known.get(job.cell.dataset, max(promised)) for job in waiting]
-    return left + sum(rest) if all(rest) else None
+def _estimates(jobs: Sequence[Job], book: Book) -> tuple[dict[str, float], list[str]]:
+    """Data set → seconds of a run, and the data sets for which that is no measurement."""
+    seconds = book.typical_seconds()
+    guessed = []
+    for job in jobs:
+        if job.cell.dataset not in seconds:
+            guessed.append(job.cell.dataset)
+            seconds[job.cell.dataset] = estimate_seconds(job.cell.config) or 0.0
+    return seconds, guessed
 
 
-def typical_seconds(book: Book) -> dict[str, float]:
-    """Data set → mean seconds of its finished runs."""
-    seconds: dict[str, list[float]] = {}
-    for sha256, record in book.records.items():
-        seconds.setdefault(book.jobs[sha256].cell.dataset, []).append(record["metrics"]["training"]["seconds"])
-    return {dataset: sum(values) / len(values) for dataset, values in seconds.items()}
+def _state(job: Job, book: Book) -> str:
+    if job.sha256 in book.records:
+        return "done"
+    if in_use(job, book.pool):
+        return "running"
+    return "begun" if book.pool.folder(job).exists() else "to run"
 
 
 def _point(point: Point) -> str:
@@ -341,55 +330,3 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def dry_run(path: Path, *, results: Path, runs: Path, workers: int = 2) -> str:
-    """Say what a plan would run, what of it is done, and about how long the rest will take. Runs nothing.
-
-    Raises:
-        ItemTokError: for a plan or an input that is not right.
-    """
-    loaded = LoadedPlan.load(path)
-    book = Book(loaded, Pool(results, runs))
-    tuning, confirm = book.plan_jobs()
-    tuned = bool(confirm) or not tuning
-    # Until tuning has chosen, the recipes of `confirm` are not known; their number and size are.
-    confirm = confirm or [book.pool.job(cell) for cell in loaded.confirm_cells({})]
-    seconds, guessed = _estimates([*tuning, *confirm], book)
-    lines = [f"plan {loaded.plan.name}: {loaded.plan.question}", ""]
-    total = 0.0
-    for stage, jobs in (("tuning, on validation only", tuning), ("confirm, on test", confirm)):
-        lines += [f"{stage}: {len(jobs)} runs"] if jobs else []
-        for job in jobs:
-            state = _state(job, book)
-            total += 0.0 if state == "done" else seconds[job.cell.dataset]
-            name = job.short if tuned or job.cell.stage == "screen" else "after tuning"
-            about = f"{seconds[job.cell.dataset] / 60:4.0f} min"
-            lines.append(f"  {name:<12}  {state:<7}  {about}  {job.cell.name}")
-    done = sum(job.sha256 in book.records for job in (*tuning, *confirm))
-    lines += [
-        "",
-        f"{done} of {len(tuning) + len(confirm)} runs done; the rest about {total / 3600:.1f} thread-hours, "
-        f"{total / workers / 3600:.1f} hours with {workers} workers"
-        + ("" if not guessed else f" (not measured yet on {', '.join(guessed)}: a rule of thumb)"),
-    ]
-    return "\n".join(lines)
-
-
-def _estimates(jobs: Sequence[Job], book: Book) -> tuple[dict[str, float], list[str]]:
-    """Data set → seconds of a run, and the data sets for which that is no measurement."""
-    seconds = typical_seconds(book)
-    guessed = []
-    for job in jobs:
-        if job.cell.dataset not in seconds:
-            guessed.append(job.cell.dataset)
-            seconds[job.cell.dataset] = estimate_seconds(job.cell.config) or 0.0
-    return seconds, guessed
-
-
-def _state(job: Job, book: Book) -> str:
-    if job.sha256 in book.records:
-        return "done"
-    if not book.pool.folder(job).exists():
-        return "to run"
-    return "running" if in_use(job, book.pool) else "begun"

@@ -7,6 +7,7 @@ run folders tells the next one.
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,10 +17,12 @@ from pathlib import Path
 from llm_itemtok.artifacts import write_text
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.experiments.pool import Job, Pool
-from llm_itemtok.pipeline.run import alone_in
+from llm_itemtok.pipeline.run import IN_USE, alone_in
 
 _PROGRESS = re.compile(r"step ([\d,]+) of ([\d,]+): .* about ([\d.]+) min left")
 _STOPPED = 143
+_LAST_BYTES = 20_000
+"""Of a log, which holds every start of a run; enough for the newest lines."""
 
 
 @dataclass
@@ -29,13 +32,15 @@ class Worker:
     Attributes:
         job: what it runs.
         process: who runs it.
-        log: file of its lines.
+        log: file of its lines, and of those of earlier starts.
+        log_from: where this start's begin in it, in bytes.
         began: on the monotonic clock.
     """
 
     job: Job
     process: subprocess.Popen[bytes]
     log: Path
+    log_from: int
     began: float
 
     @classmethod
@@ -49,7 +54,8 @@ class Worker:
             command += ["--until", "train"]
         # One thread each: results depend on their number, and two threads of one run gain less than two runs.
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        with log.open("wb") as file:
+        with log.open("ab") as file:
+            size = file.tell()
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -58,7 +64,7 @@ class Worker:
                 env={**os.environ, **threads},
                 start_new_session=True,
             )
-        return cls(job, process, log, time.monotonic())
+        return cls(job, process, log, size, time.monotonic())
 
     @property
     def status(self) -> int | None:
@@ -67,8 +73,13 @@ class Worker:
 
     @property
     def interrupted(self) -> bool:
-        """Whether it ended because it was asked to, or was killed, and can be gone on with."""
-        return self.status is not None and (self.status == _STOPPED or self.status < 0)
+        """Whether it ended because it was asked to, or was killed from outside, and can be gone on with."""
+        return self.status in (_STOPPED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL)
+
+    @property
+    def kept_out(self) -> bool:
+        """Whether it ended because another process works in its run folder."""
+        return self.status == 2 and IN_USE in self.last_lines
 
     @property
     def last_lines(self) -> str:
@@ -84,11 +95,16 @@ class Worker:
         return done / total, 60 * minutes
 
     def _text(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        """The newest lines of this start."""
+        with self.log.open("rb") as file:
+            file.seek(max(self.log_from, self.log.stat().st_size - _LAST_BYTES))
+            return file.read().decode("utf-8", errors="replace")
 
 
 def in_use(job: Job, pool: Pool) -> bool:
-    """Tell whether another process works in a job's run folder."""
+    """Tell whether another process works in a job's run folder, such as a worker of a plan that was killed."""
+    if not pool.folder(job).exists():
+        return False
     try:
         with alone_in(pool.folder(job)):
             return False

@@ -21,6 +21,7 @@ import pyarrow.parquet
 import pyarrow.types as types
 import safetensors
 import torch
+from filelock import FileLock
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -295,7 +296,8 @@ def cached(key: Mapping[str, Any], folder: str | Path, compute: Callable[[], np.
     """Compute item vectors once for a set of inputs.
 
     Two files are kept: `<hash>.npy` and `<hash>.json` with the key in clear and the hash of the vectors, written last.
-    A pair that is not whole (an interrupted or damaged write) counts as absent and is made again.
+    A pair that is not whole (an interrupted or damaged write) counts as absent and is made again. Who computes holds a
+    lock beside them, `<hash>.lock`, and other processes that need the same vectors wait for it.
 
     Args:
         key: all that the vectors depend on (kind, hash of the texts, model, settings, versions); plain JSON values.
@@ -314,14 +316,26 @@ def cached(key: Mapping[str, Any], folder: str | Path, compute: Callable[[], np.
         raise DataError(f"the key of cached vectors must be plain JSON values: {error}") from error
     name = sha256_of_arrays(text)[:32]
     data, note = Path(folder) / f"{name}.npy", Path(folder) / f"{name}.json"
+    found = _read_cached(data, note)
+    if found is not None:
+        return found
+    data.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(data.with_suffix(".lock")):
+        found = _read_cached(data, note)  # they may have been made while this process waited
+        if found is not None:
+            return found
+        vectors = compute()
+        buffer = BytesIO()
+        np.save(buffer, vectors, allow_pickle=False)
+        write_bytes(data, buffer.getvalue())
+        write_json(note, {"key": json.loads(text), "sha256": sha256_of_arrays(buffer.getvalue())})
+    return vectors
+
+
+def _read_cached(data: Path, note: Path) -> np.ndarray | None:
+    """Read a pair of files that `cached` wrote; None if it is not whole."""
     if data.is_file() and note.is_file():
         content = data.read_bytes()
         if read_json(note).get("sha256") == sha256_of_arrays(content):
             return np.load(BytesIO(content), allow_pickle=False)
-    vectors = compute()
-    buffer = BytesIO()
-    np.save(buffer, vectors, allow_pickle=False)
-    data.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(data, buffer.getvalue())
-    write_json(note, {"key": json.loads(text), "sha256": sha256_of_arrays(buffer.getvalue())})
-    return vectors
+    return None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from llm_itemtok.artifacts import (
@@ -99,6 +100,7 @@ def measure(
     seconds = time.perf_counter() - started
     masks = _masks(data, segments)
     facts = dict(training)
+    facts.pop("made_by", None)
     validation = facts.pop("validation", None)
     if validation is None:
         cases = data.split.validation
@@ -110,7 +112,7 @@ def measure(
         "ci95": bootstrap(ranking.ranks, seed=seed),
         "segments": segment_metrics(ranking.ranks, masks),
         "validation": validation,
-        "baselines": _baselines(data, baseline_names, generation.mask_seen, masks, seed, log),
+        "baselines": _baselines(data, baseline_names, generation.mask_seen, masks, seed, recommender.model.device, log),
         "codes": dict(quality),
         "training": facts,
         "speed": {"test_seconds": round(seconds, 3), "users_per_second": round(len(test) / seconds, 1)},
@@ -119,12 +121,20 @@ def measure(
 
 
 def _baselines(
-    data: Dataset, names: tuple[str, ...], mask_seen: bool, masks: Mapping[str, NDArray[np.bool_]], seed: int, log: Log
+    data: Dataset,
+    names: tuple[str, ...],
+    mask_seen: bool,
+    masks: Mapping[str, NDArray[np.bool_]],
+    seed: int,
+    device: torch.device,
+    log: Log,
 ) -> dict[str, dict[str, Any]]:
     """The baselines, measured now or on the same split before, and the oracle where there is one."""
     split, test = data.split, data.split.test
     cache = cache_folder() / "baselines"
-    others = baselines.evaluate_baselines(names, split, test, mask_seen, seed, masks=masks, cache=cache, log=log)
+    others = baselines.evaluate_baselines(
+        names, split, test, mask_seen, seed, device=device, masks=masks, cache=cache, log=log
+    )
     if data.oracle is not None:
         scores = data.oracle.scores(test.histories(), test.users)
         exclude = baselines.seen_items(test.histories(), len(data.catalog)) if mask_seen else None
@@ -165,7 +175,11 @@ def _masks(data: Dataset, rules: Mapping[str, Segments]) -> dict[str, NDArray[np
 
 def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
     """Measure the run's bundle; write `metrics.json`, `predictions.parquet`, `examples.json` and the model card."""
-    recommender = Recommender.from_pretrained(folder / MODEL, trust_remote_code=config.model.trust_remote_code)
+    recommender = Recommender.from_pretrained(
+        folder / MODEL,
+        device="cpu" if config.trainer.get("use_cpu") else None,
+        trust_remote_code=config.model.trust_remote_code,
+    )
     metrics, ranking = measure(
         recommender,
         data,

@@ -35,12 +35,13 @@ from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, read_vocab
+from llm_itemtok.pipeline.stages import environment
 from llm_itemtok.recommender import Generation, Recommender
 from llm_itemtok.training import examples
 from llm_itemtok.training.arguments import build_arguments
 from llm_itemtok.training.callbacks import MetricsLog, Progress, StopOnSignal
 from llm_itemtok.training.collator import Collator
-from llm_itemtok.training.effort import peak_megabytes, training_flops
+from llm_itemtok.training.effort import training_flops
 from llm_itemtok.training.next_token import NextToken
 from llm_itemtok.training.trainer import ItemTokenTrainer
 from llm_itemtok.vocab.trie import ItemTrie
@@ -198,8 +199,9 @@ def _took(trainer: ItemTokenTrainer, flops: float, trainable: int) -> dict[str, 
         "targets_seen": effort.targets,
         "flops": flops,
         "seconds": round(effort.seconds, 1),
-        "peak_mb": round(peak_megabytes()),
+        "peak_mb": round(effort.peak_mb),
         "parameters": trainable,
+        "made_by": environment(),
         "curve": [[line["step"], line[key]] for line in state.log_history if key in line],
     }
 

@@ -17,6 +17,9 @@ from llm_itemtok.pipeline import evaluate, fit, prepare, stages
 from llm_itemtok.report import write_report
 from llm_itemtok.training.arguments import check_settings
 
+IN_USE = "only one process may work in a run folder, and another does now"
+"""What a second process is told."""
+
 
 def run(
     config: RunConfig,
@@ -56,13 +59,14 @@ def run(
     data = prepare.load_data(config.data, config.seed, config.evaluation.segments)
     prepare.refuse_textless(config, data.catalog)
     keys = stages.keys(config, data.sha256, stages.input_hashes(config), data.segments_sha256)
-    book = stages.Stages.open(folder, fresh=fresh, writes=state.is_main_process)
-    if start is not None:
-        book.require_before(start)
     state.wait_for_everyone()  # nobody writes before everybody has read
     with alone_in(folder) if state.is_main_process else nullcontext():
+        book = stages.Stages.open(folder, fresh=fresh, writes=state.is_main_process)
+        if start is not None:
+            book.require_before(start)
+        state.wait_for_everyone()
         if state.is_main_process:
-            stages.claim(folder, config, fresh=fresh, finished=book.finished)
+            stages.claim(folder, config, fresh=fresh, book=book, keys=keys)
         state.wait_for_everyone()
         if start is not None:
             book.forget_from(start)
@@ -92,10 +96,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ArtifactError(
-            f"{folder}: only one process may work in a run folder, and another does now; wait for it, stop it, or "
-            "choose another `--out`"
-        ) from None
+        raise ArtifactError(f"{folder}: {IN_USE}; wait for it, stop it, or choose another `--out`") from None
     try:
         yield
     finally:

@@ -6,14 +6,16 @@ it stopped, and a changed input runs exactly what it touches.
 """
 
 import platform
+import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from llm_itemtok.artifacts import (
     ENVIRONMENT,
@@ -47,7 +49,13 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """Sections of the recipe that each stage reads first; later stages depend on it through its key."""
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl", "numpy", "scikit-learn", "llm-itemtok")
+MEASURING = ("k", "baselines", "segments", "batch_size")
+"""Settings of `evaluation` that training does not depend on."""
+
+PACKAGES = (
+    *("llm-itemtok", "torch", "transformers", "peft", "accelerate", "datasets", "trl"),
+    *("tokenizers", "sentencepiece", "numpy", "scipy", "scikit-learn"),
+)
 
 
 @dataclass
@@ -112,8 +120,11 @@ def keys(config: RunConfig, data_sha256: str, file_sha256: Mapping[str, str], se
     before = f"results {RESULTS_VERSION}"
     for stage in STAGE_NAMES:
         inputs = {section: settings[section] for section in SECTIONS[stage]}
+        if stage == "train":
+            inputs["evaluation"] = {key: value for key, value in settings["evaluation"].items() if key not in MEASURING}
         if stage == "evaluate":
-            inputs["segments"] = segments_sha256
+            inputs |= {key: settings["evaluation"][key] for key in MEASURING}
+            inputs["segment columns"] = segments_sha256
         files = {key: value for key, value in file_sha256.items() if key.split(".")[0] in SECTIONS[stage]}
         before = sha256_of_arrays(before, repr(_sorted(inputs)), repr(_sorted(files)))
         result[stage] = before
@@ -144,15 +155,16 @@ def _hash_path(path: Path) -> str:
     return sha256_of_arrays(*(text for file in files for text in (str(file.relative_to(path)), sha256_of_file(file))))
 
 
-def claim(folder: Path, config: RunConfig, *, fresh: bool, finished: Collection[str]) -> None:
+def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: Mapping[str, str]) -> None:
     """Make the run folder this recipe's.
 
     Args:
         folder: made when missing.
         config: the resolved recipe, written to the folder.
         fresh: empty the folder first, whatever run it holds.
-        finished: stages that were finished there. While none beyond `data` is, nothing would be lost and a corrected
-            recipe simply takes the folder over.
+        book: stages that were finished there. While none beyond `data` is, nothing would be lost and a corrected
+            recipe simply takes the folder over; and so does one that differs in where equal inputs lie.
+        keys: key of every stage for this recipe.
 
     Raises:
         ArtifactError: if the folder holds another resolved recipe, or files that are no run, and `fresh` is not set.
@@ -165,10 +177,12 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, finished: Collection[
             raise ArtifactError(
                 f"{folder}: the run folder must be new or a run, found other files; choose another `--out`"
             )
-        if not fresh and set(finished) - {"data"} and recipe.read_text(encoding="utf-8") != text:
+        old = recipe.read_text(encoding="utf-8")
+        same = all(book.done(stage, keys[stage]) for stage in book.finished)
+        moved = same and _without_paths(old) == _without_paths(text)
+        if not fresh and set(book.finished) - {"data"} and old != text and not moved:
             raise ArtifactError(
-                f"{folder}: this folder holds another run, whose {RECIPE} differs in: "
-                f"{_difference(recipe.read_text(encoding='utf-8'), text)}\n"
+                f"{folder}: this folder holds another run, whose {RECIPE} differs in: {_difference(old, text)}\n"
                 "  choose another `--out`, or start it anew with `--fresh`"
             )
     if fresh:
@@ -179,6 +193,14 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, finished: Collection[
     write_json(folder / ENVIRONMENT, environment())
 
 
+def _without_paths(text: str) -> Any:
+    """A resolved recipe without the settings that may name a local path."""
+    recipe = yaml.safe_load(text)
+    for section, name in (("data", "path"), ("vectors", "path"), ("vectors", "model"), ("model", "name")):
+        recipe.get(section, {}).pop(name, None)
+    return recipe
+
+
 def _difference(old: str, new: str) -> str:
     before, after = set(old.splitlines()), set(new.splitlines())
     lines = sorted(line.strip() for line in before ^ after)
@@ -186,13 +208,31 @@ def _difference(old: str, new: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware."""
+    """Versions, hardware, and the commit of the code where it runs from a checkout."""
     return {
+        "commit": commit(),
+        "results": RESULTS_VERSION,
+        "packages": {name: version(name) for name in PACKAGES},
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "results": RESULTS_VERSION,
-        "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def commit() -> str:
+    """The commit of this package's checkout, with `-dirty` if its code was changed since; empty if it is installed."""
+    package = Path(__file__).parents[1]
+    if not (package.parent / ".git").exists():
+        return ""
+    try:
+        named = _git(package.parent, "rev-parse", "HEAD")
+        return named + ("-dirty" if _git(package.parent, "status", "--porcelain", "--", package.name) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""  # no git here, or a folder that only looks like a checkout
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Effort(TrainerCallback, ExportableState):
         targets: items that were a target, over all epochs and processes; an item of L tokens counts once.
         positions: token positions that the model computed, padding included.
         seconds_before: of the parts of this training that ended in a checkpoint.
+        peak_mb_before: most memory that a process of those parts held, in 2**20 bytes.
     """
 
     def __init__(self) -> None:
@@ -35,6 +37,7 @@ class Effort(TrainerCallback, ExportableState):
         self.targets = 0
         self.positions = 0
         self.seconds_before = 0.0
+        self.peak_mb_before = 0.0
         self._began: float | None = None
 
     @property
@@ -42,10 +45,15 @@ class Effort(TrainerCallback, ExportableState):
         """Wall time so far."""
         return self.seconds_before + (0.0 if self._began is None else time.monotonic() - self._began)
 
+    @property
+    def peak_mb(self) -> float:
+        """Most memory so far: of the accelerator if there is one, else resident; in 2**20 bytes."""
+        return max(self.peak_mb_before, peak_megabytes())
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
-        counts = {"targets": self.targets, "positions": self.positions, "seconds_before": self.seconds}
-        return {"args": {}, "attributes": counts}
+        counts = {"targets": self.targets, "positions": self.positions}
+        return {"args": {}, "attributes": counts | {"seconds_before": self.seconds, "peak_mb_before": self.peak_mb}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
@@ -80,5 +88,8 @@ def peak_megabytes() -> float:
     """Most memory this process has held so far: of the accelerator if it has one, else resident; in 2**20 bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / 2**20 if sys.platform == "darwin" else most / 2**10
+    status = Path("/proc/self/status")
+    if status.exists():  # what `getrusage` says includes the parent's memory before this program began
+        (line,) = [line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -84,7 +84,7 @@ def test_a_grid_gives_every_combination_once():
         ({"arms": {"demo": {"controls": True}}}, "did you mean `arms.demo.control`"),
         ({"tuning": {**PLAN["tuning"], "seed": 1}}, "must be none of the seeds of `confirm`, was: 1"),
         ({"tuning": {**PLAN["tuning"], "dataset": "third"}}, "must be one of first, second, was: third"),
-        ({"tuning": {**PLAN["tuning"], "grid": {"seed": [1, 2]}}}, "not of seeds"),
+        ({"tuning": {**PLAN["tuning"], "grid": {"seed": [1, 2]}}}, "and not seeds"),
         ({"confirm": {"seeds": [1, 1]}}, "must be distinct"),
         ({"confirm": {"seeds": []}}, "at least one"),
         ({"name": "a/b", "arms": {"a/b": {}, "random": {"control": True}}}, "as it names files"),

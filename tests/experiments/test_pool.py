@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llm_itemtok import artifacts
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import ArtifactError
+from llm_itemtok.evaluation.metrics import metrics_from_ranks
 from llm_itemtok.experiments import pool as module
 from llm_itemtok.experiments.plan import Cell
 from llm_itemtok.experiments.pool import Pool, recipe_hash, row
@@ -36,12 +40,13 @@ def pool(tmp_path):
 
 
 def cell(config, stage="confirm"):
-    return Cell(stage, "shop", "shop", "demo", (("trainer.learning_rate", 0.1),), config)
+    return Cell(stage, "shop", "shop", "demo", (("trainer.learning_rate", 0.1),), "demo on shop", config)
 
 
 def finish(pool, job):
     folder = pool.folder(job)
-    artifacts.write_json(folder / artifacts.TRAINING, {**TRAINING, "validation": METRICS})
+    made_by = {"commit": "abc", "results": module.RESULTS_VERSION, "packages": {"torch": "2"}, "cuda": []}
+    artifacts.write_json(folder / artifacts.TRAINING, {**TRAINING, "validation": METRICS, "made_by": made_by})
     if job.cell.stage == "confirm":
         metrics = {"test": METRICS, "validation": METRICS, "training": TRAINING}
         artifacts.write_json(folder / artifacts.METRICS, metrics)
@@ -109,3 +114,43 @@ def test_a_row_has_what_the_contract_names(tmp_path, data, pool):
     }
     assert found["initial_codes"] == "residual-kmeans"
     assert found["backbone"] == "decoder 4x128"
+
+
+def test_a_record_from_before_a_setting_existed_serves_its_default_and_nothing_else(tmp_path, data, pool):
+    job = pool.job(cell(recipe(tmp_path, data)))
+    written = finish(pool, job)
+    path = pool.record_path(job.sha256)
+    del written["recipe"]["objective"]["label_smoothing"]  # as if it had come later
+    path.unlink()
+    older = recipe_hash(written["recipe"])
+    artifacts.write_json(pool.record_path(older), written)
+    served = pool.job(cell(recipe(tmp_path, data)))
+    assert served.sha256 == older
+    assert pool.record(served) == written
+    other = pool.job(cell(recipe(tmp_path, data, objective={"label_smoothing": 0.1})))
+    assert other.sha256 != older
+    assert pool.record(other) is None
+
+
+def test_ranks_that_do_not_give_the_recorded_metrics_are_passed_over(tmp_path, data, pool):
+    job = pool.job(cell(recipe(tmp_path, data)))
+    pool.folder(job).mkdir(parents=True)
+    stale = pa.table({"user": ["1", "2"], "rank": pa.array([0, 0], pa.float32())})
+    right = pa.table({"user": ["1", "2"], "rank": pa.array([1, 0], pa.float32())})
+    test = metrics_from_ranks(np.array([1.0, 0.0]))
+    pq.write_table(stale, pool.folder(job) / artifacts.RANKS)
+    assert pool.ranks(job, test) is None
+    pool.results.mkdir(exist_ok=True)
+    reported = right.add_column(0, "recipe_sha256", pa.array([job.sha256] * 2))
+    pq.write_table(reported, pool.results / "other.ranks.parquet")
+    assert pool.ranks(job, test).equals(right)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"recipe": {}, "metrics": {}, "commit": ""}', "no json"])
+def test_a_record_of_another_form_is_bad_input(tmp_path, data, pool, content):
+    job = pool.job(cell(recipe(tmp_path, data)))
+    path = pool.record_path(job.sha256)
+    path.parent.mkdir(parents=True)
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ArtifactError, match=path.name):
+        pool.record(job)

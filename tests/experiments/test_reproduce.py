@@ -1,6 +1,7 @@
 """A plan loses nothing: whatever stops it, going on gives the rows of a plan that was never stopped."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,18 +133,53 @@ def test_a_finished_plan_runs_nothing_and_a_rerun_gives_the_same(plan, undisturb
     assert "the same in all of test, validation, segments" in capsys.readouterr().out
 
 
+def one_stage(folder, settings):
+    """A plan without tuning whose method has these settings."""
+    arms = {"demo": {"settings": settings}, "random": PLAN["arms"]["random"]}
+    plan = {**{name: value for name, value in PLAN.items() if name != "tuning"}, "arms": arms}
+    (folder / "base.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    (folder / "demo.yaml").write_text(yaml.safe_dump(plan), encoding="utf-8")
+    return folder / "demo.yaml"
+
+
 @pytest.mark.slow
-def test_a_failed_run_is_told_and_the_others_are_finished(plan, tmp_path, capsys):
-    broken = {**PLAN, "tuning": None, "confirm": {"seeds": [1]}}
-    broken["arms"] = {"demo": {"settings": {"model": {"name": str(tmp_path / "nowhere")}}}, "random": {"control": True}}
-    del broken["tuning"]
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
-    path = tmp_path / "demo.yaml"
-    path.write_text(yaml.safe_dump(broken), encoding="utf-8")
+def test_a_failed_run_is_told_and_the_others_are_finished(tmp_path):
+    path = one_stage(tmp_path, {"tokenizer": {"levels": 2, "codebook_size": 8, "collisions": "forbid"}})
     done = subprocess.run(command(path, tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "shop · demo · seed 1 failed" in done.stderr
+    assert "shop · demo · seed 1" in done.stderr
+    assert "every item needs a code of its own" in done.stderr
     assert [row["arm"] for row in table(tmp_path)] == ["random"]
+
+
+def test_what_can_be_known_to_be_wrong_is_told_before_anything_runs(tmp_path, capsys):
+    path = one_stage(tmp_path, {"model": {"name": str(tmp_path / "nowhere")}})
+    flags = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    assert main(["reproduce", str(path), *flags]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.slow
+def test_a_changed_plan_keeps_the_ranks_of_runs_whose_folders_are_gone(plan, undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "results", tmp_path / "results")
+    shutil.copy(plan.parent / "base.yaml", tmp_path)
+    wider = {**PLAN, "tuning": {**PLAN["tuning"], "grid": {"trainer.learning_rate": [1e-5, 1e-4, 3e-3]}}}
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(wider), encoding="utf-8")
+    done = subprocess.run(command(tmp_path / "demo.yaml", tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    one, other = (pq.read_table(place / "results" / "demo.ranks.parquet") for place in (tmp_path, undisturbed))
+    assert one.equals(other)
+    assert len(table(tmp_path)) == len(table(undisturbed)) + 2
+
+
+@pytest.mark.parametrize(
+    "flags", [["--workers", "0"], ["--minutes", "-1"], ["--minutes", "nan"], ["--dry-run", "--rerun", "a"]]
+)
+def test_flags_that_make_no_sense_are_refused(plan, flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["reproduce", str(plan), *flags.split()])
+    assert caught.value.code == 2
 
 
 def test_a_dry_run_says_what_is_to_do_and_writes_nothing(plan, tmp_path):
@@ -153,4 +189,4 @@ def test_a_dry_run_says_what_is_to_do_and_writes_nothing(plan, tmp_path):
     assert "0 of 6 runs done" in text
     assert "after tuning" in text
     assert not (tmp_path / "results").exists()
-    assert os.listdir(tmp_path) in ([], ["runs"])
+    assert os.listdir(tmp_path) == []
