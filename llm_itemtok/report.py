@@ -11,6 +11,7 @@ This module decides what to show, of item tokens `report_codes` does; `report_ru
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,14 @@ _SEGMENTS = (
     ("head", "Head: targets among the 20\u00a0% of items with most training interactions."),
     ("tail", "Tail: all other items."),
     ("cold", "Cold: items without any."),
-    ("history", "History: number of items the user had before."),
+    (r"history \d+(-\d+|\+)?", "History: number of items the user had before."),
     (
-        "same-time",
+        r"(same-time|other) step",
         "Same-time step: the target bears the time of the item before it, so that their order may be chance.",
     ),
 )
-"""First word of a segment's name → what it is, in the order of the page. Other segments are the recipe's."""
+"""Pattern of a segment's whole name → what it is, in the order of the page. Other segments are the recipe's, whose
+rules may be called `head` or `history` too, but go on with `up` or a colon."""
 
 _RULES = {
     "best": ("Best", "of the users whose target was found, those where it stood highest"),
@@ -110,6 +112,22 @@ def render_report(run: Path | str) -> str:
         speed=_flat(found.metrics.get("speed", {})),
         environment=_flat(found.environment),
     )
+
+
+def segment_hints(names: Iterable[str]) -> list[str]:
+    """Say what segments are, a sentence for each kind of them.
+
+    Args:
+        names: of segments, as they stand in `metrics.json`.
+    """
+    left, hints = set(names), []
+    for pattern, hint in _SEGMENTS:
+        known = {name for name in left if re.fullmatch(pattern, name)}
+        hints += [hint] if known else []
+        left -= known
+    if left:
+        hints.append("The remaining segments are those of the recipe (`evaluation.segments`).")
+    return hints
 
 
 @functools.cache
@@ -210,7 +228,10 @@ def _setting_lines(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _verdict(metrics: Mapping[str, Any], key: str = "recall@10") -> str:
-    """Say in one sentence where the model stands; stronger words only where intervals do not overlap."""
+    """Say in one sentence where the model stands; stronger words only where intervals do not overlap.
+
+    The best baseline is chosen on validation, never on the test that it is compared on, unless one has no validation.
+    """
     if key not in metrics.get("test", {}):
         return ""
     ours, (low, high) = metrics["test"][key], metrics.get("ci95", {}).get(key, (None, None))
@@ -223,7 +244,8 @@ def _verdict(metrics: Mapping[str, Any], key: str = "recall@10") -> str:
     }
     if not baselines:
         return sentence + ". No baseline was measured on this split."
-    best = max(baselines, key=lambda name: baselines[name]["test"][key])
+    chosen_on = "validation" if all(key in part.get("validation", {}) for part in baselines.values()) else "test"
+    best = max(baselines, key=lambda name: baselines[name][chosen_on][key])
     value = baselines[best]["test"][key]
     best_low, best_high = baselines[best].get("ci95", {}).get(key, (value, value))
     if low is not None and low > best_high:
@@ -233,7 +255,8 @@ def _verdict(metrics: Mapping[str, Any], key: str = "recall@10") -> str:
     else:
         relation = "not clearly apart from"
     ratio = f", {ours / value:.2f} times its value" if value else ""
-    return f"{sentence}: {relation} the best baseline, {best}, at {metric_text(value)}{ratio}."
+    named = "the best baseline" if chosen_on == "validation" else "the best baseline on test"
+    return f"{sentence}: {relation} {named}, {best}, at {metric_text(value)}{ratio}."
 
 
 def _result_charts(metrics: Mapping[str, Any]) -> list[Chart]:
@@ -324,17 +347,8 @@ def _segments(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "columns": [name for name, _ in columns],
         "rows": rows,
         "charts": [dot_chart(f"{_metric_name(key)} by segment", names, dots)] if dots else [],
-        "hints": _segment_hints(parts),
+        "hints": segment_hints(parts),
     }
-
-
-def _segment_hints(names: Iterable[str]) -> list[str]:
-    """Say what the segments are."""
-    first_words = {name.split()[0] for name in names}
-    hints = [hint for word, hint in _SEGMENTS if word in first_words]
-    if first_words - {word for word, _ in _SEGMENTS} - {"other"}:
-        hints.append("The remaining segments are those of the recipe (`evaluation.segments`).")
-    return hints
 
 
 def _examples(examples: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:

@@ -208,9 +208,13 @@ def test_metrics_stand_beside_baselines_with_intervals(tmp_path):
 @pytest.mark.parametrize(
     ("ours", "interval", "words"),
     [
-        (0.09, [0.08, 0.10], "above the best baseline, markov, at 0.0600, 1.50 times its value"),
-        (0.03, [0.02, 0.04], "below the best baseline, markov, at 0.0600, 0.50 times its value"),
-        (0.06, [0.05, 0.07], "not clearly apart from the best baseline, markov, at 0.0600, 1.00 times its value"),
+        (0.09, [0.08, 0.10], "above the best baseline on test, markov, at 0.0600, 1.50 times its value"),
+        (0.03, [0.02, 0.04], "below the best baseline on test, markov, at 0.0600, 0.50 times its value"),
+        (
+            0.06,
+            [0.05, 0.07],
+            "not clearly apart from the best baseline on test, markov, at 0.0600, 1.00 times its value",
+        ),
     ],
 )
 def test_above_and_below_are_said_only_where_intervals_do_not_overlap(tmp_path, ours, interval, words):
@@ -223,6 +227,35 @@ def test_above_and_below_are_said_only_where_intervals_do_not_overlap(tmp_path, 
     artifacts.write_json(run / "metrics.json", metrics)
 
     assert words in Page(write_report(run)).text
+
+
+def test_the_best_baseline_is_chosen_on_validation(tmp_path):
+    """Chosen on the test that it is compared on, the best of several would be partly the luckiest."""
+    run = make_run(tmp_path, ())
+    baselines = {
+        name: {"test": {"recall@10": test}, "validation": {"recall@10": validation}}
+        for name, test, validation in (("markov", 0.06, 0.08), ("item-knn", 0.07, 0.05))
+    }
+    artifacts.write_json(
+        run / "metrics.json", {"test": {"recall@10": 0.09}, "baselines": baselines | {"oracle": baselines["markov"]}}
+    )
+
+    assert "the best baseline, markov, at 0.0600" in Page(write_report(run)).text
+
+
+def test_rules_of_the_recipe_may_be_called_like_segments_of_ours(tmp_path):
+    run = make_run(tmp_path, ())
+    names = ("head up", "head down", "history: 6-10", "other step", "same-time step", "history 21+")
+    segments = {name: {"users": 9, "recall@10": 0.5} for name in names}
+    artifacts.write_json(run / "metrics.json", {"test": {"recall@10": 0.5}, "segments": segments})
+
+    text = Page(write_report(run)).text
+
+    assert (
+        "History: number of items the user had before. Same-time step: the target bears the time of the item before "
+        "it, so that their order may be chance. The remaining segments are those of the recipe"
+    ) in text
+    assert "Head: targets among" not in text
 
 
 def test_without_baselines_the_verdict_says_so(tmp_path):
@@ -429,7 +462,7 @@ def test_the_oracle_is_a_bound_and_no_rival(tmp_path):
 
     page = Page(write_report(run))
 
-    assert "the best baseline, markov, at 0.2000, 2.50 times its value" in page.text
+    assert "the best baseline on test, markov, at 0.2000, 2.50 times its value" in page.text
     assert "a bound, not a rival" in page.text
     assert '<td class="best">0.5000</td><td>0.9000</td><td>0.2000</td>' in page.source
 

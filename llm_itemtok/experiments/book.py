@@ -13,12 +13,10 @@ import pyarrow.parquet as pq
 
 from llm_itemtok.artifacts import write_bytes, write_json, write_text
 from llm_itemtok.errors import RecipeError
+from llm_itemtok.experiments.findings import best_points
 from llm_itemtok.experiments.page import render_page
 from llm_itemtok.experiments.plan import Cell, LoadedPlan, Point
 from llm_itemtok.experiments.pool import Job, Pool, row
-
-CHOOSE_BY = "ndcg@10"
-"""Validation metric by which tuning chooses."""
 
 _RANKS = pa.schema([("recipe_sha256", pa.string()), ("user", pa.string()), ("rank", pa.float32())])
 
@@ -55,13 +53,9 @@ class Book:
 
     def chosen(self) -> dict[str, Point]:
         """The best point of each arm by validation; of equal ones the first."""
-        best: dict[str, tuple[float, Point]] = {}
-        for job in self.jobs.values():
-            if job.cell.stage == "screen" and job.sha256 in self.records:
-                value = self.records[job.sha256]["metrics"]["validation"][CHOOSE_BY]
-                if job.cell.arm not in best or value > best[job.cell.arm][0]:
-                    best[job.cell.arm] = (value, job.cell.point)
-        return {arm: point for arm, (_, point) in best.items()}
+        tuned = [job for job in self._done() if job.cell.stage == "screen"]
+        best = best_points([self._row(job) for job in tuned])
+        return {arm: self.jobs[row["recipe_sha256"]].cell.point for arm, row in best.items()}
 
     def typical_seconds(self) -> dict[str, float]:
         """Data set → mean seconds of training of its finished runs."""
@@ -78,16 +72,8 @@ class Book:
     def write(self) -> None:
         """Write rows, ranks and page of all that is finished."""
         plan, results = self.loaded.plan, self.pool.results
-        done = [job for job in self.jobs.values() if job.sha256 in self.records]
-        rows = [
-            row(
-                job,
-                self.records[job.sha256],
-                control=plan.arms[job.cell.arm].control,
-                probe=plan.arms[job.cell.arm].probe,
-            )
-            for job in done
-        ]
+        done = self._done()
+        rows = [self._row(job) for job in done]
         ranks = self._ranks([job for job in done if job.cell.stage == "confirm"])
         page = render_page(
             name=plan.name,
@@ -96,7 +82,7 @@ class Book:
             rows=rows,
             ranks=ranks.filter(pc.is_in(ranks["recipe_sha256"], pa.array(list(self.records), pa.string()))),
             records={job.sha256: self.records[job.sha256] for job in done},
-            not_run=[job.cell.name for job in self.jobs.values() if job.sha256 not in self.records],
+            not_run=[self._titled(job.cell) for job in self.jobs.values() if job.sha256 not in self.records],
         )
         write_json(results / f"{plan.name}.json", rows)
         sink = pa.BufferOutputStream()
@@ -105,6 +91,18 @@ class Book:
         write_text(results / f"{plan.name}.md", page.markdown)
         for file, picture in page.pictures.items():
             write_text(results / file, picture)
+
+    def _done(self) -> list[Job]:
+        return [job for job in self.jobs.values() if job.sha256 in self.records]
+
+    def _row(self, job: Job) -> dict[str, Any]:
+        arm = self.loaded.plan.arms[job.cell.arm]
+        return row(job, self.records[job.sha256], control=arm.control, probe=arm.probe)
+
+    def _titled(self, cell: Cell) -> str:
+        """What to call a cell on the page."""
+        title = self.loaded.plan.arms[cell.arm].title or cell.arm
+        return f"{cell.block}, {title}, seed {cell.config.seed}"
 
     def _known(self, cell: Cell) -> Job:
         job = self.pool.job(cell)

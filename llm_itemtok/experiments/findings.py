@@ -5,7 +5,8 @@ runs of one block that were ranked on different users are refused, never cut to 
 on the seeds that both have. Ranks that do not give the metric that stands in the row are refused as stale. A row
 without ranks is left out of means and tests and named in `Block.notes`. The best model and the best baseline of a
 block are chosen on validation, never on the test that they are then compared on; where a baseline's file has no
-validation, the choice falls on test and `Block.chosen_on` says so.
+validation, the choice falls on test and `Block.chosen_on` says so. Baselines are the same for all runs of a block;
+records that do not agree on one are named in `Block.notes`.
 
 This module knows numbers and names; `page` finds the words, `plots` draws. It reads no files.
 """
@@ -13,7 +14,7 @@ This module knows numbers and names; `page` finds the words, `plots` draws. It r
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +34,7 @@ than half of what three seeds on some 20,000 users can tell apart."""
 _ORACLE = "oracle"
 """On synthetic data the generator itself is measured among the baselines. It is a bound and no rival."""
 
-_CHOICE = "ndcg@10"
+CHOOSE_BY = "ndcg@10"
 """Validation metric that early stopping and tuning go by."""
 
 _IDENTITY = {"stage", "block", "dataset", "arm", "control", "probe", "seed", "recipe_sha256", "versions"}
@@ -72,13 +73,29 @@ class Arm:
 
 @dataclass(frozen=True)
 class Baseline:
-    """One baseline of a block, as the first run record with baselines tells it; `validation` may be empty."""
+    """One baseline of a block, as the first run record that has it tells it; `validation` may be empty."""
 
     name: str
     test: Mapping[str, Estimate]
     validation: Mapping[str, float]
     settings: Mapping[str, Any]
     segments: Mapping[str, tuple[int, float]]
+
+
+class Note(NamedTuple):
+    """What a reader must know of a block: the words, and the arm or baseline that they are about (empty for all)."""
+
+    about: str
+    text: str
+
+
+class Edge(NamedTuple):
+    """A tuned setting of an arm whose best value is the `lowest` or the `highest` of those tried."""
+
+    arm: str
+    setting: str
+    value: float
+    end: str
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,7 @@ class Block:
     name: str
     arms: tuple[Arm, ...]
     baselines: tuple[Baseline, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
     @property
     def control(self) -> Arm | None:
@@ -175,20 +192,36 @@ def curves(rows: Iterable[Row], records: Mapping[str, Mapping[str, Any]]) -> lis
     return found
 
 
-def best_points(rows: Sequence[Row]) -> set[str]:
-    """Return the recipe hashes of each arm's best tuning point on each data set, by mean validation NDCG@10.
+def best_points(rows: Iterable[Row]) -> dict[str, Row]:
+    """Choose the point of the grid that each arm carries on: what a plan's tuning has decided.
 
-    A point is a combination of settings; of equally good ones the first is the best.
+    Args:
+        rows: of any stage; those of tuning count, each a point.
+
+    Returns:
+        Arm → its row of the highest validation `CHOOSE_BY`, of equal ones the first.
     """
-    values: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    best: dict[str, Row] = {}
     for row in rows:
-        points = values.setdefault((row["dataset"], row["arm"]), {})
-        points.setdefault(f"{row['block']} {row.get('settings')}", []).append(row)
-    return {
-        row["recipe_sha256"]
-        for points in values.values()
-        for row in max(points.values(), key=lambda of: float(np.mean([row["validation"][_CHOICE] for row in of])))
-    }
+        if row["stage"] == "screen":
+            before = best.get(row["arm"])
+            if before is None or row["validation"][CHOOSE_BY] > before["validation"][CHOOSE_BY]:
+                best[row["arm"]] = row
+    return best
+
+
+def edges(rows: Iterable[Row]) -> list[Edge]:
+    """Find the chosen values beyond which nothing was tried, of numeric settings with at least two values tried."""
+    tuning = [row for row in rows if row["stage"] == "screen"]
+    found = []
+    for arm, best in best_points(tuning).items():
+        for setting, value in best.get("settings", {}).items():
+            tried = [row.get("settings", {}).get(setting) for row in tuning if row["arm"] == arm]
+            if not all(isinstance(of, int | float) and not isinstance(of, bool) for of in tried):
+                continue
+            if min(tried) < max(tried) and value in (min(tried), max(tried)):
+                found.append(Edge(arm, setting, value, "lowest" if value == min(tried) else "highest"))
+    return found
 
 
 def _block(
@@ -206,14 +239,20 @@ def _block(
     controls = {row["seed"]: row for row in rows if row["control"]}
     order = sorted(by_arm, key=lambda arm: (not by_arm[arm][0]["control"], by_arm[arm][0]["probe"]))
     notes = [
-        f"{row['arm']}, seed {row['seed']}: no ranks are kept, so means and tests leave it out."
+        Note(row["arm"], f"no ranks of seed {row['seed']} are kept, so means and tests leave it out.")
         for row in rows
         if row["recipe_sha256"] not in per_user
     ]
     if not controls:
-        notes.append("The control has not run yet, so nothing is compared with it.")
+        notes.append(Note("", "The control has not run yet, so nothing is compared with it."))
     arms = tuple(_arm(arm, by_arm[arm], controls, per_user, records) for arm in order)
-    return Block(name, arms, _baselines(rows, records), tuple(notes))
+    measured = _measured_baselines(rows, records)
+    return Block(
+        name,
+        arms,
+        tuple(_baseline(baseline, of[0]) for baseline, of in measured.items()),
+        (*notes, *(note for baseline, of in measured.items() for note in _disagreements(baseline, of))),
+    )
 
 
 def _check_roles(block: str, by_arm: Mapping[str, Sequence[Row]]) -> None:
@@ -310,19 +349,37 @@ def _mean_segments(seeds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, f
     return {name: (of[0][0], float(np.mean([value for _, value in of]))) for name, of in values.items()}
 
 
-def _baselines(rows: Sequence[Row], records: Mapping[str, Mapping[str, Any]]) -> tuple[Baseline, ...]:
-    """Same data, same baselines: the first record that has any speaks for the block."""
-    found: Mapping[str, Any] = next((of for row in rows if (of := _metrics(row, records).get("baselines"))), {})
-    return tuple(
-        Baseline(
-            name,
-            {key: Estimate(part["test"][key], *part["ci95"][key]) for key in KEYS},
-            {key: part["validation"][key] for key in KEYS if key in part.get("validation", {})},
-            part.get("settings", {}),
-            _mean_segments([part.get("segments", {})]),
-        )
-        for name, part in found.items()
+def _measured_baselines(
+    rows: Sequence[Row], records: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Collect what the records of a block say of each baseline, in order of the rows."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        for name, part in _metrics(row, records).get("baselines", {}).items():
+            found.setdefault(name, []).append(part)
+    return found
+
+
+def _baseline(name: str, part: Mapping[str, Any]) -> Baseline:
+    return Baseline(
+        name,
+        {key: Estimate(part["test"][key], *part["ci95"][key]) for key in KEYS},
+        {key: part["validation"][key] for key in KEYS if key in part.get("validation", {})},
+        part.get("settings", {}),
+        _mean_segments([part.get("segments", {})]),
     )
+
+
+def _disagreements(name: str, measured: Sequence[Mapping[str, Any]]) -> list[Note]:
+    """Say where runs that should share a baseline do not: by other code, on other data or on another machine."""
+    values = [part["test"][KEYS[0]] for part in measured]
+    if any(part["test"] != measured[0]["test"] for part in measured):
+        found = f"disagree on its test metrics (Recall@10 from {min(values):.4f} to {max(values):.4f})"
+    elif len({part["fingerprint"] for part in measured if "fingerprint" in part}) > 1:
+        found = "agree on its test metrics, but made it with different code or settings"
+    else:
+        return []
+    return [Note(name, f"the records of these runs {found}; the first of them is shown.")]
 
 
 def _metrics(row: Row, records: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:

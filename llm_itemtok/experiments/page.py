@@ -3,12 +3,14 @@
 Decisions. The page opens with its answer, in sentences made from the numbers: "ahead" and "behind" stand only where
 the 95 % interval of a difference leaves 0 out, everything else "cannot be told apart" and comes with the difference
 that would have been seen. What is missing (runs, ranks, records) is said where it would have stood. The same input
-gives the same bytes, so that a page in the repository changes only when its results do.
+gives the same bytes, so that a page in the repository changes only when its results do. Intervals of two or three
+seeds hold the truth a little less often than their 95 % (`paired` has the simulation), and the page says so.
 
 This module lays the page out; `findings` has the numbers, `wording` the sentences, `plots` draws. It reads and writes
 no files.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,15 +27,21 @@ from llm_itemtok.experiments.findings import (
     best_points,
     confirmed,
     curves,
+    edges,
 )
 from llm_itemtok.experiments.plots import Line, Mark, curve_picture, interval_picture, tick_number
+from llm_itemtok.experiments.pool import DIGITS
 from llm_itemtok.experiments.wording import (
     AT_PLATEAU,
+    STILL_RISING,
     Call,
     answer,
+    edge_lines,
     estimate_text,
     gain_text,
+    how_to_read,
     metric_name,
+    not_run_lines,
     number,
     p_text,
     percent,
@@ -41,10 +49,9 @@ from llm_itemtok.experiments.wording import (
     plateau,
     table,
 )
+from llm_itemtok.report import segment_hints
 
 _BASELINES = {"popularity": "popularity", "markov": "Markov chain", "item-knn": "item-kNN", "sasrec": "SASRec"}
-_DIGITS = 12
-"""Of a recipe's hash, in the names of run records."""
 _WIDEST = 6
 """Systems beside each other in a table of segments; more make another table."""
 
@@ -65,6 +72,7 @@ def render_page(
     *,
     not_run: Sequence[str] = (),
     titles: Mapping[str, str] | None = None,
+    plan_path: str | None = None,
 ) -> Page:
     """Render the results of a plan.
 
@@ -74,8 +82,9 @@ def render_page(
         rows: of `docs/results/NAME.json`, in the plan's order; confirmation runs may still be missing.
         ranks: of `docs/results/NAME.ranks.parquet`: recipe_sha256, user, rank (0 = not in the beam).
         records: the run records, under the hash of their recipe; runs without one are not linked.
-        not_run: what of the plan was not run, and why, a line each.
+        not_run: the known runs of the plan that have not ended, a line each.
         titles: what to call an arm or a baseline; one without a title, or with an empty one, goes by its name.
+        plan_path: of the plan, as somebody else would give it to repeat it; None is `recipes/plans/NAME.yaml`.
 
     Raises:
         ArtifactError: if rows lack a key or contradict each other, runs of a block have different users, or ranks are
@@ -91,22 +100,24 @@ def render_page(
     found = curves([row for row in rows if row["stage"] == ("confirm" if blocks else "screen")], records)
     drawn = _pictures(name, blocks, found, call)
     shown = {part: f"![{alt}]({name}-{part}.svg)" for part, (alt, _) in drawn.items()}
-    missing = [*not_run, *([] if blocks else ["all of the confirmation, which begins when tuning has ended"])]
+    plateaus = _plateau_of(found)
+    rising = [plain(f"{call(arm)} on {data}") for (data, arm), (_, at) in plateaus.items() if at == STILL_RISING]
     lines = [
         f"# Results: {plain(name)}",
         "",
         f"**Question.** {plain(question)}",
         "",
-        *answer(blocks, call),
+        *answer(blocks, call, rising=rising, missing=len(not_run)),
         *[line for part in ("metrics", "difference") if part in shown for line in (shown[part], "")],
         *[line for block in blocks for line in _block(block, call)],
+        *_section("How to read it", how_to_read() if blocks else []),
         *_segments(blocks, call),
         *_seeds(blocks, records, call),
         *_screening(screen, records, call),
-        *_plateaus(found, shown.get("curves"), call),
+        *_plateaus(found, plateaus, shown.get("curves"), call),
         *_compute(rows, call),
-        *_section("Not run", [f"- {plain(line)}" for line in missing] or ["Every cell of the plan was run."]),
-        *_repeat(name, rows, records),
+        *_section("Not run", not_run_lines(not_run, confirming=bool(blocks))),
+        *_repeat(plan_path or f"recipes/plans/{name}.yaml", rows, records),
     ]
     return Page("\n".join(lines).rstrip() + "\n", {f"{name}-{part}.svg": svg for part, (_, svg) in drawn.items()})
 
@@ -220,15 +231,16 @@ def _block(block: Block, call: Call) -> list[str]:
         for baseline in block.baselines
     ]
     headings = [metric_name(key) for key in KEYS]
-    lines = [*table(["Arm", "Seeds", *headings, "Validation NDCG@10", "Minutes a run"], arms)]
+    lines = ["On test, mean over seeds; minutes are of training:", ""]
+    lines += table(["Arm", "Seeds", *headings, "Validation NDCG@10", "Minutes a run"], arms)
     if differences:
-        lines += ["", "Against the control, paired by user and seed; detectable is what is seen 8 times of 10:", ""]
+        lines += ["", "Against the control:", ""]
         lines += table(["Arm", "Metric", "Gain", "p", "Detectable", "Seeds", "Users"], differences)
     if baselines:
-        lines += ["", "Baselines, on the same split:", ""]
+        lines += ["", "Baselines on the same split, with the settings that they chose on validation:", ""]
         lines += table(["Baseline", *headings, "Validation NDCG@10", "Settings"], baselines, left=(0, 4))
     if block.notes:
-        lines += ["", *(f"- {plain(note)}" for note in block.notes)]
+        lines += ["", *(f"- {plain(f'{call(of.about)}: {of.text}' if of.about else of.text)}" for of in block.notes)]
     return _section(plain(block.name), lines)
 
 
@@ -239,6 +251,7 @@ def _label(arm: Arm, call: Call) -> str:
 
 def _segments(blocks: Sequence[Block], call: Call) -> list[str]:
     lines: list[str] = []
+    known: set[str] = set()
     for block in blocks:
         arms, baselines = (
             [(plain(call(of.name)), of.segments) for of in part] for part in (block.arms, block.baselines)
@@ -246,6 +259,7 @@ def _segments(blocks: Sequence[Block], call: Call) -> list[str]:
         groups = [arms + baselines] if len(arms) + len(baselines) <= _WIDEST else [arms, baselines]
         tables = [group[at : at + _WIDEST] for group in groups for at in range(0, len(group), _WIDEST)]
         users = {name: count for _, of in (*baselines, *arms) for name, (count, _) in of.items()}
+        known.update(users)
         if users and len(blocks) > 1:
             lines += ["", f"### {plain(block.name)}"]
         for part in tables:
@@ -255,11 +269,11 @@ def _segments(blocks: Sequence[Block], call: Call) -> list[str]:
                 for name in names
             ]
             if body:
-                lines += ["", *table([metric_name(KEYS[0]), "Users", *(system for system, _ in part)], body)]
+                lines += ["", *table(["Segment", "Users", *(system for system, _ in part)], body)]
     if not lines:
         return []
     note = f"{metric_name(KEYS[0])} of parts of the test users, mean over seeds. Small segments move a lot by chance."
-    return _section("For whom", [note, *lines])
+    return _section("For whom", [" ".join([note, *segment_hints(known)]), *lines])
 
 
 def _seeds(blocks: Sequence[Block], records: Mapping[str, Any], call: Call) -> list[str]:
@@ -284,10 +298,10 @@ def _seeds(blocks: Sequence[Block], records: Mapping[str, Any], call: Call) -> l
 def _screening(rows: Sequence[Row], records: Mapping[str, Any], call: Call) -> list[str]:
     if not rows:
         return []
-    best = best_points(rows)
+    best = {row["recipe_sha256"] for row in best_points(rows).values()}
     body = [
         [
-            plain(row["block"]),
+            plain(row["dataset"]),
             plain(call(row["arm"])),
             plain(", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in row.get("settings", {}).items()))
             or "–",
@@ -301,34 +315,49 @@ def _screening(rows: Sequence[Row], records: Mapping[str, Any], call: Call) -> l
         ]
         for row in rows
     ]
-    header = ["Block", "Arm", "Settings", "Validation Recall@10", "Validation NDCG@10", "Steps", "Minutes", "Run"]
+    header = ["Data set", "Arm", "Settings", "Validation Recall@10", "Validation NDCG@10", "Steps", "Minutes", "Run"]
     note = (
-        "Tuning runs end before test is opened, with a seed that no confirmation run uses. The best point of each arm, "
-        "by validation NDCG@10, is the one carried on."
+        "Tuning runs end before test is opened, with a seed that no confirmation run uses. The best settings of each "
+        "arm, by validation NDCG@10, are those that it is confirmed with."
     )
-    return _section("Tuning", [note, "", *table(header, body, left=(0, 1, 2, 7))])
+    return _section("Tuning", [note, "", *edge_lines(edges(rows), call), *table(header, body, left=(0, 1, 2, 7))])
 
 
-def _plateaus(found: Sequence[Curve], picture: str | None, call: Call) -> list[str]:
-    if not found:
-        return []
-    body, rising = [], []
-    for (dataset, arm), of in _by_arm(found).items():
+def _plateau_of(found: Sequence[Curve]) -> dict[tuple[str, str], tuple[float | None, str]]:
+    """Data set and arm → mean gain of the last third of training, and what that means."""
+    plateaus = {}
+    for key, of in _by_arm(found).items():
         gains = [curve.late_gain for curve in of if curve.late_gain is not None]
         gain = float(np.mean(gains)) if gains else None
-        verdict = plateau(gain)
+        plateaus[key] = (gain, plateau(gain))
+    return plateaus
+
+
+def _plateaus(
+    found: Sequence[Curve],
+    plateaus: Mapping[tuple[str, str], tuple[float | None, str]],
+    picture: str | None,
+    call: Call,
+) -> list[str]:
+    if not found:
+        return []
+    body, elsewhere = [], []
+    for (dataset, arm), of in _by_arm(found).items():
+        gain, verdict = plateaus[dataset, arm]
         if verdict != AT_PLATEAU:
-            rising.append(f"{call(arm)} on {dataset} ({verdict})")
+            elsewhere.append(f"{call(arm)} on {dataset} ({verdict})")
         steps = (
             f"{np.mean([curve.best[0] for curve in of]):,.0f} of {np.mean([curve.points[-1][0] for curve in of]):,.0f}"
         )
         shown = "–" if gain is None else percent(gain)
         body.append([plain(dataset), plain(call(arm)), str(len(of)), steps, shown, verdict])
-    words = f"Not at their plateau: {plain(', '.join(rising))}." if rising else "Every arm stands at its plateau."
+    words = f"Not at their plateau: {plain(', '.join(elsewhere))}." if elsewhere else "Every arm stands at its plateau."
     rule = (
         f"An arm stands there when its best validation NDCG@10 of the last third of training is less than "
         f"{percent(PLATEAU_GAIN, 0, signed=False)} above the best before it, in the mean of its runs; a gain over an "
-        "arm that still rises may be one of speed."
+        "arm that still rises may be one of speed. A learning rate that falls to 0 flattens every curve at its end: "
+        "whether longer training would help is shown by longer runs only. Values are those seen while training, on a "
+        "sample of the validation users if the recipe asks for one."
     )
     header = ["Data set", "Arm", "Runs", "Best step", "Gain of the last third", "Verdict"]
     lines = [f"{words} {rule}", "", *([picture, ""] if picture else []), *table(header, body, left=(0, 1, 5))]
@@ -361,15 +390,16 @@ def _compute(rows: Sequence[Row], call: Call) -> list[str]:
         )
     hours, flops = sum(row["seconds"] for row in rows) / 3600, sum(row["flops"] for row in rows) / 1e15
     words = (
-        f"{len(rows)} runs took {hours:.1f} hours and about {flops:,.3g} PFLOP (10^15 operations of training, "
-        "estimated from sizes). Runs that serve several plans are counted in each."
+        f"{len(rows)} run{'' if len(rows) == 1 else 's'} took {hours:.1f} hours of training and about {flops:,.3g} "
+        "PFLOP (10^15 operations, estimated from sizes). A target is an item to predict, counted each time it is "
+        "trained on; GiB are the most memory a run held. Runs that serve several plans are counted in each."
     )
     header = ["Arm", "Stage", "Runs", "Hours", "PFLOP", "Million targets a run", "Peak GiB"]
     return _section("Compute", [words, "", *table(header, body, left=(0, 1))])
 
 
-def _repeat(name: str, rows: Sequence[Row], records: Mapping[str, Any]) -> list[str]:
-    lines = ["```bash", f"itemtok reproduce recipes/plans/{name}.yaml", "```", ""]
+def _repeat(plan_path: str, rows: Sequence[Row], records: Mapping[str, Any]) -> list[str]:
+    lines = ["```bash", f"itemtok reproduce {shlex.quote(plan_path)}", "```", ""]
     versions = sorted({", ".join(f"{part} {of}" for part, of in sorted(row["versions"].items())) for row in rows})
     used = [records[row["recipe_sha256"]] for row in rows if row["recipe_sha256"] in records]
     commits = sorted({record["commit"] for record in used if record.get("commit")})
@@ -381,5 +411,5 @@ def _repeat(name: str, rows: Sequence[Row], records: Mapping[str, Any]) -> list[
 
 def _run(row: Row, records: Mapping[str, Any]) -> str:
     """Link a run to its record by the first digits of its hash."""
-    short = row["recipe_sha256"][:_DIGITS]
+    short = row["recipe_sha256"][:DIGITS]
     return f"[{short}](runs/{short}.json)" if row["recipe_sha256"] in records else short

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 from llm_itemtok.errors import RecipeError
-from llm_itemtok.experiments.book import CHOOSE_BY, Book
+from llm_itemtok.experiments.book import Book
+from llm_itemtok.experiments.findings import CHOOSE_BY
 from llm_itemtok.experiments.plan import Cell, LoadedPlan, Point
 from llm_itemtok.experiments.pool import Job, Pool
 from llm_itemtok.experiments.workers import Worker, in_use, stop_all

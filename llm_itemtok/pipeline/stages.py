@@ -30,6 +30,7 @@ from llm_itemtok.artifacts import (
 )
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import ArtifactError, RecipeError
+from llm_itemtok.evaluation.baselines import fingerprint
 
 RESULTS_VERSION = 1
 """Raised with every change of the code after which a recipe gives other numbers; `tests/test_pinned.py` tells when.
@@ -125,6 +126,7 @@ def keys(config: RunConfig, data_sha256: str, file_sha256: Mapping[str, str], se
         if stage == "evaluate":
             inputs |= {key: settings["evaluation"][key] for key in MEASURING}
             inputs["segment columns"] = segments_sha256
+            inputs["fingerprints"] = [fingerprint(name) for name in settings["evaluation"]["baselines"]]
         files = {key: value for key, value in file_sha256.items() if key.split(".")[0] in SECTIONS[stage]}
         before = sha256_of_arrays(before, repr(_sorted(inputs)), repr(_sorted(files)))
         result[stage] = before

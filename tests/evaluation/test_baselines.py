@@ -5,12 +5,23 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from llm_itemtok import sasrec
 from llm_itemtok.data.splits import Cases, Split
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.evaluation import baselines
-from llm_itemtok.evaluation.baselines import ItemKNN, Markov, Popularity, evaluate_baselines, rank_cases
+from llm_itemtok.evaluation.baselines import (
+    BASELINES,
+    ItemKNN,
+    Markov,
+    Popularity,
+    evaluate_baselines,
+    fingerprint,
+    rank_cases,
+)
 from llm_itemtok.evaluation.metrics import METRIC_KEYS
+from llm_itemtok.evaluation.neighbours import nearest
 
 
 def make_cases(histories, targets):
@@ -149,7 +160,7 @@ def test_an_item_speaks_for_its_nearest_only():
 
     assert one[[0]].nonzero()[1].tolist() == [3]
     assert sorted(two[[0]].nonzero()[1].tolist()) == [1, 3]  # 1/sqrt(4) beats 1/sqrt(8)
-    assert (baselines._nearest(two, 1).toarray() == one.toarray()).all()
+    assert (nearest(two, 1).toarray() == one.toarray()).all()
 
 
 def test_newer_items_of_a_history_weigh_more():
@@ -179,6 +190,33 @@ def test_without_repeats_all_others_stand_before_the_history():
     assert set(scores[0].argsort()[:2].tolist()) == {0, 1}
     assert scores[1].argmin() == 1
     assert scores[2].min() >= 0
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_scores_of_neighbours_do_not_depend_on_the_company(repeats):
+    """Neither on how long the other histories are; and without repeats the seen keep the order that they had."""
+    rng = np.random.default_rng(0)
+    split = make_split([rng.integers(0, 30, size=12) for _ in range(40)], num_items=30)
+    rows = [rng.integers(0, 30, size=length) for length in (0, 1, 3, 8, 20, 5000)]
+
+    together = ItemKNN.fit(split, repeats=repeats).scores(rows)
+
+    bare = ItemKNN.fit(split).scores(rows)
+    for row, scores, unmoved in zip(rows, together, bare, strict=True):
+        assert scores.tolist() == ItemKNN.fit(split, repeats=repeats).scores([row])[0].tolist()
+        seen = np.unique(row)
+        assert (scores[seen].argsort(kind="stable") == unmoved[seen].argsort(kind="stable")).all()
+
+
+def test_seen_items_that_are_hardly_alike_are_told_apart():
+    """0 and 1 stand by their likeness, the newer one's neighbour first; 2 and 3 have no neighbours and stand by
+    popularity; 4 has nothing."""
+    split = make_split([[0, 1], [0, 1], [0], *[[2]] * 3, *[[3]] * 100])
+    scores = ItemKNN.fit(split, repeats=False).scores(histories([4, 3, 2, 0, 1]))[0]
+
+    assert (-scores).argsort().tolist() == [0, 1, 3, 2, 4]
+    assert len(set(scores.tolist())) == 5
+    assert np.isfinite(scores).all()
 
 
 def test_neighbours_are_tuned_on_validation_and_on_nothing_else():
@@ -232,6 +270,29 @@ def test_sasrec_is_chosen_on_validation_and_never_on_test(quick_sasrec):
     assert one["test"] != other["test"]
 
 
+def test_sasrec_is_trained_where_it_is_asked_to_be(quick_sasrec, monkeypatch):
+    """That there is a GPU is no reason to take it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    split = walks()
+
+    scorer, _ = BASELINES["sasrec"].fit(split, False, "cpu", lambda _: None)
+
+    assert isinstance(scorer, sasrec.SASRec)
+    assert scorer.items.weight.device.type == "cpu"
+    assert baselines._key("sasrec", split, split.test, False, "cpu") != baselines._key(
+        "sasrec", split, split.test, False, "cuda:0"
+    )
+
+
+@pytest.mark.gpu
+def test_sasrec_is_measured_on_a_gpu_and_kept_apart(tmp_path, quick_sasrec):
+    split = walks()
+    for device in ("cpu", "cuda"):
+        assert measure(split, tmp_path, "sasrec", device=device)["test"]["recall@10"] > 0
+
+    assert len(kept_files(tmp_path)) == 2
+
+
 def test_evaluation_returns_the_part_of_metrics_json():
     """The chain 0→1 is right about both users; popularity has 0 first in a tie with 1 at two, so rank 1.5."""
     split = make_split([[0, 1], [0, 1]], test=([[0], [0]], [1, 1]))
@@ -242,7 +303,8 @@ def test_evaluation_returns_the_part_of_metrics_json():
     assert results["markov"]["test"]["recall@1"] == 1
     assert results["popularity"]["test"]["recall@1"] == 0
     assert results["popularity"]["test"]["mrr@20"] == pytest.approx(1 / 1.5)
-    for result in results.values():
+    for name, result in results.items():
+        assert result["fingerprint"] == fingerprint(name)
         assert tuple(result["test"]) == tuple(result["ci95"]) == tuple(result["validation"]) == METRIC_KEYS
         assert result["settings"] == {}
         assert result["segments"] == {}
@@ -279,13 +341,17 @@ def measure(split, cache, name="item-knn", mask_seen=False, seed=0, **extra):
     return evaluate_baselines([name], split, split.test, mask_seen, seed, cache=cache, **extra)[name]
 
 
+def kept_files(folder):
+    return list(folder.glob("*.json"))
+
+
 def test_a_baseline_is_measured_once(tmp_path, quick_sasrec):
     """The second answer is the first in all its parts, the seconds it took included, and nothing is written."""
     split = walks()
     for name in ("item-knn", "sasrec", "popularity"):
         lines = []
         first = measure(split, tmp_path / name, name, log=lines.append)
-        (file,) = (tmp_path / name).iterdir()
+        (file,) = kept_files(tmp_path / name)
         written, said = file.stat().st_mtime_ns, len(lines)
 
         assert measure(split, tmp_path / name, name, log=lines.append) == first
@@ -297,7 +363,7 @@ def test_a_baseline_is_measured_once(tmp_path, quick_sasrec):
 def test_intervals_and_segments_are_made_anew_from_what_is_kept(tmp_path):
     split = walks()
     first = measure(split, tmp_path)
-    (file,) = tmp_path.iterdir()
+    (file,) = kept_files(tmp_path)
     written = file.stat().st_mtime_ns
 
     other = measure(split, tmp_path, seed=1, masks={"all": np.ones(60, dtype=bool)})
@@ -320,17 +386,82 @@ def test_anything_that_decides_the_ranks_asks_for_a_new_measurement(tmp_path):
     measure(split, tmp_path, mask_seen=True)
     measure(dataclasses.replace(split, num_items=11), tmp_path)
 
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(kept_files(tmp_path)) == 6
 
 
-def test_a_new_version_of_the_code_is_measured(tmp_path, monkeypatch):
+def newer_version(monkeypatch):
+    newer = BASELINES["item-knn"]._replace(version=1000)
+    monkeypatch.setattr(baselines, "BASELINES", {**BASELINES, "item-knn": newer})
+
+
+def longer_grid(monkeypatch):
+    monkeypatch.setattr(ItemKNN, "GRID", {**ItemKNN.GRID, "decay": (*ItemKNN.GRID["decay"], 0.9)})
+
+
+def other_beginning(monkeypatch):
+    """Settings are tried one after the other, so their order counts."""
+    monkeypatch.setattr(ItemKNN, "GRID", dict(reversed(ItemKNN.GRID.items())))
+
+
+def other_settings(monkeypatch):
+    monkeypatch.setattr(baselines, "SASREC_SETTINGS", (*baselines.SASREC_SETTINGS, {"dropout": 0.2}))
+
+
+def other_default_of_training(monkeypatch):
+    monkeypatch.setitem(sasrec.fit.__kwdefaults__, "learning_rate", 1e-3)
+
+
+def other_default_of_the_network(monkeypatch):
+    monkeypatch.setitem(sasrec.SASRec.__init__.__kwdefaults__, "width", 128)
+
+
+def other_default_of_the_chain(monkeypatch):
+    monkeypatch.setitem(Markov.fit.__func__.__kwdefaults__, "settle_by_popularity", False)
+
+
+def fewer_tuning_cases(monkeypatch):
+    monkeypatch.setattr(baselines, "_TUNING_CASES", 100)
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        (newer_version, ["item-knn"]),
+        (longer_grid, ["item-knn"]),
+        (other_beginning, ["item-knn"]),
+        (other_settings, ["sasrec"]),
+        (other_default_of_training, ["sasrec"]),
+        (other_default_of_the_network, ["sasrec"]),
+        (other_default_of_the_chain, ["markov"]),
+        (fewer_tuning_cases, ["item-knn", "sasrec"]),
+    ],
+)
+def test_a_fingerprint_tells_what_decides_its_baseline(monkeypatch, change, changed):
+    """What was kept before such a change must not be taken for what would be measured now."""
+    split = walks()
+
+    def keys():
+        return {name: (fingerprint(name), baselines._key(name, split, split.test, False, "cpu")) for name in BASELINES}
+
+    before = keys()
+    change(monkeypatch)
+    after = keys()
+
+    assert len({found for pair in before.values() for found in pair}) == 2 * len(BASELINES)
+    for name in BASELINES:
+        same = [one == other for one, other in zip(before[name], after[name], strict=True)]
+        assert same == [name not in changed] * 2, name
+
+
+def test_what_is_decided_otherwise_is_measured_anew(tmp_path, monkeypatch):
+    """Settings that are tried no longer cannot come back out of the cache."""
     split = walks()
     measure(split, tmp_path)
-    newer = baselines.BASELINES["item-knn"]._replace(version=1000)
-    monkeypatch.setattr(baselines, "BASELINES", {**baselines.BASELINES, "item-knn": newer})
-    measure(split, tmp_path)
+    monkeypatch.setattr(ItemKNN, "GRID", {**ItemKNN.GRID, "decay": (0.25,)})
+    result = measure(split, tmp_path)
 
-    assert len(list(tmp_path.iterdir())) == 2
+    assert result["settings"]["decay"] == 0.25
+    assert len(kept_files(tmp_path)) == 2
 
 
 def cut(text):
@@ -359,7 +490,7 @@ def test_a_damaged_or_foreign_file_is_measured_again(tmp_path, damage):
     """What is kept is trusted only if it is all there, unchanged, and about these very inputs."""
     split = walks()
     first = measure(split, tmp_path)
-    (file,) = tmp_path.iterdir()
+    (file,) = kept_files(tmp_path)
     file.write_text(damage(file.read_text()))
     damaged = file.read_text()
 

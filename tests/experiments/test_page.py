@@ -3,6 +3,7 @@
 import hashlib
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +11,11 @@ import pytest
 
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.evaluation.metrics import bootstrap, metrics_from_ranks
-from llm_itemtok.experiments.findings import best_points, confirmed
+from llm_itemtok.evaluation.paired import Estimate, PairedDifference
+from llm_itemtok.experiments.findings import KEYS, best_points, confirmed, edges
 from llm_itemtok.experiments.page import render_page
 from llm_itemtok.experiments.plots import Line, Mark, curve_picture, interval_picture
-from llm_itemtok.experiments.wording import number, percent, plain, table
+from llm_itemtok.experiments.wording import answer, number, percent, plain, table
 
 USERS = 400
 ARMS = {"random": {"control": True, "probe": False}, "made": {"control": False, "probe": False}}
@@ -147,6 +149,82 @@ def test_a_baseline_without_validation_is_chosen_on_test_and_the_page_says_so():
     assert "Markov chain (.5000, chosen on test for want of its validation)" in found.page().markdown
 
 
+def test_a_baseline_of_one_seed_is_called_so():
+    """Its interval is about other users only, while the model's is about other seeds too."""
+    found = _results(seeds=2)
+    for record in found.records.values():
+        if "baselines" in record["metrics"]:
+            record["metrics"]["baselines"]["sasrec"] = found.baseline(0.6)
+
+    page = found.page().markdown
+
+    assert "The best baseline there, SASRec (.6000, one seed), is ahead of the best model" in page
+    assert (
+        "**Baselines** are measured once, SASRec with one seed, so their intervals are about other users only." in page
+    )
+
+
+@pytest.mark.parametrize(
+    ("hits", "fingerprint", "words"),
+    [
+        (0.4, "a", "disagree on its test metrics (Recall@10 from 0.4000 to 0.5000)"),
+        (0.5, "b", "agree on its test metrics, but made it with different code or settings"),
+    ],
+)
+def test_records_that_do_not_agree_on_a_baseline_are_named(hits, fingerprint, words):
+    """Runs of a block share their baselines; where they do not, some were made by other code than the rest."""
+    found = _results(seeds=2, datasets=("beauty",))
+    assert "the records of these runs" not in found.page().markdown
+    measured = [record["metrics"]["baselines"] for record in found.records.values() if "test" in record["metrics"]]
+    for baselines in measured[1:]:
+        baselines["markov"]["fingerprint"] = "a"  # the first record is older than fingerprints
+    measured[-1]["markov"] = found.baseline(hits) | {"fingerprint": fingerprint}
+
+    assert f"- Markov chain: the records of these runs {words}; the first of them is shown." in found.page().markdown
+
+
+def test_the_verdict_is_that_of_the_interval_that_is_printed():
+    """On the border the interval of the relative gain may hold 0 where that of the difference does not."""
+    of = PairedDifference(
+        difference=Estimate(0.002, 0.00001, 0.00399),
+        relative=Estimate(0.03, -0.001, 0.061),
+        p=0.049,
+        detectable=0.003,
+        detectable_relative=0.045,
+        seeds=3,
+        users=400,
+    )
+    (block,) = confirmed((found := _results(datasets=("beauty",))).rows, found.table, found.records)
+
+    def said(of: PairedDifference) -> str:
+        arms = [arm if arm.name != "made" else replace(arm, differences={KEYS[0]: of}) for arm in block.arms]
+        return answer([replace(block, arms=tuple(arms))], str, rising=(), missing=0)[0]
+
+    assert "the two cannot be told apart: +3.0 % [−0.1 %, +6.1 %]" in said(of)
+    apart = replace(of, relative=Estimate(0.03, 0.001, 0.059))
+    assert "and is ahead: +3.0 % [+0.1 %, +5.9 %]" in said(apart)
+    assert "cannot be told apart: +3.0 % [0.0 %, " in said(replace(of, relative=Estimate(0.03, 0.0004, 0.0596)))
+    assert "cannot be told apart: +3.0 % [+0.1 %, +5.9 %], three seeds, p = .051" in said(replace(apart, p=0.051))
+
+
+def test_what_has_not_run_is_listed_and_the_rest_is_counted(results):
+    page = results.page(not_run=[f"beauty · joint · seed {seed}" for seed in range(20)]).markdown
+
+    assert re.findall(r"^- (beauty · joint .*|and .*)$", page, re.M) == [
+        *(f"beauty · joint · seed {seed}" for seed in range(12)),
+        "and 8 more",
+    ]
+    assert "**Not finished.** 20 runs of the plan are missing (see Not run), so this answer may change." in page
+    assert "all of the confirmation" not in page
+    assert "Every run of the plan has ended." in results.page().markdown
+    assert "Not finished" not in results.page().markdown
+
+
+def test_the_page_says_how_its_plan_is_run(results):
+    assert "\nitemtok reproduce recipes/plans/made.yaml\n" in results.page().markdown
+    assert "\nitemtok reproduce 'my plans/made.yaml'\n" in results.page(plan_path="my plans/made.yaml").markdown
+
+
 def test_the_same_results_give_the_same_bytes(results):
     assert results.page() == results.page()
 
@@ -157,6 +235,7 @@ def test_every_part_of_the_page_is_there_in_order(results):
     assert headings == [
         "beauty",
         "small",
+        "How to read it",
         "For whom",
         "Every seed",
         "Tuning",
@@ -183,7 +262,7 @@ def test_links_lead_to_records_and_pictures_only(results):
     links = set(re.findall(r"\]\(([^)]+)\)", page))
 
     runs = {f"runs/{sha[:12]}.json" for sha in results.records}
-    assert links == runs | set(pictures) | {"../experiments.md"}
+    assert links == runs | set(pictures)
     assert set(pictures) == {"made-metrics.svg", "made-difference.svg", "made-curves.svg"}
 
 
@@ -203,9 +282,18 @@ def test_before_confirmation_the_page_holds_tuning_only():
 
     page, pictures = found.page()
 
-    assert "None yet: only tuning has run, and test has not been opened." in page
+    assert "**Answer.** None yet: test has not been opened." in page
+    assert "- all of the confirmation, which opens test; it begins when tuning" in page
+    assert "How to read it" not in page
     assert set(pictures) == {"made-curves.svg"}
     assert page.count("** best") == 2
+
+
+def test_segments_are_explained_where_they_stand(results):
+    page = results.page().markdown
+
+    assert "| Segment | Users | random | made | joint | Markov chain |" in page
+    assert "Head: targets among the 20\u00a0% of items with most training interactions." in page
 
 
 def test_a_plan_of_which_nothing_has_run_has_a_page():
@@ -226,9 +314,9 @@ def test_a_row_without_ranks_is_left_out_of_the_test_and_named():
     gone = next(row for row in found.rows if row["stage"] == "confirm" and row["arm"] == "made" and row["seed"] == 1)
     del found.ranks[gone["recipe_sha256"]]
 
-    page = found.page().markdown
+    page = found.page(titles={"made": "Made codes"}).markdown
 
-    assert "- made, seed 1: no ranks are kept, so means and tests leave it out." in page
+    assert "- Made codes: no ranks of seed 1 are kept, so means and tests leave it out." in page
     assert "two seeds, p" in page
 
 
@@ -318,10 +406,29 @@ def test_the_best_point_of_each_arm_is_its_own():
         for arm, hits in (("random", random), ("made", made)):
             found.add("screen", "beauty", arm, 9, hits, block=f"beauty, {settings}", settings=settings)
 
+    found.add("confirm", "beauty", "made", 0, 0.9, settings={"rate": 3})
+
     best = best_points(found.rows)
 
-    chosen = {(row["arm"], row["settings"]["rate"]) for row in found.rows if row["recipe_sha256"] in best}
-    assert chosen == {("random", 2), ("made", 1)}
+    assert {arm: row["settings"]["rate"] for arm, row in best.items()} == {"random": 2, "made": 1}
+    assert best["made"] is found.rows[1]
+
+
+def test_a_setting_that_is_best_at_the_end_of_its_grid_is_named():
+    """Beyond the lowest and the highest value nothing was tried; kinds and switches have no beyond."""
+    found = Results()
+    for rate, hits in ((1e-3, 0.3), (2e-3, 0.4), (4e-3, 0.2)):
+        for kind, more in (("rqvae", 0.0), ("random", 0.1)):
+            settings = {"trainer.learning_rate": rate, "tokenizer.kind": kind, "model.tied": kind == "random"}
+            made = hits + more if rate != 4e-3 else 0.8
+            found.add("screen", "beauty", "made", 9, made, block=repr(settings), settings=settings | {"seeds": 1})
+            found.add("screen", "beauty", "random", 9, hits + more, block=repr(settings), settings=settings)
+
+    assert edges(found.rows) == [("made", "trainer.learning_rate", 4e-3, "highest")]
+    page = found.page(titles={"made": "Made codes"}).markdown
+    assert (
+        "Best at the edge of the grid: Made codes (learning_rate 0.004, the highest tried). A wider one may be better."
+    ) in page
 
 
 def test_an_arm_that_still_rises_is_named():
@@ -331,7 +438,13 @@ def test_an_arm_that_still_rises_is_named():
         if row["arm"] == "made":
             found.records[row["recipe_sha256"]]["metrics"]["training"]["curve"] = [[1, 0.1], [2, 0.2], [3, 0.3]]
 
-    assert "Not at their plateau: made on beauty (still rising)." in found.page().markdown
+    page = found.page().markdown
+    assert "Not at their plateau: made on beauty (still rising)." in page
+    assert "Still rising when training ended: made on beauty. A gain over such an arm may be speed." in page
+
+
+def test_a_plateau_is_not_called_more_than_it_is(results):
+    assert "whether longer training would help is shown by longer runs only" in results.page().markdown
 
 
 def test_pictures_are_drawings_that_load_and_run_nothing(results):

@@ -1,6 +1,7 @@
 """Item vectors: one row an item, zero where nothing is known, and files that fit or are refused."""
 
 import builtins
+import threading
 
 import numpy as np
 import pyarrow
@@ -243,6 +244,22 @@ def test_cached_vectors_are_computed_once_a_key(tmp_path):
     assert len(calls) == 2
     with pytest.raises(DataError, match="plain JSON"):
         cached({"x": MATRIX}, tmp_path, compute)
+
+
+def test_who_needs_vectors_that_are_being_computed_waits_for_them(tmp_path):
+    """Embedding a catalogue can take an hour, and runs that are started together need the same vectors."""
+    found = []
+    second = threading.Thread(target=lambda: found.append(cached({"k": 1}, tmp_path, lambda: MATRIX + 1)))
+
+    def compute():
+        second.start()
+        second.join(timeout=0.2)
+        assert second.is_alive()
+        return MATRIX
+
+    cached({"k": 1}, tmp_path, compute)
+    second.join(timeout=10)
+    np.testing.assert_array_equal(found, [MATRIX])
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no note", "no data"])
