@@ -51,6 +51,12 @@ class Arm:
     """What it changes in the recipe, nested as in a recipe."""
     grid: Mapping[str, list[Any]] = field(default_factory=dict)
     """Settings of its own to tune, beside those of `tuning.grid`: dotted setting → values."""
+    tuned_as: str = ""
+    """Take over what was tuned for this arm, in place of an own tuning: an ablation, or the same with more training."""
+    seeds: tuple[Seed, ...] | None = None
+    """Seeds of its confirmation; null takes those of `confirm`."""
+    datasets: tuple[str, ...] | None = None
+    """Data sets it is confirmed on; null takes all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +77,6 @@ class Confirm:
 
     seeds: tuple[Seed, ...]
     """One run an arm, a data set and a seed."""
-    probe_seeds: tuple[Seed, ...] | None = None
-    """Seeds of the arms with `probe: true`; null takes `seeds`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +148,7 @@ class LoadedPlan:
         cells = []
         for shared in points(tuning.grid):
             block = ", ".join([tuning.dataset, *map(_short, shared)])
-            for arm in self.plan.arms:
+            for arm in [name for name, arm in self.plan.arms.items() if not arm.tuned_as]:
                 for own in points(self.plan.arms[arm].grid):
                     name = " · ".join([block, arm, *map(_short, own), f"seed {tuning.seed}"])
                     config = self._config(tuning.dataset, arm, tuning.seed, (*shared, *own))
@@ -153,16 +157,16 @@ class LoadedPlan:
 
     def confirm_cells(self, chosen: Mapping[str, Point]) -> list[Cell]:
         """Every arm with every seed on every data set, at the point that was chosen for it; first seeds first."""
-        confirm = self.plan.confirm
-        probe_seeds = confirm.seeds if confirm.probe_seeds is None else confirm.probe_seeds
+        everywhere, always = tuple(self.plan.datasets), self.plan.confirm.seeds
         cells = []
-        for seed in dict.fromkeys((*confirm.seeds, *probe_seeds)):
-            for dataset, (name, arm) in itertools.product(self.plan.datasets, self.plan.arms.items()):
-                if seed in (probe_seeds if arm.probe else confirm.seeds):
-                    point = chosen.get(name, ())
+        for seed in _all_seeds(self.plan):
+            for dataset, (name, arm) in itertools.product(everywhere, self.plan.arms.items()):
+                if seed in (arm.seeds or always) and dataset in (arm.datasets or everywhere):
+                    point = chosen.get(arm.tuned_as or name, ())
                     config = self._config(dataset, name, seed, point)
-                    said = f"{dataset} · {name} · seed {seed}"
-                    cells.append(Cell("confirm", dataset, dataset, name, point, said, config))
+                    cells.append(
+                        Cell("confirm", dataset, dataset, name, point, f"{dataset} · {name} · seed {seed}", config)
+                    )
         return cells
 
     def _config(self, dataset: str, arm: str, seed: int, point: Point) -> RunConfig:
@@ -199,17 +203,44 @@ def _faults(plan: Plan) -> list[str]:
         faults.append(f"`name` must be letters, digits and hyphens, as it names files, was: {plan.name!r}")
     if not plan.datasets:
         faults.append("`datasets` must name at least one")
-    for name, seeds in (("seeds", plan.confirm.seeds), ("probe_seeds", plan.confirm.probe_seeds)):
-        if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
-            faults.append(f"`confirm.{name}` must be distinct and at least one, was: {list(seeds)}")
+    faults += _repeats("confirm.seeds", plan.confirm.seeds)
+    for name, arm in plan.arms.items():
+        faults += _arm_faults(plan, name, arm)
     return faults + (_tuning_faults(plan, plan.tuning) if plan.tuning else [])
+
+
+def _arm_faults(plan: Plan, name: str, arm: Arm) -> list[str]:
+    faults = [*_repeats(f"arms.{name}.seeds", arm.seeds), *_repeats(f"arms.{name}.datasets", arm.datasets)]
+    tuned = [other for other, given in plan.arms.items() if not given.tuned_as]
+    if arm.tuned_as and (arm.tuned_as not in tuned or arm.grid):
+        faults.append(
+            f"`arms.{name}.tuned_as` must be an arm that is tuned itself ({', '.join(tuned)}), and leaves no room for "
+            f"a `grid`, was: {arm.tuned_as}"
+        )
+    unknown = [dataset for dataset in arm.datasets or () if dataset not in plan.datasets]
+    if unknown:
+        faults.append(f"`arms.{name}.datasets` must be of {', '.join(plan.datasets)}, was: {', '.join(unknown)}")
+    if (arm.control or name == plan.name) and (arm.seeds or arm.datasets):
+        faults.append(f"`arms.{name}` is the method or its control: it takes all seeds and data sets")
+    return faults
+
+
+def _repeats(name: str, values: Sequence[Any] | None) -> list[str]:
+    if values is None or (values and len(set(values)) == len(values)):
+        return []
+    return [f"`{name}` must be distinct and at least one, was: {list(values)}"]
+
+
+def _all_seeds(plan: Plan) -> list[int]:
+    """Seeds of confirm, each once, those of all arms first."""
+    return list(dict.fromkeys((*plan.confirm.seeds, *(seed for arm in plan.arms.values() for seed in arm.seeds or ()))))
 
 
 def _tuning_faults(plan: Plan, tuning: Tuning) -> list[str]:
     faults = []
     if tuning.dataset not in plan.datasets:
         faults.append(f"`tuning.dataset` must be one of {', '.join(plan.datasets)}, was: {tuning.dataset}")
-    if tuning.seed in (*plan.confirm.seeds, *(plan.confirm.probe_seeds or ())):
+    if tuning.seed in _all_seeds(plan):
         faults.append(f"`tuning.seed` must be none of the seeds of `confirm`, was: {tuning.seed}")
     grids = {"tuning.grid": tuning.grid, **{f"arms.{name}.grid": arm.grid for name, arm in plan.arms.items()}}
     for where, grid in grids.items():

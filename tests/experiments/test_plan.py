@@ -19,10 +19,21 @@ PLAN = {
     "arms": {
         "demo": {"title": "the method", "settings": {"trainer": {"weight_decay": 0.1}}},
         "random": {"control": True, "settings": {"tokenizer": {"kind": "random"}}},
-        "side": {"probe": True, "settings": {"trainer": {"max_steps": 10}}, "grid": {"tokenizer.levels": [2, 3]}},
+        "side": {
+            "probe": True,
+            "settings": {"trainer": {"max_steps": 10}},
+            "grid": {"tokenizer.levels": [2, 3]},
+            "seeds": [1],
+        },
+        "longer": {
+            "probe": True,
+            "settings": {"trainer": {"max_steps": 40}},
+            "tuned_as": "demo",
+            "datasets": ["first"],
+        },
     },
     "tuning": {"dataset": "first", "seed": 9, "grid": {"trainer.learning_rate": [1.0e-3, 1.0e-5]}},
-    "confirm": {"seeds": [1, 2], "probe_seeds": [1]},
+    "confirm": {"seeds": [1, 2]},
 }
 
 
@@ -52,7 +63,7 @@ def test_tuning_tries_every_point_for_every_arm_and_blocks_are_matched(load):
 
 def test_arms_differ_by_their_own_settings_only(load):
     cells = [cell for cell in load().confirm_cells({}) if (cell.dataset, cell.config.seed) == ("second", 1)]
-    method, control, _ = (cell.config.to_dict() for cell in cells)
+    method, control, _side = (cell.config.to_dict() for cell in cells)
     assert method["trainer"].pop("weight_decay") == 0.1
     assert control.pop("tokenizer")["kind"] == "random"
     method.pop("tokenizer")
@@ -60,14 +71,15 @@ def test_arms_differ_by_their_own_settings_only(load):
     assert method["data"]["users"] == 90
 
 
-def test_confirm_carries_the_chosen_point_over_and_probes_have_their_own_seeds(load):
+def test_confirm_carries_the_chosen_point_over_and_probes_may_have_fewer_runs(load):
     cells = load().confirm_cells({"demo": (("trainer.learning_rate", 1e-5),)})
     assert {(cell.dataset, cell.arm, cell.config.seed) for cell in cells} == {
         *itertools.product(("first", "second"), ("demo", "random"), (1, 2)),
         *itertools.product(("first", "second"), ("side",), (1,)),
+        *itertools.product(("first",), ("longer",), (1, 2)),
     }
     rates = {cell.arm: cell.config.trainer["learning_rate"] for cell in cells}
-    assert rates == {"demo": 1e-5, "random": 1e-3, "side": 1e-3}
+    assert rates == {"demo": 1e-5, "random": 1e-3, "side": 1e-3, "longer": 1e-5}
     assert all(cell.block == cell.dataset and cell.stage == "confirm" for cell in cells)
 
 
@@ -90,6 +102,10 @@ def test_a_grid_gives_every_combination_once():
         ({"name": "a/b", "arms": {"a/b": {}, "random": {"control": True}}}, "as it names files"),
         ({"question": None}, "`question` must be given"),
         ({"datasets": {}}, "`datasets` must name at least one"),
+        ({"arms": {**PLAN["arms"], "other": {"tuned_as": "longer"}}}, "must be an arm that is tuned itself"),
+        ({"arms": {**PLAN["arms"], "other": {"datasets": ["third"]}}}, "must be of first, second, was: third"),
+        ({"arms": {**PLAN["arms"], "demo": {"seeds": [1]}}}, "it takes all seeds and data sets"),
+        ({"arms": {**PLAN["arms"], "other": {"seeds": []}}}, "distinct and at least one"),
     ],
 )
 def test_a_plan_that_cannot_be_right_is_refused_with_the_reason(load, changes, says):
