@@ -173,9 +173,7 @@ def test_a_changed_plan_keeps_the_ranks_of_runs_whose_folders_are_gone(plan, und
     assert len(table(tmp_path)) == len(table(undisturbed)) + 2
 
 
-@pytest.mark.parametrize(
-    "flags", [["--workers", "0"], ["--minutes", "-1"], ["--minutes", "nan"], ["--dry-run", "--rerun", "a"]]
-)
+@pytest.mark.parametrize("flags", ["--workers 0", "--minutes -1", "--minutes nan", "--dry-run --rerun a"])
 def test_flags_that_make_no_sense_are_refused(plan, flags, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["reproduce", str(plan), *flags.split()])
