@@ -51,8 +51,8 @@ class Arm:
     """What it changes in the recipe, nested as in a recipe."""
     grid: Mapping[str, list[Any]] = field(default_factory=dict)
     """Settings of its own to tune, beside those of `tuning.grid`: dotted setting → values."""
-    tuned_as: str = ""
-    """Take over what was tuned for this arm, in place of an own tuning: an ablation, or the same with more training."""
+    based_on: str = ""
+    """Another arm, whose settings it takes over, the tuned ones too, below its own: an ablation, or more training."""
     seeds: tuple[Seed, ...] | None = None
     """Seeds of its confirmation; null takes those of `confirm`."""
     datasets: tuple[str, ...] | None = None
@@ -148,7 +148,7 @@ class LoadedPlan:
         cells = []
         for shared in points(tuning.grid):
             block = ", ".join([tuning.dataset, *map(_short, shared)])
-            for arm in [name for name, arm in self.plan.arms.items() if not arm.tuned_as]:
+            for arm in [name for name, arm in self.plan.arms.items() if not arm.based_on]:
                 for own in points(self.plan.arms[arm].grid):
                     name = " · ".join([block, arm, *map(_short, own), f"seed {tuning.seed}"])
                     config = self._config(tuning.dataset, arm, tuning.seed, (*shared, *own))
@@ -162,7 +162,7 @@ class LoadedPlan:
         for seed in _all_seeds(self.plan):
             for dataset, (name, arm) in itertools.product(everywhere, self.plan.arms.items()):
                 if seed in (arm.seeds or always) and dataset in (arm.datasets or everywhere):
-                    point = chosen.get(arm.tuned_as or name, ())
+                    point = chosen.get(arm.based_on or name, ())
                     config = self._config(dataset, name, seed, point)
                     cells.append(
                         Cell("confirm", dataset, dataset, name, point, f"{dataset} · {name} · seed {seed}", config)
@@ -171,10 +171,12 @@ class LoadedPlan:
 
     def _config(self, dataset: str, arm: str, seed: int, point: Point) -> RunConfig:
         planned = self.plan.datasets[dataset]
+        given = self.plan.arms[arm]
         overrides = [
             *_overrides(planned.settings),
-            *_overrides(self.plan.arms[arm].settings),
+            *_overrides(self.plan.arms[given.based_on].settings if given.based_on else given.settings),
             *(f"{name}={_yaml(value)}" for name, value in point),
+            *(_overrides(given.settings) if given.based_on else ()),
             f"seed={seed}",
         ]
         return RunConfig.load(self.path.parent / planned.recipe, overrides)
@@ -211,11 +213,11 @@ def _faults(plan: Plan) -> list[str]:
 
 def _arm_faults(plan: Plan, name: str, arm: Arm) -> list[str]:
     faults = [*_repeats(f"arms.{name}.seeds", arm.seeds), *_repeats(f"arms.{name}.datasets", arm.datasets)]
-    tuned = [other for other, given in plan.arms.items() if not given.tuned_as]
-    if arm.tuned_as and (arm.tuned_as not in tuned or arm.grid):
+    tuned = [other for other, given in plan.arms.items() if not given.based_on]
+    if arm.based_on and (arm.based_on not in tuned or arm.grid):
         faults.append(
-            f"`arms.{name}.tuned_as` must be an arm that is tuned itself ({', '.join(tuned)}), and leaves no room for "
-            f"a `grid`, was: {arm.tuned_as}"
+            f"`arms.{name}.based_on` must be an arm that is tuned itself ({', '.join(tuned)}), and leaves no room for "
+            f"a `grid`, was: {arm.based_on}"
         )
     unknown = [dataset for dataset in arm.datasets or () if dataset not in plan.datasets]
     if unknown:

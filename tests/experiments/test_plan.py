@@ -28,7 +28,7 @@ PLAN = {
         "longer": {
             "probe": True,
             "settings": {"trainer": {"max_steps": 40}},
-            "tuned_as": "demo",
+            "based_on": "demo",
             "datasets": ["first"],
         },
     },
@@ -79,6 +79,8 @@ def test_confirm_carries_the_chosen_point_over_and_probes_may_have_fewer_runs(lo
         *itertools.product(("first",), ("longer",), (1, 2)),
     }
     rates = {cell.arm: cell.config.trainer["learning_rate"] for cell in cells}
+    longer = next(cell.config for cell in cells if cell.arm == "longer")
+    assert (longer.trainer["weight_decay"], longer.trainer["max_steps"]) == (0.1, 40)
     assert rates == {"demo": 1e-5, "random": 1e-3, "side": 1e-3, "longer": 1e-5}
     assert all(cell.block == cell.dataset and cell.stage == "confirm" for cell in cells)
 
@@ -102,7 +104,7 @@ def test_a_grid_gives_every_combination_once():
         ({"name": "a/b", "arms": {"a/b": {}, "random": {"control": True}}}, "as it names files"),
         ({"question": None}, "`question` must be given"),
         ({"datasets": {}}, "`datasets` must name at least one"),
-        ({"arms": {**PLAN["arms"], "other": {"tuned_as": "longer"}}}, "must be an arm that is tuned itself"),
+        ({"arms": {**PLAN["arms"], "other": {"based_on": "longer"}}}, "must be an arm that is tuned itself"),
         ({"arms": {**PLAN["arms"], "other": {"datasets": ["third"]}}}, "must be of first, second, was: third"),
         ({"arms": {**PLAN["arms"], "demo": {"seeds": [1]}}}, "it takes all seeds and data sets"),
         ({"arms": {**PLAN["arms"], "other": {"seeds": []}}}, "distinct and at least one"),

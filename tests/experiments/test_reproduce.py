@@ -148,7 +148,7 @@ def test_a_failed_run_is_told_and_the_others_are_finished(tmp_path):
     done = subprocess.run(command(path, tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "shop · demo · seed 1" in done.stderr
-    assert "every item needs a code of its own" in done.stderr
+    assert "share their code with another item" in done.stderr
     assert [row["arm"] for row in table(tmp_path)] == ["random"]
 
 
