@@ -79,9 +79,10 @@ class Pool:
         job = Job(cell, recipe, recipe_hash(recipe))
         if self.record_path(job.sha256).exists():
             return job
+        defaults = json.loads(json.dumps(cell.config.defaults(), default=str))
         for path in sorted(self.record_path(job.sha256).parent.glob("*.json")):
             older = _read_record(path)["recipe"]
-            if serves(older, recipe, json.loads(json.dumps(cell.config.defaults(), default=str))):
+            if serves(older, recipe, defaults):
                 return Job(cell, older, recipe_hash(older))
         return job
 

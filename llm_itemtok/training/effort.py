@@ -8,7 +8,7 @@ would; time counts training and validation, without what an interruption lost.
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Effort(TrainerCallback, ExportableState):
         self.seconds_before = 0.0
         self.peak_mb_before = 0.0
         self._began: float | None = None
+        self._unread: Tensor | None = None  # of the newest steps, on their device: reading would make it wait
 
     @property
     def seconds(self) -> float:
@@ -50,8 +51,18 @@ class Effort(TrainerCallback, ExportableState):
         """Most memory so far: of the accelerator if there is one, else resident; in 2**20 bytes."""
         return max(self.peak_mb_before, peak_megabytes())
 
+    def add(self, counts: Tensor) -> None:
+        """Count a step: int64 `[2]`, targets and positions of all processes."""
+        self._unread = counts if self._unread is None else self._unread + counts
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            targets, positions = self._unread.tolist()
+            self.targets, self.positions, self._unread = self.targets + targets, self.positions + positions, None
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
+        self._read()
         counts = {"targets": self.targets, "positions": self.positions}
         return {"args": {}, "attributes": counts | {"seconds_before": self.seconds, "peak_mb_before": self.peak_mb}}
 
@@ -59,13 +70,16 @@ class Effort(TrainerCallback, ExportableState):
         """Start the clock."""
         self._began = time.monotonic()
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Have `targets` and `positions` up to date."""
+        self._read()
 
-def batch_counts(batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """Targets and positions of some micro-batches: int64 `[2]`."""
-    counts = torch.zeros(2, dtype=torch.long)
-    for batch in batches:
-        counts += torch.tensor([int((batch["levels"] == 0).sum()), batch["input_ids"].numel()])
-    return counts
+
+def batch_counts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Targets and positions of some micro-batches, at least one: int64 `[2]` on their device."""
+    targets = [(batch["levels"] == 0).sum() for batch in batches]
+    positions = [torch.full_like(targets[0], batch["input_ids"].numel()) for batch in batches]
+    return torch.stack([torch.stack(targets).sum(), torch.stack(positions).sum()])
 
 
 def training_flops(model: ItemTokenModel, positions: int) -> float:
