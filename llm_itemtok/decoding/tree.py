@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from llm_itemtok.decoding.masks import attention_masks
 from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
 
 State = TypeVar("State")
@@ -50,6 +51,7 @@ class TreeState:
     Attributes:
         cache: keys and values of the prompts and of every beam position fed so far.
         visible: bool `[B, positions]`: prompt positions that are not padding; False for beam positions.
+        places: int64 `[B, positions]`: position ids of what is in the cache.
         lengths: int64 `[B]`, prompt lengths.
         last: `[B, D]`, the state after the prompt.
         ancestors: int64 `[B, K, level]`: cache positions of each beam's tokens.
@@ -57,6 +59,7 @@ class TreeState:
 
     cache: DynamicCache
     visible: Tensor
+    places: Tensor
     lengths: Tensor
     last: Tensor
     ancestors: Tensor
@@ -81,9 +84,10 @@ class TreeDecoder:
         cache = DynamicCache()
         hidden = self.model.hidden(input_ids, past_key_values=cache, use_cache=True).last_hidden_state
         last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-        visible = torch.arange(input_ids.shape[1], device=device) < lengths.unsqueeze(1)
+        places = torch.arange(input_ids.shape[1], device=device).expand_as(input_ids)
+        visible = places < lengths.unsqueeze(1)
         ancestors = torch.empty(len(prompts), 1, 0, dtype=torch.long, device=device)
-        return TreeState(cache, visible, lengths, last, ancestors)
+        return TreeState(cache, visible, places, lengths, last, ancestors)
 
     def level_log_probs(
         self, state: TreeState, parents: Tensor | None, codes: Tensor | None, level: int, normaliser: Normaliser
@@ -95,39 +99,16 @@ class TreeDecoder:
         own = torch.arange(before, before + num_beams, device=codes.device).expand_as(codes).unsqueeze(-1)
         inherited = state.ancestors.gather(1, parents.unsqueeze(-1).expand(-1, -1, state.ancestors.shape[2]))
         state.ancestors = torch.cat([inherited, own], dim=-1)
-        state.visible = torch.cat([state.visible, torch.zeros_like(codes, dtype=torch.bool)], dim=1)
-
         position_ids = (state.lengths + level - 1).unsqueeze(1).expand_as(codes)
+        state.visible = torch.cat([state.visible, torch.zeros_like(codes, dtype=torch.bool)], dim=1)
+        state.places = torch.cat([state.places, position_ids], dim=1)
+        allowed = state.visible.unsqueeze(1).expand(-1, num_beams, -1).scatter(2, state.ancestors, True)
         token_ids = codes + self.model.vocab.first_id + self.model.vocab.level_starts[level - 1]
         hidden = self.model.hidden(
             token_ids,
-            attention_mask=self._masks(state),
+            attention_mask=attention_masks(self.model.config, self.model.lm.dtype, allowed, position_ids, state.places),
             position_ids=position_ids,
             past_key_values=state.cache,
             use_cache=True,
         ).last_hidden_state
         return self.model.level_log_probs(hidden, level, normaliser)
-
-    def _masks(self, state: TreeState) -> Tensor | dict[str, Tensor]:
-        """Additive masks `[B, 1, K, positions]`: the history and the beam's own path; one a kind of attention."""
-        num_beams = state.ancestors.shape[1]
-        seen = state.visible.unsqueeze(1).expand(-1, num_beams, -1).clone()
-        seen.scatter_(2, state.ancestors, True)
-        config = self.model.config
-        full = self._additive(seen)
-        if config.model_type != "gemma3_text":
-            return full
-        # A beam's own place is lengths + depth - 1; history positions further back than the window are out of sight.
-        # Its ancestors count as `depth` places at the end, and a window is never shorter than a path.
-        depth = state.ancestors.shape[2]
-        places = torch.arange(seen.shape[2], device=seen.device).expand(len(seen), -1).clone()
-        place_of_self = state.lengths + depth - 1
-        near = (place_of_self.unsqueeze(1) - places < config.sliding_window).unsqueeze(1).expand_as(seen).clone()
-        steps_back = torch.arange(depth - 1, -1, -1, device=seen.device)
-        near.scatter_(2, state.ancestors, (steps_back < config.sliding_window).expand_as(state.ancestors))
-        return {"full_attention": full, "sliding_attention": self._additive(seen & near)}
-
-    def _additive(self, seen: Tensor) -> Tensor:
-        dtype = self.model.lm.dtype
-        zero = torch.zeros((), dtype=dtype, device=seen.device)
-        return torch.where(seen, zero, torch.finfo(dtype).min).unsqueeze(1)

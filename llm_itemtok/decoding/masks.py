@@ -1,0 +1,41 @@
+"""Who sees whom, as the attention modules of `transformers` read it.
+
+A tree of beams breaks the rule that a position sees all before it, so the masks are made here: a key is seen when it is
+allowed, and, in a layer with a sliding window, when it is near enough. Nearness goes by *places* (position ids), not by
+where a key lies in the cache, where alternatives for one place stand side by side.
+
+Shape letters: B rows, Q queries, S keys.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def attention_masks(
+    config: Any, dtype: torch.dtype, allowed: Tensor, query_places: Tensor, key_places: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """Masks that are added to attention scores.
+
+    Args:
+        config: of the model.
+        dtype: of the model's activations.
+        allowed: bool `[B, Q, S]`: whether a query may see a key at all.
+        query_places: int64 `[B, Q]`, position id of each query.
+        key_places: int64 `[B, S]`, position id of each key; read for models with sliding windows only.
+
+    Returns:
+        `[B, 1, Q, S]`, 0 where a key is seen and the lowest number elsewhere; one for each kind of attention, by name,
+        for a model whose layers differ.
+    """
+    full = _additive(allowed, dtype)
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return full
+    near = query_places.unsqueeze(2) - key_places.unsqueeze(1) < config.sliding_window
+    return {"full_attention": full, "sliding_attention": _additive(allowed & near, dtype)}
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    zero = torch.zeros((), dtype=dtype, device=seen.device)
+    return torch.where(seen, zero, torch.finfo(dtype).min).unsqueeze(1)
