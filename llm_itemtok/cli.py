@@ -13,9 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_itemtok.recommender import Recommender
 
 STOPPED = 143
 STAGES = ("data", "items", "vocab", "train", "evaluate", "report")
+BENCHMARKS = ("decode", "train", "trie", "evaluate", "gpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     recommend.add_argument("model", help="run folder, model folder or Hub id")
     recommend.add_argument("--history", help="item ids, oldest first, separated by commas; empty for a new user")
     recommend.add_argument("-k", type=int, default=10, help="number of items (default: 10)")
+    lists = {"allow": "only these items may come out, of any request", "deny": "these items must not come out"}
+    for name, text in lists.items():
+        recommend.add_argument(f"--{name}", metavar="ID,ID|@FILE", help=f"{text}; a file has one id a line")
     recommend.add_argument("--json", action="store_true", help="print JSON")
 
     report = _command(commands, "report", _write_report, "write report.html of a run again")
@@ -99,14 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     reproduce = _command(
         commands, "reproduce", _reproduce, "carry out an experiment plan, or go on with it; write its results page"
     )
-    reproduce.add_argument("plan", type=Path)
-    instead = reproduce.add_mutually_exclusive_group()
-    instead.add_argument("--dry-run", action="store_true", help="say what would run and how long it takes")
-    instead.add_argument("--rerun", metavar="RUN", help="run this row (first digits of its hash) again and compare")
-    instead.add_argument("--minutes", type=_positive, help="stop after this time, with checkpoints")
-    reproduce.add_argument("--workers", type=_count, default=2, help="runs at a time, one thread each (default: 2)")
-    reproduce.add_argument("--results", type=Path, default=Path("docs/results"), help="default: docs/results")
-    reproduce.add_argument("--runs", type=Path, default=Path("runs/pool"), help="run folders (default: runs/pool)")
+    _plan_arguments(reproduce)
+
+    bench = _command(commands, "bench", _bench, "measure speed and memory beside the usual ways, on random models")
+    bench.add_argument("group", choices=BENCHMARKS)
+    bench.add_argument("--json", action="store_true", help="print JSON")
 
     explain = _command(commands, "explain", _explain, "what a recipe setting means")
     explain.add_argument("setting", nargs="?", default="", help="such as tokenizer.levels; all of them if left out")
@@ -137,6 +142,17 @@ def _positive(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, was: {text}")
     return number
+
+
+def _plan_arguments(reproduce: argparse.ArgumentParser) -> None:
+    reproduce.add_argument("plan", type=Path)
+    instead = reproduce.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="say what would run and how long it takes")
+    instead.add_argument("--rerun", metavar="RUN", help="run this row (first digits of its hash) again and compare")
+    instead.add_argument("--minutes", type=_positive, help="stop after this time, with checkpoints")
+    reproduce.add_argument("--workers", type=_count, default=2, help="runs at a time, one thread each (default: 2)")
+    reproduce.add_argument("--results", type=Path, default=Path("docs/results"), help="default: docs/results")
+    reproduce.add_argument("--runs", type=Path, default=Path("runs/pool"), help="run folders (default: runs/pool)")
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -230,27 +246,57 @@ def _recommend(options: argparse.Namespace) -> int:
     if options.history is None and sys.stdin.isatty():
         print("itemtok: give a history with --history, or JSON Lines requests on standard input", file=sys.stderr)
         return 2
+    given_allow, given_deny = _ids_of(options.allow), _ids_of(options.deny)  # before the model, which takes its time
     recommender = Recommender.from_pretrained(options.model)
+    allow, unknown_allow = _known(recommender, given_allow or [], "--allow")
+    deny, unknown_deny = _known(recommender, given_deny or [], "--deny")
+    lists: dict[str, Any] = {"allow": None if given_allow is None else allow, "deny": deny}
+    if lists["allow"] == []:
+        print("itemtok: no item of --allow is known, so nothing is recommended", file=sys.stderr)
     if options.history is None:
         # A file is answered in batches; a program at the other end of a pipe gets each reply before its next request.
         whole = sys.stdin.isatty() or stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode)
-        for line in answer_lines(recommender, sys.stdin, options.k, batch=BATCH if whole else 1):
+        for line in answer_lines(recommender, sys.stdin, options.k, batch=BATCH if whole else 1, **lists):
             print(line, flush=True)
         return 0
-    history = [item_id.strip() for item_id in options.history.split(",") if item_id.strip()]
-    unknown = recommender.known(history)[1]
-    if unknown:
-        print(f"itemtok: skipped {len(unknown)} unknown items: {', '.join(unknown[:5])}", file=sys.stderr)
-        if len(unknown) == len(history):
-            print("itemtok: no item of the history is known; this is the answer for a new user", file=sys.stderr)
-    known = [item_id for item_id in history if item_id not in unknown]
-    reply = answer(None, recommender.recommend(known, options.k), unknown)
+    history, unknown = _known(recommender, _split_ids(options.history), "--history")
+    if unknown and not history:
+        print("itemtok: no item of the history is known; this is the answer for a new user", file=sys.stderr)
+    items = recommender.recommend(history, options.k, **lists)
+    reply = answer(None, items, unknown, unknown_allow=unknown_allow, unknown_deny=unknown_deny)
     if options.json:
         print(json.dumps(reply, ensure_ascii=False))
     else:
         for item in reply["items"]:
             print(f"{item['rank']:>3}  {item['score']:8.3f}  {item['item_id']:<14}  {item['title']}")
     return 0
+
+
+def _ids_of(option: str | None) -> list[str] | None:
+    """Ids of `ID,ID` or `@FILE`, whose lines may hold commas; None where the option was not given."""
+    from llm_itemtok.errors import DataError
+
+    if option is None or not option.startswith("@"):
+        return None if option is None else _split_ids(option)
+    try:
+        text = Path(option[1:]).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{option[1:]}: must be text in UTF-8, one item id a line: {error}") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _split_ids(text: str) -> list[str]:
+    return [item_id.strip() for item_id in text.split(",") if item_id.strip()]
+
+
+def _known(recommender: "Recommender", ids: list[str], option: str) -> tuple[list[str], list[str]]:
+    """Known and unknown ids; standard error names some of the unknown ones."""
+    unknown = recommender.known(ids)[1]
+    if unknown:
+        few = ", ".join(unknown[:5])
+        print(f"itemtok: skipped {len(unknown)} unknown items of {option}: {few}", file=sys.stderr)
+    absent = set(unknown)
+    return [item_id for item_id in ids if item_id not in absent], unknown
 
 
 def _write_report(options: argparse.Namespace) -> int:
@@ -283,6 +329,17 @@ def _reproduce(options: argparse.Namespace) -> int:
         print(f"itemtok: {failure}\n  the same command tries again", file=sys.stderr)
         return 1
     _say(f"results: {page}")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from llm_itemtok.bench import run
+
+    _quiet()
+    results = run.bench(options.group, log=lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps([asdict(result) for result in results], indent=2) if options.json else run.details(results))
     return 0
 
 

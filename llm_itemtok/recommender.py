@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from llm_itemtok.artifacts import FORMAT_VERSION, ITEMS, RECIPE, atomic_folder, read_json, write_json, write_text
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.decoding.beams import DecodeNormaliser, beam_search
+from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.scoring import score_items
-from llm_itemtok.decoding.tree import TreeDecoder
 from llm_itemtok.errors import ArtifactError, DataError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model import export
@@ -202,51 +202,74 @@ class Recommender:
         return Path(folder)
 
     def known(self, history: Iterable[str]) -> tuple[list[int], list[str]]:
-        """Split a history into rows of known items, in order, and unknown ids."""
-        ids = [str(item_id) for item_id in history]
+        """Split a list of ids, such as a history, into rows of known items, in order, and unknown ids.
+
+        Raises:
+            DataError: if it is a text, whose letters would be read as ids.
+        """
+        ids = _ids(history)
         return [self._rows[i] for i in ids if i in self._rows], [i for i in ids if i not in self._rows]
 
-    def recommend(self, history: Iterable[str], k: int = 10) -> list[Recommendation]:
+    def recommend(
+        self, history: Iterable[str], k: int = 10, *, allow: Iterable[str] | None = None, deny: Iterable[str] = ()
+    ) -> list[Recommendation]:
         """Recommend for one history.
 
         Args:
-            history: item ids, oldest first. Unknown ids are skipped, with a warning; an empty history gives the
-                model's unconditional answer.
-            k: how many items, at least 1; fewer come out only if the catalogue has no more.
+            history: item ids, oldest first. Unknown ids, here and in the lists below, are skipped, with one warning; an
+                empty history gives the model's unconditional answer.
+            k: how many items, at least 1; fewer come out only if no more may.
+            allow: the items that may come out, such as those in stock. All may when None; none when the list is empty
+                or no id of it is known.
+            deny: items that must not come out, whatever `allow` says.
 
         Returns:
             Items, best first, each once.
         """
-        if isinstance(history, str):
-            raise DataError(f"a history must be a list of item ids, was: the text {history[:40]!r}")
-        history = list(history)
-        unknown = self.known(history)[1]
-        if unknown:
-            warnings.warn(
-                f"{len(unknown)} of {len(history)} items of the history are not in the catalogue and were skipped: "
-                f"{', '.join(unknown[:3])}",
-                stacklevel=2,
-            )
-        return self.recommend_batch([history], k)[0]
+        history, deny = _ids(history), _ids(deny)
+        allow = None if allow is None else _ids(allow)
+        self._warn_of_unknown({"the history": history, "`allow`": allow or [], "`deny`": deny})
+        return self.recommend_batch([history], k, allow=[allow], deny=[deny])[0]
 
-    def recommend_batch(self, histories: Sequence[Iterable[str]], k: int = 10) -> list[list[Recommendation]]:
+    def recommend_batch(
+        self,
+        histories: Sequence[Iterable[str]],
+        k: int = 10,
+        *,
+        allow: Sequence[Iterable[str] | None] | None = None,
+        deny: Sequence[Iterable[str] | None] | None = None,
+    ) -> list[list[Recommendation]]:
         """Recommend for many histories at once; see `recommend`. Unknown ids are skipped; `known` tells which.
 
+        Args:
+            histories: of B requests.
+            k: items for each.
+            allow: one list per request, or None where all items may come out. A list given to many requests is best
+                the same object, which is then read once.
+            deny: one list per request, or None.
+
         Raises:
-            DataError: if `k` is below 1.
+            DataError: if `k` is below 1, or there are not as many lists as histories.
         """
         if k < 1:
             raise DataError(f"the number of recommendations must be at least 1, was: {k}")
-        if not histories:
-            return []
         rows = [self.known(history)[0] for history in histories]
+        allowed, excluded = self._listed("allow", allow, len(rows)), self._listed("deny", deny, len(rows))
+        if not rows:
+            return []
+        if self.generation.mask_seen:
+            excluded = [
+                np.asarray(seen if denied is None else [*seen, *denied], dtype=np.int64)
+                for seen, denied in zip(rows, excluded, strict=True)
+            ]
         beams = beam_search(
-            TreeDecoder(self.model),
+            decoder_for(self.model),
             self._trie,
             [self._prompts.history(history[-self.generation.history_length :]) for history in rows],
             beam=min(max(k, self.generation.beam), len(self.item_ids)),
             normaliser=self.generation.normaliser,
-            excluded=[np.asarray(history) for history in rows] if self.generation.mask_seen else None,
+            allowed=allowed,
+            excluded=excluded,
         )
         return [
             [
@@ -257,12 +280,35 @@ class Recommender:
             for items, scores in zip(beams.items, beams.scores, strict=True)
         ]
 
+    def _warn_of_unknown(self, lists: dict[str, list[str]]) -> None:
+        """Warn once of the unknown ids of named lists."""
+        told = [
+            f"{len(unknown)} of {len(ids)} items of {name} are not in the catalogue and were skipped: "
+            f"{', '.join(unknown[:3])}"
+            for name, ids in lists.items()
+            if (unknown := self.known(ids)[1])
+        ]
+        if told:
+            warnings.warn("; ".join(told), stacklevel=3)
+
+    def _listed(
+        self, name: str, lists: Sequence[Iterable[str] | None] | None, requests: int
+    ) -> list[np.ndarray | None]:
+        """Rows of the known items of each request's list; one array for a list that is there more than once."""
+        if lists is None:
+            return [None] * requests
+        if len(lists) != requests:
+            raise DataError(f"`{name}` must have one list per history, {requests}, was: {len(lists)}")
+        distinct = {id(ids): ids for ids in lists if ids is not None}
+        rows = {key: np.asarray(self.known(ids)[0], dtype=np.int64) for key, ids in distinct.items()}
+        return [None if ids is None else rows[id(ids)] for ids in lists]
+
     def score(self, history: Iterable[str], items: Iterable[str]) -> list[float]:
         """Score given items for re-ranking.
 
         Args:
             history: as in `recommend`.
-            items: item ids of the catalogue.
+            items: item ids of the catalogue, a few or all of it; what they have in common is computed once.
 
         Returns:
             Natural logarithms of the items' probabilities, in the order given.
@@ -298,6 +344,12 @@ class Recommender:
             generation=replace(self.generation, **changes),
             peft_model=self._peft_model,
         )
+
+
+def _ids(given: Iterable[str]) -> list[str]:
+    if isinstance(given, str):
+        raise DataError(f"a history, `allow` or `deny` must be a list of item ids, was: the text {given[:40]!r}")
+    return [str(item_id) for item_id in given]
 
 
 def _locate(path: str | Path, revision: str | None) -> Path:

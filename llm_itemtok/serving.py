@@ -1,12 +1,14 @@
 """Requests and replies as JSON: one history in, a ranked list out.
 
-A request is `{"user": …, "history": [item ids, oldest first]}`; a reply is `{"user": …, "items": [{"rank", "item_id",
-"title", "score"}]}`, with `"unknown": [ids]` besides when ids of the history were skipped.
+A request is `{"user": …, "history": [item ids, oldest first]}`, with `"allow": [ids]` besides when only these items may
+come out, and `"deny": [ids]` when these must not. A reply is `{"user": …, "items": [{"rank", "item_id", "title",
+"score"}]}`, with `"unknown": [ids]` besides when ids of the history were skipped, and `"unknown_allow"` and
+`"unknown_deny"` when ids of those lists were.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from llm_itemtok.errors import DataError
@@ -16,21 +18,47 @@ BATCH = 32
 """Requests answered at a time when all of them are there already, as in a file."""
 
 
-def answer(user: str | None, items: Sequence[Recommendation], unknown: Sequence[str] = ()) -> dict[str, Any]:
-    """Build a reply."""
+@dataclass(frozen=True)
+class Request:
+    """What one reply is asked for; `allow` None lets all items come out."""
+
+    user: str | None
+    history: list[str]
+    allow: list[str] | None
+    deny: list[str]
+
+
+def answer(
+    user: str | None,
+    items: Sequence[Recommendation],
+    unknown: Sequence[str] = (),
+    *,
+    unknown_allow: Sequence[str] = (),
+    unknown_deny: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Build a reply; the lists of unknown ids are in it only if there are any."""
     reply: dict[str, Any] = {"user": user, "items": [asdict(item) for item in items]}
-    if unknown:
-        reply["unknown"] = list(unknown)
-    return reply
+    skipped = {"unknown": unknown, "unknown_allow": unknown_allow, "unknown_deny": unknown_deny}
+    return reply | {name: list(ids) for name, ids in skipped.items() if ids}
 
 
-def answer_lines(recommender: Recommender, lines: Iterable[str], k: int, *, batch: int = BATCH) -> Iterator[str]:
+def answer_lines(
+    recommender: Recommender,
+    lines: Iterable[str],
+    k: int,
+    *,
+    allow: Iterable[str] | None = None,
+    deny: Iterable[str] = (),
+    batch: int = BATCH,
+) -> Iterator[str]:
     """Answer JSON Lines requests, in order.
 
     Args:
         recommender: gives the answers.
         lines: one request a line; blank lines are passed over.
         k: items a reply.
+        allow: items that may come out of any request; of one with a list of its own, those in both. All when None.
+        deny: items that must not come out of any request, besides its own list.
         batch: requests read before the first of them is answered; 1 for a conversation.
 
     Yields:
@@ -39,38 +67,67 @@ def answer_lines(recommender: Recommender, lines: Iterable[str], k: int, *, batc
     Raises:
         DataError: for a line that is no request, naming it; the requests before it are answered first.
     """
-    waiting: list[tuple[str | None, list[str]]] = []
+    lists = (None if allow is None else frozenset(allow), frozenset(deny))
+    waiting: list[Request] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             waiting.append(_request(line, number))
         except DataError:
-            yield from _answer_all(recommender, waiting, k)
+            yield from _answer_all(recommender, waiting, k, *lists)
             raise
         if len(waiting) == batch:
-            yield from _answer_all(recommender, waiting, k)
+            yield from _answer_all(recommender, waiting, k, *lists)
             waiting = []
-    yield from _answer_all(recommender, waiting, k)
+    yield from _answer_all(recommender, waiting, k, *lists)
 
 
-def _answer_all(recommender: Recommender, waiting: Sequence[tuple[str | None, list[str]]], k: int) -> Iterator[str]:
-    lists = recommender.recommend_batch([history for _, history in waiting], k)
-    for (user, history), items in zip(waiting, lists, strict=True):
-        yield json.dumps(answer(user, items, recommender.known(history)[1]), ensure_ascii=False)
+def _answer_all(
+    recommender: Recommender, waiting: Sequence[Request], k: int, allow: frozenset[str] | None, deny: frozenset[str]
+) -> Iterator[str]:
+    # Lists that are for all requests are handed on as one object, which `recommend_batch` reads once.
+    lists = recommender.recommend_batch(
+        [request.history for request in waiting],
+        k,
+        allow=[
+            allow if request.allow is None else request.allow if allow is None else allow.intersection(request.allow)
+            for request in waiting
+        ],
+        deny=[deny.union(request.deny) if request.deny else deny for request in waiting],
+    )
+    for request, items in zip(waiting, lists, strict=True):
+        reply = answer(
+            request.user,
+            items,
+            recommender.known(request.history)[1],
+            unknown_allow=recommender.known(request.allow or ())[1],
+            unknown_deny=recommender.known(request.deny)[1],
+        )
+        yield json.dumps(reply, ensure_ascii=False)
 
 
-def _request(line: str, number: int) -> tuple[str | None, list[str]]:
-    """User and history of one line."""
-    shape = '{"user": …, "history": [item ids]}'
+def _request(line: str, number: int) -> Request:
+    """What one line asks for."""
+    shape = '{"user": …, "history": [item ids]}, with "allow" or "deny": [item ids] where wanted'
     try:
         request = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"standard input, line {number}: a request must be JSON, {shape}: {error.msg}") from error
     if not isinstance(request, dict) or not isinstance(request.get("history"), list):
         raise DataError(f"standard input, line {number}: a request must be {shape}, was: {line.strip()[:80]}")
-    wrong = [item for item in request["history"] if isinstance(item, bool) or not isinstance(item, str | int)]
+    user = request.get("user")
+    lists = {name: _item_ids(request.get(name), name, number) for name in ("history", "allow", "deny")}
+    return Request(None if user is None else str(user), lists["history"] or [], lists["allow"], lists["deny"] or [])
+
+
+def _item_ids(given: Any, name: str, number: int) -> list[str] | None:
+    """Ids of a request's list as text; None where there is no such list."""
+    if given is None:
+        return None
+    if not isinstance(given, list):
+        raise DataError(f"standard input, line {number}: `{name}` must be a list of item ids, was: {given!r:.80}")
+    wrong = [item for item in given if isinstance(item, bool) or not isinstance(item, str | int)]
     if wrong:
         raise DataError(f"standard input, line {number}: item ids must be text or whole numbers, was: {wrong[0]!r}")
-    user = request.get("user")
-    return (None if user is None else str(user)), [str(item) for item in request["history"]]
+    return [str(item) for item in given]

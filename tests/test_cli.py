@@ -30,9 +30,10 @@ def test_commands_and_flags_are_frozen(capsys: pytest.CaptureFixture[str]) -> No
         "check": {"--set"},
         "inspect": {"--compare"},
         "evaluate": {"--data", "--json"},
-        "recommend": {"--history", "-k", "--json"},
+        "recommend": {"--history", "-k", "--allow", "--deny", "--json"},
         "report": set(),
         "explain": set(),
+        "bench": {"--json"},
         "reproduce": {"--dry-run", "--rerun", "--workers", "--minutes", "--results", "--runs"},
     }
     for command, flags in expected.items():
@@ -55,6 +56,7 @@ def test_commands_and_flags_are_frozen(capsys: pytest.CaptureFixture[str]) -> No
         (["check", "tiny.yaml", "--set", "data.k_core=500"], "k_core"),
         (["evaluate", "nowhere"], "nowhere"),
         (["recommend", "nowhere", "--history", "1"], "nowhere"),
+        (["recommend", ".", "--history", "1", "--allow", "@stock.txt"], "stock.txt"),
         (["inspect", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["explain", "tokenizer.nonsense"], "nonsense"),
@@ -96,6 +98,47 @@ def test_recommend_prints_json_alone(finished: Path, capsys: pytest.CaptureFixtu
     assert [item["rank"] for item in reply["items"]] == [1, 2, 3]
     assert {item["item_id"] for item in reply["items"]} <= set(items)
     assert "unheard-of" in output.err
+
+
+def test_recommend_keeps_to_lists_given_as_ids_or_as_a_file(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [json.loads(line)["id"] for line in (finished / "model/items.jsonl").read_text().splitlines()]
+    (tmp_path / "stock.txt").write_text("\ufeff" + "\r\n".join([*items[:4], "", "not, sold"]), encoding="utf-8")
+    lists = ["--allow", f"@{tmp_path / 'stock.txt'}", "--deny", f"{items[1]},unheard-of"]
+    assert main(["recommend", str(finished), "--history", "", "--json", *lists]) == 0
+    output = capsys.readouterr()
+    reply = json.loads(output.out)
+    assert {item["item_id"] for item in reply["items"]} == {items[0], items[2], items[3]}
+    assert (reply["unknown_allow"], reply["unknown_deny"]) == (["not, sold"], ["unheard-of"])
+    assert "skipped 1 unknown items of --allow: not, sold" in output.err
+    assert main(["recommend", str(finished), "--history", "", "--allow", "unheard-of"]) == 0
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "no item of --allow is known, so nothing is recommended" in output.err
+
+
+def test_lists_of_the_command_hold_for_every_request(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [json.loads(line)["id"] for line in (finished / "model/items.jsonl").read_text().splitlines()]
+    requests = [{"history": []}, {"history": [], "allow": items[2:6]}, {"history": [], "deny": items[:2]}]
+    (tmp_path / "requests.jsonl").write_text("\n".join(json.dumps(request) for request in requests))
+    with (tmp_path / "requests.jsonl").open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        allow, deny = ",".join(items[:4]), items[3]
+        assert main(["recommend", str(finished), "--allow", allow, "--deny", deny]) == 0
+    replies = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [{item["item_id"] for item in reply["items"]} for reply in replies]
+    assert found == [set(items[:3]), {items[2]}, {items[2]}]
+
+
+def test_a_list_that_is_no_text_is_bad_input(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stock.bin").write_bytes(b"\xff\xfe\x00")
+    assert main(["recommend", str(finished), "--history", "", "--deny", f"@{tmp_path / 'stock.bin'}"]) == 2
+    assert "stock.bin: must be text in UTF-8, one item id a line" in capsys.readouterr().err
 
 
 def test_recommend_answers_json_lines_in_order(

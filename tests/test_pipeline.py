@@ -1,7 +1,11 @@
 """A recipe carried out: what a run folder holds, what is run again, and what stays the same."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -70,6 +74,8 @@ def test_metrics_json_has_the_keys_of_the_contract(finished: Path) -> None:
     }
     assert metrics["training"]["steps"] == 6
     assert metrics["training"]["targets_seen"] > 0
+    assert set(metrics["speed"]) == {"test_seconds", "users_per_second", "model_share"}
+    assert 0 < metrics["speed"]["model_share"] < 1
     assert all(low <= metrics["test"][key] <= high for key, (low, high) in metrics["ci95"].items())
 
 
@@ -373,3 +379,50 @@ def test_a_bundle_holds_no_user(finished: Path) -> None:
     for file in (finished / "model").iterdir():
         content = file.read_bytes()
         assert not any(f'"{user}"'.encode() in content for user in users), file
+
+
+def run_in_two_processes(path: Path, *arguments: str) -> list[tuple[int, str]]:
+    """Exit status and standard error of each process of `itemtok run`, the main one first; gloo on the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    pair = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "llm_itemtok", "run", str(path), *arguments],
+            env={**os.environ, **pair, "RANK": place, "LOCAL_RANK": place, "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for place in "01"
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_processes_measure_as_one_and_neither_outlives_an_error_of_the_main_one(tmp_path: Path) -> None:
+    """They share validation and test; what main does alone, such as baselines, the other one waits for."""
+    settings = ("evaluation.batch_size=8", "trainer.per_device_train_batch_size=8")
+    config, out = recipe(tmp_path, *settings), tmp_path / "run"
+    flags = ["--out", str(out), *(word for setting in settings for word in ("--set", setting))]
+    assert [status for status, _ in run_in_two_processes(tmp_path / "tiny.yaml", *flags)] == [0, 0]
+    together = pq.read_table(out / "predictions.parquet"), json.loads((out / "metrics.json").read_text())
+    run(config, out, start="evaluate")
+    assert pq.read_table(out / "predictions.parquet").equals(together[0])
+    alone = json.loads((out / "metrics.json").read_text())
+    assert {key: alone[key] for key in ("test", "ci95", "segments")} == {
+        key: together[1][key] for key in ("test", "ci95", "segments")
+    }
+    assert evaluate_path(str(out), None)["validation"] == together[1]["validation"]
+
+    (out / "training.json").write_text("cut sho")
+    (main, says), (other, _) = run_in_two_processes(tmp_path / "tiny.yaml", *flags, "--from", "evaluate")
+    assert main == 2
+    assert "training.json:1: not JSON" in says
+    assert other != 0

@@ -130,6 +130,75 @@ def test_a_text_in_place_of_a_list_of_ids_is_refused():
         merged().recommend("item-3")
 
 
+def test_unknown_ids_of_all_lists_are_told_in_one_warning():
+    recommender = merged()
+    told = r"^1 of 1 items of the history .*: h; 2 of 3 items of `allow` .*: a, b; 1 of 2 items of `deny` .*: d$"
+    with pytest.warns(UserWarning, match=told) as warned:
+        found = recommender.recommend(["h"], allow=["a", "item-4", "b"], deny=["d", "item-5"])
+    assert [item.item_id for item in found] == ["item-4"]
+    assert len(warned) == 1
+
+
+def test_where_no_allowed_item_is_known_nothing_is_recommended():
+    recommender = merged()
+    with pytest.warns(UserWarning, match="2 of 2 items of `allow`"):
+        assert recommender.recommend(["item-3"], allow=["x", "y"]) == []
+    assert recommender.recommend(["item-3"], allow=[]) == []
+
+
+@pytest.mark.parametrize("mask_seen", [False, True])
+@pytest.mark.parametrize("sizes", [(60,), (6, 5, 4), (2, 2, 3, 5)])
+def test_lists_leave_what_the_whole_ranking_has_of_them(sizes, mask_seen):
+    """For every `k`: below the beam and above it, above the number of allowed items, above that of all items."""
+    recommender = merged(codes=tiny_codes(60, sizes), beam=7)
+    everything = recommender.recommend(["item-3", "item-9"], 60)
+    recommender = recommender.with_generation(mask_seen=mask_seen)
+    rng = np.random.default_rng(5)
+    for num_allowed, num_denied in [(1, 0), (5, 2), (30, 10), (60, 55), (60, 0), (3, 60)]:
+        allow, deny = (rng.choice(IDS, size, replace=False).tolist() for size in (num_allowed, num_denied))
+        seen = ["item-3", "item-9"] if mask_seen else []
+        left = [item for item in everything if item.item_id in set(allow) - set(deny) - set(seen)]
+        for k in (1, 4, 12, 60, 100):
+            found = recommender.recommend(["item-3", "item-9"], k, allow=iter(allow), deny=iter(deny))
+            assert [item.rank for item in found] == list(range(1, min(k, len(left)) + 1))
+            assert {item.item_id for item in found} <= {item.item_id for item in left}
+            if num_allowed <= 7 or k >= 60:  # no beam is lost on the way, so the search is exact
+                assert [item.item_id for item in found] == [item.item_id for item in left[:k]]
+                scores = [item.score for item in left[:k]]
+                assert [item.score for item in found] == pytest.approx(scores, abs=1e-5)
+
+
+def test_each_request_of_a_batch_has_its_own_lists():
+    recommender = merged()
+    allow = [IDS[:5], None, IDS[:5], [], IDS]
+    deny = [None, IDS[10:], ["item-1"], IDS[:3], ()]
+    histories = [["item-3"], [], ["item-3", "item-4"], ["item-5"], ["item-1"]]
+    together = recommender.recommend_batch(histories, 8, allow=allow, deny=deny)
+    for history, mine, not_mine, items in zip(histories, allow, deny, together, strict=True):
+        alone = recommender.recommend(history, 8, allow=mine, deny=not_mine or ())
+        assert [item.item_id for item in items] == [item.item_id for item in alone]
+    assert [len(items) for items in together] == [5, 8, 4, 0, 8]
+
+
+@pytest.mark.parametrize("name", ["allow", "deny"])
+def test_lists_that_are_not_one_for_each_request_are_refused(name):
+    with pytest.raises(DataError, match=f"`{name}` must have one list per history, 2, was: 1"):
+        merged().recommend_batch([[], []], 3, **{name: [["item-1"]]})
+
+
+@pytest.mark.parametrize("name", ["allow", "deny"])
+def test_a_text_in_place_of_a_list_of_items_is_refused(name):
+    with pytest.raises(DataError, match="must be a list of item ids, was: the text 'item-3'"):
+        merged().recommend([], **{name: "item-3"})
+
+
+def test_items_to_score_may_come_twice_and_keep_their_order():
+    recommender = merged()
+    once = dict(zip(IDS, recommender.score(["item-3"], IDS), strict=True))
+    asked = ["item-9", "item-2", "item-9", "item-40"]
+    assert recommender.score(["item-3"], asked) == pytest.approx([once[item_id] for item_id in asked], abs=1e-5)
+
+
 def test_an_empty_history_is_answered():
     items = merged().recommend([], 7)
     assert len({item.item_id for item in items}) == 7

@@ -8,7 +8,7 @@ import pytest
 from llm_itemtok.errors import DataError
 from llm_itemtok.recommender import Recommendation
 from llm_itemtok.serving import BATCH, answer, answer_lines
-from tests.test_recommender import merged
+from tests.test_recommender import IDS, merged
 
 RECOMMENDER = merged()
 
@@ -50,6 +50,53 @@ def test_unknown_ids_are_told_and_numbers_are_read_as_text():
     assert first["user"] is None
 
 
+def ids(reply: dict[str, Any]) -> list[str]:
+    return [item["item_id"] for item in reply["items"]]
+
+
+def test_a_request_says_what_may_come_out_and_what_must_not():
+    whole = ids(replies(['{"history": []}'], 60)[0])
+    some = whole[40:3:-6]
+    found = replies(
+        [
+            json.dumps({"history": [], "allow": some}),
+            json.dumps({"history": [], "deny": whole[:5]}),
+            json.dumps({"history": [], "allow": some, "deny": some[1:]}),
+            json.dumps({"history": [], "allow": []}),
+            json.dumps({"history": [], "allow": None, "deny": None}),
+        ],
+        60,
+    )
+    assert [ids(reply) for reply in found] == [some[::-1], whole[5:], some[:1], [], whole]
+
+
+def test_unknown_ids_of_lists_are_told_apart_from_those_of_the_history():
+    (reply,) = replies(['{"history": ["h"], "allow": [7, "item-3", "a"], "deny": ["d", "item-4"]}'])
+    assert ids(reply) == ["item-3"]
+    skipped = {name: value for name, value in reply.items() if name.startswith("unknown")}
+    assert skipped == {"unknown": ["h"], "unknown_allow": ["7", "a"], "unknown_deny": ["d"]}
+
+
+def test_lists_for_all_requests_hold_besides_those_of_each():
+    lines = [
+        '{"history": []}',
+        '{"history": [], "allow": ["item-2", "item-9", "x"]}',
+        '{"history": [], "deny": ["item-2", "y"]}',
+        '{"history": [], "allow": ["item-1", "item-2"], "deny": ["item-1"]}',
+        '{"history": [], "allow": []}',
+    ]
+    allow, deny = ["item-1", "item-2", "item-3", "item-4"], ["item-4", "item-5"]
+    found = [json.loads(line) for line in answer_lines(RECOMMENDER, lines, 60, allow=allow, deny=deny)]
+    expected = [["item-1", "item-2", "item-3"], ["item-2"], ["item-1", "item-3"], ["item-2"], []]
+    assert [sorted(ids(reply)) for reply in found] == expected
+    assert [reply.get("unknown_allow") for reply in found] == [None, ["x"], None, None, None]
+    assert [reply.get("unknown_deny") for reply in found] == [None, None, ["y"], None, None]
+    (free,) = (json.loads(line) for line in answer_lines(RECOMMENDER, lines[:1], 60, deny=deny))
+    assert set(ids(free)) == set(IDS) - set(deny)
+    (none,) = (json.loads(line) for line in answer_lines(RECOMMENDER, lines[:1], 60, allow=[]))
+    assert ids(none) == []
+
+
 def test_replies_are_one_line_each_and_keep_letters_as_they_are():
     (line,) = answer_lines(RECOMMENDER, ['{"user": "Zoë\\n", "history": []}'], 60)
     assert "\n" not in line
@@ -60,13 +107,19 @@ def test_replies_are_one_line_each_and_keep_letters_as_they_are():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"history": [', r"line 4: a request must be JSON, {\"user\": …, \"history\": \[item ids\]}: Expecting value"),
+        (
+            '{"history": [',
+            r"line 4: a request must be JSON, {\"user\": …, \"history\": \[item ids\]}.*: Expecting value",
+        ),
         ("[]", r"line 4: a request must be .*, was: \[\]"),
         ('{"user": "u"}', "line 4: a request must be"),
         ('{"history": "item-3"}', "line 4: a request must be"),
         ('{"history": [null]}', "line 4: item ids must be text or whole numbers, was: None"),
         ('{"history": [true]}', "line 4: item ids must be text or whole numbers, was: True"),
         ('{"history": [1.5]}', "line 4: item ids must be text or whole numbers, was: 1.5"),
+        ('{"history": [], "allow": "item-3"}', "line 4: `allow` must be a list of item ids, was: 'item-3'"),
+        ('{"history": [], "deny": {"item-3": 1}}', "line 4: `deny` must be a list of item ids, was: {"),
+        ('{"history": [], "deny": [null]}', "line 4: item ids must be text or whole numbers, was: None"),
     ],
 )
 def test_a_bad_line_is_named_after_the_requests_before_it_are_answered(line, message):
@@ -83,3 +136,4 @@ def test_a_reply_without_unknown_ids_says_nothing_of_them():
         "user": "u", "items": [{"rank": 1, "item_id": "a", "title": "", "score": -0.5}]
     }  # fmt: skip
     assert answer(None, [], ["x"]) == {"user": None, "items": [], "unknown": ["x"]}
+    assert answer(None, [], unknown_deny=["x"]) == {"user": None, "items": [], "unknown_deny": ["x"]}

@@ -1,18 +1,33 @@
 """Real, tiny models built from configuration: what the tests run on instead of mocks or downloads."""
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from llm_itemtok.items.codes import ItemCodes
@@ -21,7 +36,81 @@ from llm_itemtok.model.load import with_item_tokens
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.vocab import init
 
+_GROUPED = {
+    "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 128,
+}  # fmt: skip
+_GROUPED_8 = {**_GROUPED, "head_dim": 8}
+_PLAIN = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 128}
+_MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {**_GROUPED_8, "num_experts_per_tok": 2}
+_UPPER = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+
+_CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
+    "llama": (LlamaConfig, _GROUPED_8),
+    "qwen2": (Qwen2Config, _GROUPED_8),
+    "qwen3": (Qwen3Config, _GROUPED_8),
+    "gemma3": (Gemma3TextConfig, {**_GROUPED_8, **_MIXED}),
+    "gpt2": (
+        GPT2Config,
+        {
+            "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 128,
+            "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+        },
+    ),
+    "qwen2-window": (Qwen2Config, {**_GROUPED_8, **_UPPER}),
+    "qwen3-window": (Qwen3Config, {**_GROUPED_8, **_UPPER}),
+    "mistral": (MistralConfig, {**_GROUPED_8, "sliding_window": None}),
+    "mistral-window": (MistralConfig, {**_GROUPED_8, "sliding_window": 6}),
+    "mixtral": (MixtralConfig, {**_EXPERTS, "num_local_experts": 4}),
+    "qwen3-moe": (Qwen3MoeConfig, {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16}),
+    "gemma": (GemmaConfig, _GROUPED_8),
+    # Caps low enough for tiny logits to feel them.
+    "gemma2": (
+        Gemma2Config,
+        {
+            **_GROUPED_8, **_MIXED, "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+        },
+    ),
+    "phi3": (Phi3Config, _GROUPED),
+    "phi3-window": (Phi3Config, {**_GROUPED, "sliding_window": 6}),
+    "olmo2": (Olmo2Config, _GROUPED),
+    "smollm3": (SmolLM3Config, {**_GROUPED, "no_rope_layers": [1, 0]}),
+    "smollm3-window": (
+        SmolLM3Config, {**_GROUPED, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 6}
+    ),
+    "granite": (
+        GraniteConfig,
+        {
+            **_GROUPED, "logits_scaling": 1.7, "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
+            "attention_multiplier": 0.3,
+        },
+    ),
+    "opt": (OPTConfig, {**_PLAIN, "ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.0}),
+    # As the 350M checkpoint: narrower embeddings, norms behind the layers.
+    "opt-narrow": (
+        OPTConfig,
+        {**_PLAIN, "ffn_dim": 32, "word_embed_proj_dim": 8, "do_layer_norm_before": False, "dropout": 0.0},
+    ),
+    "gpt-neox": (GPTNeoXConfig, {**_PLAIN, "intermediate_size": 32}),
+    "bloom": (BloomConfig, {"n_layer": 2, "hidden_size": 16, "n_head": 2}),
+    "falcon": (FalconConfig, _PLAIN),
+    # As the 40B and later checkpoints, and as the RefinedWeb ones.
+    "falcon-grouped": (FalconConfig, {**_PLAIN, "num_kv_heads": 1, "new_decoder_architecture": True}),
+    "falcon-alibi": (
+        FalconConfig, {**_PLAIN, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
+    ),
+}  # fmt: skip
+
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
+"""For tests of what no family changes much."""
+ALL_FAMILIES = tuple(_CONFIGS)
+"""For proofs that a family's numbers are those of plain `transformers`."""
+MOST_SLOWLY = [
+    family if family in FAMILIES else pytest.param(family, marks=pytest.mark.slow) for family in ALL_FAMILIES
+]
+"""All of them, those beyond the cheap ones marked as slow."""
 WORDS = [
     "red",
     "blue",
@@ -63,20 +152,8 @@ def tiny_lm(family: str, *, tied: bool = True, padding: int = 0, seed: int = 0, 
         "pad_token_id": 2,
         "tie_word_embeddings": tied,
     }
-    if family == "gpt2":
-        config = GPT2Config(
-            n_layer=2, n_embd=16, n_head=2, n_positions=128, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
-            **shared, **changes,
-        )  # fmt: skip
-    else:
-        kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
-        layout = {
-            "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 128,
-        }  # fmt: skip
-        if family == "gemma3":
-            layout |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
-        config = kinds[family](**{**layout, **shared, **changes})
+    kind, layout = _CONFIGS[family]
+    config = kind(**{**layout, **shared, **changes})
     torch.manual_seed(seed)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

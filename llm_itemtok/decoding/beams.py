@@ -4,7 +4,13 @@ Works on any `BeamDecoder`. At every level the K beams are extended by the legal
 an item that does not exist cannot come out, and top-k runs over K x children instead of K x vocabulary. With no more
 legal paths than beams, the search is exact; a search as wide as the catalogue ranks as exhaustive scoring does.
 
-Shape letters: B users, K beams, C widest node, H history items.
+Lists of what may or may not come out for a user leave the trie as it is: the items under a node are one range of
+leaves, so the listed ones among them are counted by looking the range's ends up in the sorted list. That takes time by
+the length of the lists, not by the size of the catalogue.
+
+The loop never waits for an accelerator: nothing in it depends on a value that is computed there.
+
+Shape letters: B users, K beams, C widest node, H listed items of all users.
 """
 
 from collections.abc import Sequence
@@ -16,12 +22,15 @@ import torch
 from torch import Tensor
 
 from llm_itemtok.decoding.tree import BeamDecoder
+from llm_itemtok.errors import DataError
 from llm_itemtok.model.item_lm import Normaliser
 from llm_itemtok.vocab.trie import ItemTrie
 
 State = TypeVar("State")
 
 DecodeNormaliser = Literal["level", "items", "vocab", "children"]
+
+_NOTHING = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ def beam_search(
     *,
     beam: int,
     normaliser: DecodeNormaliser = "level",
-    excluded: Sequence[np.ndarray] | None = None,
+    allowed: Sequence[np.ndarray | None] | None = None,
+    excluded: Sequence[np.ndarray | None] | None = None,
 ) -> Beams:
     """Find the `beam` most probable items for each prompt.
 
@@ -53,51 +63,159 @@ def beam_search(
         decoder: the model behind the decoding interface.
         trie: the legal codes, on the model's device.
         prompts: B arrays of token ids.
-        beam: beams kept at every level; at least 1.
-        normaliser: as in training, or `children`: renormalised over the legal children of each prefix.
-        excluded: item rows that may not come out, one array per user, such as items already seen. As many others come
-            out as there are, up to `beam`.
+        beam: beams kept at every level; at least 1. With no more allowed items than beams the search is exact.
+        normaliser: as in training, or `children`: renormalised over the legal children of each prefix, whatever a user
+            is allowed.
+        allowed: item rows that may come out, one array per user, None where all may; nothing comes out of an empty one.
+        excluded: item rows that may not come out, such as items already seen, one array per user or None. Counts for
+            more than `allowed`. As many others come out as there are, up to `beam`.
+
+    Returns:
+        Lists of `beam` items, or of the whole catalogue where that has fewer.
+
+    Raises:
+        DataError: if a list names a row that the catalogue does not have.
     """
+    width = min(beam, trie.num_items)
+    lists = _read_lists(trie, len(prompts), allowed, excluded)
+    longest = trie.num_items if lists is None else lists.longest
+    if longest == 0:
+        return Beams(np.full((len(prompts), width), -1), np.full((len(prompts), width), -np.inf, dtype=np.float32))
     state = decoder.encode(prompts)
-    device = trie.leaf_items.device
-    banned = None if excluded is None else _leaves(trie, excluded)
-    nodes = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)
-    scores = torch.zeros(len(prompts), 1, device=device)
+    nodes = torch.zeros(len(prompts), 1, dtype=torch.long, device=trie.device)
+    scores = torch.zeros(len(prompts), 1, device=trie.device)
     parents: Tensor | None = None
     codes: Tensor | None = None
     for level in range(trie.num_levels):
         model_normaliser: Normaliser = "level" if normaliser == "children" else normaliser
         log_probs = decoder.level_log_probs(state, parents, codes, level, model_normaliser)
         children, child_codes, legal = trie.children(nodes, level)
-        steps = log_probs.gather(2, child_codes).masked_fill(~legal, -torch.inf)
+        steps = log_probs.gather(2, child_codes)
         if normaliser == "children":
-            steps = steps - steps.logsumexp(-1, keepdim=True)
-        candidates = scores.unsqueeze(-1) + steps
-        if banned is not None:
-            candidates = candidates.masked_fill(_used_up(trie, children, level, banned), -torch.inf)
-        flat = candidates.flatten(1)
-        keep = min(beam, flat.shape[1], len(trie.child_codes[level]))
-        scores, chosen = flat.topk(keep, dim=1)
+            steps -= torch.where(legal, steps, -torch.inf).logsumexp(-1, keepdim=True)
+        if lists is not None:
+            legal = legal & lists.leave_open(trie, children, level + 1)
+        candidates = torch.where(legal, steps + scores.unsqueeze(-1), -torch.inf).flatten(1)
+        keep = min(beam, candidates.shape[1], trie.num_nodes(level + 1), longest)
+        scores, chosen = candidates.topk(keep, dim=1)
         parents = chosen // children.shape[2]
         nodes = children.flatten(1).gather(1, chosen)
         codes = child_codes.flatten(1).gather(1, chosen)
-    items = trie.leaf_items[nodes].masked_fill(scores == -torch.inf, -1)
-    return Beams(items.cpu().numpy(), scores.float().cpu().numpy())
+    items, found = trie.items(nodes).masked_fill(scores == -torch.inf, -1).cpu().numpy(), scores.cpu().numpy()
+    if items.shape[1] < width:
+        missing = ((0, 0), (0, width - items.shape[1]))
+        items, found = np.pad(items, missing, constant_values=-1), np.pad(found, missing, constant_values=-np.inf)
+    return Beams(items, found)
 
 
-def _leaves(trie: ItemTrie, rows: Sequence[np.ndarray]) -> Tensor:
-    """Leaves `[B, H]` of item rows, sorted, each once, filled up with a number beyond the last leaf."""
-    leaves = [trie.item_leaves[torch.from_numpy(np.unique(np.asarray(row, dtype=np.int64)))] for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(
-        [each.sort().values for each in leaves], batch_first=True, padding_value=trie.num_items
+@dataclass(frozen=True)
+class _Listed:
+    """One list of leaves for each of B users; users with the same list share it.
+
+    Attributes:
+        leaves: int64 `[H]`, leaves of all lists, sorted; the list's number times the number of items is added to each.
+        offsets: int64 `[B, 1, 1]`: what was added in each user's list.
+    """
+
+    leaves: Tensor
+    offsets: Tensor
+
+    def between(self, first: Tensor, after: Tensor) -> Tensor:
+        """Count the listed leaves in each range of leaves, int64 `[B, K, C]`."""
+        below = torch.searchsorted(self.leaves, after + self.offsets)
+        return below.sub_(torch.searchsorted(self.leaves, first + self.offsets))
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """What may come out for each of B users.
+
+    Attributes:
+        allowed: None where no user has such a list.
+        has_allowed: bool `[B, 1, 1]`: whether the user has such a list.
+        excluded: each item once, and where there is a list of allowed ones, only items of that; None where there are
+            none at all.
+        longest: the most items that may come out for one user.
+    """
+
+    allowed: _Listed | None
+    has_allowed: Tensor
+    excluded: _Listed | None
+    longest: int
+
+    def leave_open(self, trie: ItemTrie, nodes: Tensor, depth: int) -> Tensor:
+        """Whether an item that may come out is under each node `[B, K, C]` of a depth, bool `[B, K, C]`.
+
+        Other nodes must not hold a beam at any level: they would come to nothing, and the list would end short.
+        """
+        first, after = trie.leaf_span(nodes, depth)
+        left = after - first
+        if self.allowed is not None:
+            left = torch.where(self.has_allowed, self.allowed.between(first, after), left)
+        if self.excluded is not None:
+            left = left - self.excluded.between(first, after)
+        return left > 0
+
+
+def _read_lists(
+    trie: ItemTrie,
+    users: int,
+    allowed: Sequence[np.ndarray | None] | None,
+    excluded: Sequence[np.ndarray | None] | None,
+) -> _Lists | None:
+    """Check and file the lists; None where nobody has any."""
+    may = _tidy("allowed", allowed, users, trie.num_items)
+    may_not = list(map(_that_count, _tidy("excluded", excluded, users, trie.num_items), may))
+    has_allowed = [listed is not None for listed in may]
+    if not any(has_allowed) and not any(map(len, may_not)):
+        return None
+    most = [trie.num_items if listed is None else len(listed) for listed in may]
+    return _Lists(
+        _file(trie, [_NOTHING if listed is None else listed for listed in may]) if any(has_allowed) else None,
+        torch.tensor(has_allowed, device=trie.device).view(-1, 1, 1),
+        _file(trie, may_not) if any(map(len, may_not)) else None,
+        max(count - len(banned) for count, banned in zip(most, may_not, strict=True)),
     )
 
 
-def _used_up(trie: ItemTrie, nodes: Tensor, level: int, banned: Tensor) -> Tensor:
-    """Whether all items under each node `[B, K, C]` at depth `level + 1` are among the banned leaves `[B, H]`.
+def _tidy(
+    name: str, lists: Sequence[np.ndarray | None] | None, users: int, num_items: int
+) -> Sequence[np.ndarray | None]:
+    """Check lists of item rows and sort them, each row once; an array that is given twice is read once."""
+    if lists is None:
+        return [None] * users
+    if len(lists) != users:
+        raise DataError(f"`{name}` must have one list per prompt, {users}, was: {len(lists)}")
+    tidy: dict[int, np.ndarray] = {}
+    for rows in lists:
+        if rows is not None and id(rows) not in tidy:
+            ordered = np.sort(np.asarray(rows, dtype=np.int64))  # `np.unique` takes 15 times as long for a million
+            tidy[id(rows)] = ordered = ordered[np.diff(ordered, prepend=np.iinfo(np.int64).min) != 0]
+            if len(ordered) and (ordered[0] < 0 or ordered[-1] >= num_items):
+                raise DataError(f"`{name}` must hold item rows in [0, {num_items}), was: {ordered[0]} to {ordered[-1]}")
+    return [None if rows is None else tidy[id(rows)] for rows in lists]
 
-    Such nodes must not hold a beam at any level: they would come to nothing, and the list would end short.
-    """
-    first, after = trie.first_leaves[level][nodes], trie.first_leaves[level][nodes + 1]
-    below = torch.searchsorted(banned, after.flatten(1)) - torch.searchsorted(banned, first.flatten(1))
-    return below.reshape(nodes.shape) == after - first
+
+def _that_count(banned: np.ndarray | None, listed: np.ndarray | None) -> np.ndarray:
+    """Excluded rows among the allowed ones, both sorted; takes time by the logarithm of the number of allowed ones."""
+    if banned is None:
+        return _NOTHING
+    if listed is None:
+        return banned
+    places = np.searchsorted(listed, banned)
+    inside = places < len(listed)
+    inside[inside] = listed[places[inside]] == banned[inside]
+    return banned[inside]
+
+
+def _file(trie: ItemTrie, lists: Sequence[np.ndarray]) -> _Listed:
+    """Turn tidy item rows into leaves that are looked up in one sorted array, the same array of two users once."""
+    distinct = {id(rows): rows for rows in lists}
+    numbers = {each: number for number, each in enumerate(distinct)}
+    owners = np.repeat(np.arange(len(distinct)), [len(rows) for rows in distinct.values()])
+    rows = torch.from_numpy(np.concatenate(list(distinct.values()))).to(trie.device)
+    leaves = trie.leaves(rows).add_(torch.from_numpy(owners).to(trie.device), alpha=trie.num_items)
+    # On a CPU numpy sorts many times faster.
+    ordered = torch.from_numpy(np.sort(leaves.numpy())) if leaves.device.type == "cpu" else leaves.sort().values
+    offsets = torch.tensor([numbers[id(rows)] for rows in lists], device=trie.device).mul_(trie.num_items)
+    return _Listed(ordered, offsets.view(-1, 1, 1))

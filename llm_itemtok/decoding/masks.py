@@ -29,13 +29,17 @@ def attention_masks(
         `[B, 1, Q, S]`, 0 where a key is seen and the lowest number elsewhere; one for each kind of attention, by name,
         for a model whose layers differ.
     """
-    full = _additive(allowed, dtype)
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+    full = additive(allowed, dtype)
+    kinds = getattr(config, "layer_types", None)
+    if getattr(config, "sliding_window", None) is None or (kinds is not None and "sliding_attention" not in kinds):
         return full
     near = query_places.unsqueeze(2) - key_places.unsqueeze(1) < config.sliding_window
-    return {"full_attention": full, "sliding_attention": _additive(allowed & near, dtype)}
+    sliding = additive(allowed & near, dtype)
+    # Where a model does not say what each layer does (Mistral, Phi-3), every layer has the window.
+    return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask `[B, 1, Q, S]` that is added to attention scores: 0 where a key is seen, the lowest number elsewhere."""
     zero = torch.zeros((), dtype=dtype, device=seen.device)
     return torch.where(seen, zero, torch.finfo(dtype).min).unsqueeze(1)

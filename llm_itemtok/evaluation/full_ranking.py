@@ -2,16 +2,25 @@
 
 Candidates are all items, none sampled. Cases are decoded in batches of similar length, each history encoded once. A
 target outside the beam has rank 0: with a beam of 20 or more, every metric up to cutoff 20 is that of the beam's list.
+
+Where `torch.distributed` runs, its processes share the work, and each gets all lists in the end. They share out whole
+batches, dealt like cards: which cases are decoded together decides the last digits of their scores, and that must not
+depend on the number of processes. Neighbouring batches cost about the same, so the shares do, too.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch import distributed
 
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import DecodeNormaliser, beam_search
-from llm_itemtok.decoding.tree import TreeDecoder
+from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.evaluation.metrics import ranks_from_lists
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.prompts import Prompts
@@ -26,11 +35,14 @@ class Ranking:
         items: int64 `[C, K]`, item rows, best first, -1 where a list is shorter.
         scores: float32 `[C, K]`, log-probabilities under the decoding normaliser.
         ranks: float64 `[C]`, rank of each target, 0 where it is not in the list.
+        model_seconds: how long this process was inside the model, body and head; None on an accelerator, which works on
+            while the process goes ahead, so that only waiting for it at every step would tell.
     """
 
     items: np.ndarray
     scores: np.ndarray
     ranks: np.ndarray
+    model_seconds: float | None
 
 
 def rank_cases(
@@ -48,6 +60,10 @@ def rank_cases(
 ) -> Ranking:
     """Decode every case and find its target.
 
+    Where a process group runs, every one of its processes must call this, with the same model and the same cases; one
+    that calls it alone waits for the others. On machines of one kind the result is then that of one process, to the
+    last digit; with another `batch_size` scores may differ by rounding, some 1e-5.
+
     Args:
         model: put into evaluation mode here, and left in it.
         trie: of the model's current codes.
@@ -58,28 +74,72 @@ def rank_cases(
         normaliser: of the item scores, see `decoding.beams`.
         mask_seen: leave out items of the user's whole history (never the target itself).
         batch_size: users a batch.
-        progress: called with (cases done, cases).
+        progress: called with (cases done by all processes, cases).
+
+    Returns:
+        All lists, on every process.
     """
     model.eval()
     histories = cases.histories()
     order = np.argsort([len(history) for history in histories], kind="stable")
     width = min(beam, trie.num_items)
-    items = np.full((len(cases), width), -1, dtype=np.int64)
-    scores = np.full((len(cases), width), -np.inf, dtype=np.float32)
-    decoder = TreeDecoder(model)
+    items = np.zeros((len(cases), width), dtype=np.int64)
+    scores = np.zeros((len(cases), width), dtype=np.float32)
+    decoder = decoder_for(model)
     trie.to(model.device)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        seen = [np.setdiff1d(histories[case], cases.targets[case]) for case in chosen] if mask_seen else None
-        beams = beam_search(
-            decoder,
-            trie,
-            [prompts.history(histories[case][-history_length:]) for case in chosen],
-            beam=width,
-            normaliser=normaliser,
-            excluded=seen,
-        )
-        items[chosen], scores[chosen] = beams.items, beams.scores
-        if progress is not None:
-            progress(start + len(chosen), len(order))
-    return Ranking(items, scores, ranks_from_lists(items, scores, cases.targets))
+    place, processes = (distributed.get_rank(), distributed.get_world_size()) if _together() else (0, 1)
+    with _clocked(model) as calls:
+        for start in range(place * batch_size, len(order), processes * batch_size):
+            chosen = order[start : start + batch_size]
+            seen = [histories[case][histories[case] != cases.targets[case]] for case in chosen] if mask_seen else None
+            beams = beam_search(
+                decoder,
+                trie,
+                [prompts.history(histories[case][-history_length:]) for case in chosen],
+                beam=width,
+                normaliser=normaliser,
+                excluded=seen,
+            )
+            items[chosen], scores[chosen] = beams.items, beams.scores
+            if progress is not None:
+                progress(min(start + (processes - place) * batch_size, len(order)), len(order))
+    items, scores = _added_up(items, model.device), _added_up(scores, model.device)
+    ranks = ranks_from_lists(items, scores, cases.targets)
+    return Ranking(items, scores, ranks, sum(calls) if model.device.type == "cpu" else None)
+
+
+def _together() -> bool:
+    """Whether other processes work on the same."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _added_up(part: np.ndarray, device: torch.device) -> np.ndarray:
+    """Sum of the arrays of all processes, which is exact, since but one of them is not zero at any place."""
+    if not _together() or not len(part):
+        return part
+    whole = torch.from_numpy(part).to(device)
+    distributed.all_reduce(whole)
+    return whole.cpu().numpy()
+
+
+@contextmanager
+def _clocked(model: ItemTokenModel) -> Iterator[list[float]]:
+    """Collect the seconds of each call of the model's body and head, by putting a clock before both for the while."""
+    took: list[float] = []
+
+    def clocked(part: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            answer = part(*args, **kwargs)
+            took.append(time.perf_counter() - began)
+            return answer
+
+        return call
+
+    parts = {"hidden": clocked(model.hidden), "level_log_probs": clocked(model.level_log_probs)}
+    vars(model).update(parts)
+    try:
+        yield took
+    finally:
+        for name in parts:
+            del vars(model)[name]

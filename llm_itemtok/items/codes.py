@@ -15,6 +15,7 @@ This module knows nothing of vectors, quantizers or token ids.
 Shape letters in this file: N items, L levels, P distinct prefixes.
 """
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,8 +110,13 @@ class ItemCodes:
         The codes of a run have been resolved, so theirs is 0; the rate before resolution stands in their
         `provenance["collisions"]["collision_rate_before"]`.
         """
-        groups = self.prefix_groups(self.num_levels)
-        return float((np.bincount(groups)[groups] > 1).mean())
+        keys, _ = self._keys(self.num_levels)
+        keys.sort()
+        same = keys[1:] == keys[:-1]
+        shared = np.zeros(self.num_items, dtype=bool)
+        shared[1:] = same
+        shared[:-1] |= same
+        return float(shared.mean())
 
     @property
     def sha256(self) -> str:
@@ -127,13 +133,9 @@ class ItemCodes:
             int64 `[N]`: items have the same number exactly when their first `depth` codewords agree; numbers are
             `0 .. P - 1` in the order of the prefixes.
         """
-        if not 0 <= depth <= self.num_levels:
-            raise DataError(f"depth must be between 0 and the number of levels ({self.num_levels}), was: {depth}")
-        groups = np.zeros(self.num_items, dtype=np.int64)
-        for level in range(depth):
-            # Fewer than 2**31 groups times at most 2**31 codewords fits int64.
-            keys = groups * self._sizes[level] + self._table[:, level]
-            groups = np.unique(keys, return_inverse=True)[1].reshape(-1)
+        rows, first = self.sorted_rows(depth)
+        groups = np.empty(self.num_items, dtype=np.int64)
+        groups[rows] = np.cumsum(first) - 1
         return groups
 
     def prefix_counts(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
@@ -146,12 +148,61 @@ class ItemCodes:
             prefixes: int32 `[P, depth]`, the prefixes in use, in lexicographic order.
             counts: int64 `[P]`, items under each; they add up to N.
         """
-        _, first, counts = np.unique(self.prefix_groups(depth), return_index=True, return_counts=True)
-        return self._table[first, :depth], counts.astype(np.int64)
+        rows, first = self.sorted_rows(depth)
+        places = np.flatnonzero(first)
+        return self._table[rows[places], :depth], np.diff(places, append=self.num_items)
+
+    def sorted_rows(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """Put the items in the lexicographic order of their prefixes.
+
+        Args:
+            depth: length of the prefixes, in `[0, L]`.
+
+        Returns:
+            rows: int64 `[N]`, every item row once; rows of one prefix ascend.
+            first: bool `[N]`, whether the prefix differs from the one before it in this order.
+
+        Raises:
+            DataError: if there are no prefixes of this length.
+        """
+        if not 0 <= depth <= self.num_levels:
+            raise DataError(f"depth must be between 0 and the number of levels ({self.num_levels}), was: {depth}")
+        keys, bits = self._keys(depth)
+        first = np.ones(self.num_items, dtype=bool)
+        row_bits = _bits(self.num_items)
+        if bits + row_bits >= 64:
+            rows = np.argsort(keys, kind="stable")
+            keys = keys[rows]
+            np.not_equal(keys[1:], keys[:-1], out=first[1:])
+            return rows, first
+        # Numbers that carry their row are sorted directly, several times faster than through an index.
+        keys <<= row_bits
+        keys |= np.arange(self.num_items)
+        keys.sort()
+        rows = keys & ((1 << row_bits) - 1)
+        keys >>= row_bits
+        np.not_equal(keys[1:], keys[:-1], out=first[1:])
+        return rows, first
+
+    def _keys(self, depth: int) -> tuple[np.ndarray, int]:
+        """One number for each item, int64 `[N]`, that sorts as its prefix does; and the bits that numbers may take."""
+        keys, bits = np.zeros(self.num_items, dtype=np.int64), 0
+        for level in range(depth):
+            more = _bits(self._sizes[level])
+            if bits + more >= 64:
+                # Fewer than 2**31 prefixes are in use, and no codeword takes more than 31 bits.
+                keys = np.unique(keys, return_inverse=True)[1].reshape(-1)
+                bits = _bits(int(keys.max()) + 1)
+            keys <<= more
+            keys |= self._table[:, level]
+            bits += more
+        return keys, bits
 
     def with_provenance(self, **entries: Any) -> Self:
         """The same codes with entries of the provenance added or replaced."""
-        return type(self)(self._table, self._sizes, names=self._names, provenance=self.provenance | entries)
+        changed = copy.copy(self)  # the table cannot change, so both may hold it
+        changed._provenance = _as_json(self.provenance | entries)
+        return changed
 
     def save(self, folder: str | Path) -> Path:
         """Write `item_codes.safetensors` into a folder, atomically; the same codes give the same bytes.
@@ -217,6 +268,11 @@ class ItemCodes:
         return f"ItemCodes({self.num_items:,} items, sizes={self._sizes}, sha256={self.sha256[:12]})"
 
 
+def _bits(count: int) -> int:
+    """Bits that hold the numbers `0 .. count - 1`."""
+    return (count - 1).bit_length()
+
+
 def _check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     if not sizes or any(isinstance(size, bool) or not isinstance(size, int | np.integer) for size in sizes):
         raise DataError(f"`sizes` must be at least one whole number, one a level, was: {sizes!r}")
@@ -234,12 +290,10 @@ def _check_table(table: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
         )
     if not np.issubdtype(table.dtype, np.integer):
         raise DataError(f"a table of codes must hold whole numbers, was: {table.dtype}")
-    lowest, highest = table.min(axis=0), table.max(axis=0)
     for level, size in enumerate(sizes):
-        if lowest[level] < 0 or highest[level] >= size:
-            raise DataError(
-                f"codewords of level {level} must be in [0, {size}), was: {lowest[level]} to {highest[level]}"
-            )
+        lowest, highest = table[:, level].min(), table[:, level].max()  # by column: over axis 0 it is slow
+        if lowest < 0 or highest >= size:
+            raise DataError(f"codewords of level {level} must be in [0, {size}), was: {lowest} to {highest}")
     checked = np.array(table, dtype=np.int32, order="C")
     checked.setflags(write=False)
     return checked

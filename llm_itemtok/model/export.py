@@ -87,7 +87,9 @@ def save_adapter(
     config.inference_mode = True
     config.trainable_token_indices = {name.rsplit(".", 1)[-1]: ids for name in sides}
     settings = config.to_dict()
-    settings["target_modules"] = sorted(settings["target_modules"])  # a set: its order would differ from run to run
+    for name, value in settings.items():
+        if isinstance(value, set):  # its order would differ from run to run
+            settings[name] = sorted(value)
     write_json(folder / ADAPTER_CONFIG, json.loads(json.dumps(settings, default=str)))
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 

@@ -14,6 +14,7 @@ tokens), `vocab` (over the whole extended vocabulary, as plain `generate` has it
 Shape letters: B rows, S positions, D model width, T item tokens.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,14 @@ from llm_itemtok.vocab.item_vocab import ItemVocab
 
 Normaliser = Literal["level", "items", "vocab"]
 
-SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "gpt2")
+CACHED_PIECE, PIECE = 2048, 16384
+"""Words of the vocabulary whose logits are held at once where only the sum over all of them is wanted: on a processor
+as many as its caches hold, on an accelerator so many that their number does not matter."""
+
+SUPPORTED_FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "granite",
+    "mixtral", "qwen3_moe", "gpt2", "gpt_neox", "opt", "bloom", "falcon",
+)  # fmt: skip
 """Model types whose training, decoding and export are proven equal to plain `transformers` by the tests."""
 
 
@@ -40,6 +48,8 @@ class ItemTokenModel(nn.Module):
         vocab: the current item vocabulary. An update of the item tokens assigns another over the same tokens.
         normaliser: over what an item token's probability is normalised in training.
         label_smoothing: in `[0, 1)`, share of the target spread evenly over the normaliser's tokens.
+        tree_masks: whether the body takes the masks of tree-shaped beams, by attention implementation and dtype, as far
+            as it was tried (`decoding.tree.takes_tree_masks`).
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class ItemTokenModel(nn.Module):
         self.vocab = vocab
         self.normaliser: Normaliser = normaliser
         self.label_smoothing = label_smoothing
+        self.tree_masks: dict[tuple[str, torch.dtype], bool] = {}
         self.input_dropout = nn.Dropout(input_dropout)
         self.output_dropout = nn.Dropout(output_dropout)
         self.register_state_dict_post_hook(_keep_trainable)
@@ -103,7 +114,7 @@ class ItemTokenModel(nn.Module):
         if level is not None:
             start = self.vocab.level_starts[level]
             head = head[start : start + self.vocab.codes.sizes[level]]
-        return F.linear(hidden, head.to(hidden.dtype))
+        return self._finished(F.linear(hidden, head.to(hidden.dtype)))
 
     def vocab_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the extended vocabulary `[..., max(V, first_id + T)]`, in the order of token ids.
@@ -111,7 +122,7 @@ class ItemTokenModel(nn.Module):
         Item tokens that fell into the padding of the base table replace its columns there. Ids between the table's end
         and the first item token have logit 0: some tokenizers have more tokens than their model has rows (Gemma 3).
         """
-        base = output_head(self.lm)(hidden)
+        base = self._finished(output_head(self.lm)(hidden))
         first, after = self.rows.first_id, self.rows.first_id + len(self.rows)
         base = F.pad(base, (0, max(0, first - base.shape[-1])))
         return torch.cat([base[..., :first], self.item_logits(hidden), base[..., after:]], dim=-1)
@@ -127,11 +138,38 @@ class ItemTokenModel(nn.Module):
         Returns:
             float32 `[..., sizes[level]]`.
         """
-        logits = self.item_logits(hidden, level).float()
         if normaliser == "level":
-            return logits.log_softmax(-1)
-        everything = self.item_logits(hidden) if normaliser == "items" else self.vocab_logits(hidden)
-        return logits - everything.float().logsumexp(-1, keepdim=True)
+            return self.item_logits(hidden, level).float().log_softmax(-1)
+        items = self.item_logits(hidden).float()
+        total = items.logsumexp(-1)
+        if normaliser == "vocab":
+            total = torch.logaddexp(total, self._text_logsumexp(hidden))
+        start = self.vocab.level_starts[level]
+        return items[..., start : start + self.vocab.codes.sizes[level]] - total.unsqueeze(-1)
+
+    def _text_logsumexp(self, hidden: Tensor) -> Tensor:
+        """Logarithm of the summed exponentials `[...]` of all logits but the item tokens'.
+
+        Goes through the vocabulary in pieces, so that its logits never stand in memory at once: with a large language
+        model's vocabulary they would be most of what decoding holds.
+        """
+        table = output_head(self.lm).weight
+        first, after = self.rows.first_id, self.rows.first_id + len(self.rows)
+        spans = ((0, min(first, len(table))), (after, len(table)))
+        size = CACHED_PIECE if table.device.type == "cpu" else PIECE
+        pieces = [table[at : min(at + size, end)] for start, end in spans for at in range(start, end, size)]
+        sums = [self._finished(F.linear(hidden, piece)).float().logsumexp(-1) for piece in pieces]
+        if first > len(table):  # ids of the tokenizer alone, whose logits are 0 (see `vocab_logits`)
+            sums.append(torch.full_like(sums[0], math.log(first - len(table))))
+        return torch.stack(sums).logsumexp(0)
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """What the model makes of products of states and head: Granite divides them, Gemma-2 caps them."""
+        scale = getattr(self.config, "logits_scaling", None)
+        if scale is not None:
+            logits = logits / scale
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def forward(self, input_ids: Tensor, labels: Tensor, levels: Tensor) -> Tensor:
         """Negative log-likelihood of every target token.
@@ -172,25 +210,11 @@ def refuse_unsupported(lm: PreTrainedModel) -> None:
             f"the base model must be one of the tested decoder-only families {', '.join(SUPPORTED_FAMILIES)}, "
             f"was: {config.model_type}; choose another `model.name`"
         )
-    if config.model_type != "gemma3_text" and _slides(config):
-        raise UnsupportedModelError(
-            f"sliding-window attention is tested for gemma3_text only, was: {config.model_type} with a window of "
-            f"{config.sliding_window}; load it with `use_sliding_window: false` or choose another `model.name`"
-        )
-    if getattr(config, "final_logit_softcapping", None) is not None:
-        raise UnsupportedModelError(
-            "logits must be the plain product of states and head, but this model caps them at "
-            f"{config.final_logit_softcapping} (`final_logit_softcapping`); choose another `model.name`"
-        )
     head = lm.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise UnsupportedModelError(
             f"the output head must have no bias, but that of {type(lm).__name__} has one; choose another `model.name`"
         )
-
-
-def _slides(config: Any) -> bool:
-    return "sliding_attention" in (getattr(config, "layer_types", None) or ())
 
 
 def _trainable(module: nn.Module) -> set[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate import PartialState
 from numpy.typing import NDArray
 
 from llm_itemtok.artifacts import (
@@ -62,62 +63,79 @@ def rank(recommender: Recommender, cases: Cases, *, batch_size: int, log: Log, w
     )
 
 
-def measure(
-    recommender: Recommender,
-    data: Dataset,
-    *,
-    k_core: int,
-    seed: int,
-    batch_size: int,
-    baseline_names: tuple[str, ...],
-    segments: Mapping[str, Segments],
-    quality: Mapping[str, Any],
-    training: Mapping[str, Any],
-    log: Log,
-) -> tuple[dict[str, Any], Ranking]:
-    """Measure a recommender: the contract's `metrics.json`, and the test lists.
+def rank_test(
+    recommender: Recommender, data: Dataset, *, batch_size: int, log: Log
+) -> tuple[Ranking, dict[str, float]]:
+    """Rank the test cases, and say how fast that was.
 
     Args:
         recommender: whose catalogue must be the data's.
         data: catalogue, log and split.
-        k_core: of the data, for the protocol stamp.
-        seed: of the bootstrap.
         batch_size: users decoded at a time.
-        baseline_names: measured beside it; the generator's oracle is added on synthetic data.
-        segments: rules for further segments, whose columns `data` was read with.
-        quality: of the item codes, copied.
-        training: what training took and how validation ended, copied; empty for a model of unknown origin, which is
-            validated here.
         log: called with progress lines.
+
+    Returns:
+        The lists, and `speed` of `metrics.json`: seconds by the clock, users a second (of all processes together), and
+        on a CPU the share of this process's time that went into the model, body and head. Prompts, masks, trie, top-k
+        and ranks are the rest.
 
     Raises:
         ArtifactError: if model and data have different catalogues.
     """
     recommender.check_catalog(data.catalog)
-    test, generation = data.split.test, recommender.generation
     started = time.perf_counter()
-    ranking = rank(recommender, test, batch_size=batch_size, log=log, what="test users")
+    ranking = rank(recommender, data.split.test, batch_size=batch_size, log=log, what="test users")
     seconds = time.perf_counter() - started
+    speed = {"test_seconds": round(seconds, 3), "users_per_second": round(len(data.split.test) / seconds, 1)}
+    if ranking.model_seconds is not None:
+        speed["model_share"] = round(ranking.model_seconds / seconds, 3)
+    return ranking, speed
+
+
+def measure(
+    recommender: Recommender,
+    data: Dataset,
+    ranking: Ranking,
+    *,
+    k_core: int,
+    seed: int,
+    baseline_names: tuple[str, ...],
+    segments: Mapping[str, Segments],
+    quality: Mapping[str, Any],
+    training: Mapping[str, Any],
+    validation: Mapping[str, float],
+    speed: Mapping[str, float],
+    log: Log,
+) -> dict[str, Any]:
+    """Measure a recommender by its test lists: the contract's `metrics.json`.
+
+    Args:
+        recommender: whose lists they are.
+        data: catalogue, log and split.
+        ranking: of the test cases.
+        k_core: of the data, for the protocol stamp.
+        seed: of the bootstrap.
+        baseline_names: measured beside it; the generator's oracle is added on synthetic data.
+        segments: rules for further segments, whose columns `data` was read with.
+        quality: of the item codes, copied.
+        training: what training took, copied; empty for a model of unknown origin.
+        validation: metrics of all validation users, copied.
+        speed: of the ranking, copied.
+        log: called with progress lines.
+    """
+    generation = recommender.generation
     masks = _masks(data, segments)
-    facts = dict(training)
-    facts.pop("made_by", None)
-    validation = facts.pop("validation", None)
-    if validation is None:
-        cases = data.split.validation
-        ranks = rank(recommender, cases, batch_size=batch_size, log=log, what="validation users").ranks
-        validation = metrics_from_ranks(ranks)
-    metrics = {
+    return {
         "protocol": _protocol(recommender, data, k_core, seed),
         "test": metrics_from_ranks(ranking.ranks),
         "ci95": bootstrap(ranking.ranks, seed=seed),
         "segments": segment_metrics(ranking.ranks, masks),
-        "validation": validation,
+        "validation": dict(validation),
         "baselines": _baselines(data, baseline_names, generation.mask_seen, masks, seed, recommender.model.device, log),
         "codes": dict(quality),
-        "training": facts,
-        "speed": {"test_seconds": round(seconds, 3), "users_per_second": round(len(test) / seconds, 1)},
+        "training": dict(training),
+        "speed": dict(speed),
     }
-    return metrics, ranking
 
 
 def _baselines(
@@ -174,22 +192,33 @@ def _masks(data: Dataset, rules: Mapping[str, Segments]) -> dict[str, NDArray[np
 
 
 def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
-    """Measure the run's bundle; write `metrics.json`, `predictions.parquet`, `examples.json` and the model card."""
+    """Measure the run's bundle; write `metrics.json`, `predictions.parquet`, `examples.json` and the model card.
+
+    Every process of a run calls this. They share the ranking, which comes first; then the main process alone measures
+    baselines and writes, however long that takes: the others are done here.
+    """
     recommender = Recommender.from_pretrained(
         folder / MODEL,
         device="cpu" if config.trainer.get("use_cpu") else None,
         trust_remote_code=config.model.trust_remote_code,
     )
-    metrics, ranking = measure(
+    ranking, speed = rank_test(recommender, data, batch_size=config.evaluation.batch_size, log=log)
+    if not PartialState().is_main_process:
+        return
+    training = read_json(folder / TRAINING)
+    training.pop("made_by", None)
+    metrics = measure(
         recommender,
         data,
+        ranking,
         k_core=config.data.k_core,
         seed=config.seed,
-        batch_size=config.evaluation.batch_size,
         baseline_names=config.evaluation.baselines,
         segments=config.evaluation.segments,
         quality=read_json(folder / CODES / "v0" / QUALITY),
-        training=read_json(folder / TRAINING),
+        validation=training.pop("validation"),
+        training=training,
+        speed=speed,
         log=log,
     )
     test = data.split.test
@@ -229,18 +258,24 @@ def evaluate_path(path: str, data_folder: Path | None, log: Log = lambda _line: 
     settings = config.data if config else _bundle_data(recommender, str(data_folder))
     seed = config.seed if config else 0
     segments = config.evaluation.segments if config else {}
+    batch_size = config.evaluation.batch_size if config else Evaluation().batch_size
+    data = load_data(settings, seed, segments)
+    ranking, speed = rank_test(recommender, data, batch_size=batch_size, log=log)
+    validation = rank(recommender, data.split.validation, batch_size=batch_size, log=log, what="validation users")
     return measure(
         recommender,
-        load_data(settings, seed, segments),
+        data,
+        ranking,
         k_core=settings.k_core,
         seed=seed,
-        batch_size=config.evaluation.batch_size if config else 64,
         baseline_names=config.evaluation.baselines if config else Evaluation().baselines,
         segments=segments,
         quality=quality(recommender.model.vocab.codes),
         training={},
+        validation=metrics_from_ranks(validation.ranks),
+        speed=speed,
         log=log,
-    )[0]
+    )
 
 
 def _bundle_data(recommender: Recommender, path: str) -> Data:

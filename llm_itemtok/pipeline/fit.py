@@ -181,11 +181,11 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
     log(
         f"  best validation NDCG@10 {state.best_metric:.4f} at step {state.best_global_step:,} of {state.global_step:,}"
     )
+    validate = _validation(config, model, Prompts(tokenizer, model.vocab), data.split.validation, everybody=True)
+    validation = validate()  # every process: they share the cases
     if arguments.should_save:
-        prompts = Prompts(tokenizer, model.vocab)
-        validate = _validation(config, model, prompts, data.split.validation, everybody=True)
         facts = _took(trainer, training_flops(model, trainer.effort.positions), trainable)
-        write_json(folder / TRAINING, {**facts, "validation": validate()})
+        write_json(folder / TRAINING, {**facts, "validation": validation})
         bundle(config, data, model, tokenizer, peft_model).save_pretrained(folder / MODEL)
 
 

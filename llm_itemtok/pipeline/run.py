@@ -20,6 +20,9 @@ from llm_itemtok.training.arguments import check_settings
 IN_USE = "only one process may work in a run folder, and another does now"
 """What a second process is told."""
 
+SHARED = ("train", "evaluate")
+"""Stages that all processes of a distributed run carry out together; the main one does the others alone."""
+
 
 def run(
     config: RunConfig,
@@ -76,7 +79,7 @@ def run(
                 continue
             say(f"{stage}:")
             began = time.perf_counter()
-            if stage == "train" or state.is_main_process:
+            if stage in SHARED or state.is_main_process:
                 _carry_out(stage, config, data, folder, keys[stage], resume, say)
             state.wait_for_everyone()
             book.mark(stage, keys[stage])

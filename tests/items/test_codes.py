@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm_itemtok.errors import ArtifactError, DataError
 from llm_itemtok.items.codes import FILE_NAME, ItemCodes
@@ -50,6 +52,39 @@ def test_prefix_groups_of_huge_levels_do_not_overflow():
     assert codes.capacity == size**5
 
 
+@st.composite
+def tables(draw):
+    """Codes with many collisions, at levels of a few codewords or nearly 2**31: some need more than 64 bits."""
+    sizes = draw(st.lists(st.sampled_from([1, 3, 200, 2**31 - 1]), min_size=1, max_size=5))
+    columns = [st.sampled_from(sorted({0, size // 2, size - 1})) for size in sizes]
+    return ItemCodes(draw(st.lists(st.tuples(*columns), min_size=1, max_size=30)), sizes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(codes=tables())
+def test_prefixes_are_ordered_numbered_and_counted_as_tuples_are(codes):
+    rows = codes.table.tolist()
+    for depth in range(codes.num_levels + 1):
+        prefixes = [tuple(row[:depth]) for row in rows]
+        distinct = sorted(set(prefixes))
+        order, first = codes.sorted_rows(depth)
+        assert order.tolist() == sorted(range(len(rows)), key=lambda row: prefixes[row])
+        assert np.flatnonzero(first).tolist() == [sorted(prefixes).index(prefix) for prefix in distinct]
+        assert codes.prefix_groups(depth).tolist() == [distinct.index(prefix) for prefix in prefixes]
+        found, counts = codes.prefix_counts(depth)
+        assert [tuple(prefix) for prefix in found.tolist()] == distinct
+        assert counts.tolist() == [prefixes.count(prefix) for prefix in distinct]
+    full = [tuple(row) for row in rows]
+    assert codes.collision_rate == sum(full.count(row) > 1 for row in full) / len(full)
+    assert codes.is_injective == (len(set(full)) == len(full))
+
+
+@pytest.mark.parametrize("depth", [-1, 3])
+def test_prefixes_are_no_longer_than_codes(depth):
+    with pytest.raises(DataError, match=rf"between 0 and the number of levels \(2\), was: {depth}"):
+        make().sorted_rows(depth)
+
+
 def test_codes_cannot_be_changed():
     source = TABLE.copy()
     codes = make(table=source)
@@ -76,6 +111,17 @@ def test_with_provenance_adds_and_keeps():
     codes = make().with_provenance(round=2)
     assert codes.provenance == {"tokenizer": {"kind": "by hand"}, "round": 2}
     assert codes == make()
+    assert codes.names == make().names
+    with pytest.raises(DataError, match="plain JSON"):
+        codes.with_provenance(rate=float("inf"))
+
+
+def test_with_provenance_leaves_the_old_codes_as_they_were():
+    """The two share their table, which cannot change, and nothing else."""
+    old = make()
+    new = old.with_provenance(round=2)
+    assert old.provenance == {"tokenizer": {"kind": "by hand"}}
+    assert new.table is old.table
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.model import export
 from tests.model.test_load import lora_model
-from tests.tiny import FAMILIES, tiny_item_model, tiny_lm, tiny_tokenizer
+from tests.tiny import MOST_SLOWLY, tiny_item_model, tiny_lm, tiny_tokenizer
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", MOST_SLOWLY)
 EVERY_TIE = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 

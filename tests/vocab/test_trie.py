@@ -6,21 +6,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llm_itemtok.errors import CollisionError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.vocab.trie import ItemTrie
+from tests.code_tables import code_tables
 from tests.tiny import tiny_codes
-
-
-@st.composite
-def code_tables(draw: st.DrawFn) -> ItemCodes:
-    """Distinct codes: 1 to 5 levels of 1 to 4 codewords, one item to all there can be."""
-    sizes = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=5)))
-    space = int(np.prod(sizes))
-    flat = draw(st.lists(st.integers(0, space - 1), min_size=1, max_size=min(space, 40), unique=True))
-    return ItemCodes(np.stack(np.unravel_index(flat, sizes), axis=1), sizes)
 
 
 def walk(trie: ItemTrie) -> dict[tuple[int, ...], int]:
@@ -37,7 +28,7 @@ def walk(trie: ItemTrie) -> dict[tuple[int, ...], int]:
                 assert (*prefix, code) not in deeper
                 deeper[*prefix, code] = child
         nodes = deeper
-    return {path: int(trie.leaf_items[node]) for path, node in nodes.items()}
+    return {path: int(trie.items(torch.tensor(node))) for path, node in nodes.items()}
 
 
 def items_of(codes: ItemCodes) -> dict[tuple[int, ...], int]:
@@ -103,15 +94,65 @@ def test_children_of_many_nodes_come_at_once():
     assert [part[1, 1].tolist() for part in (children, codes, legal)] == [part.tolist() for part in one]
 
 
+def test_what_comes_out_can_be_used_as_an_index():
+    trie = ItemTrie(tiny_codes())
+    nodes = torch.arange(6)
+    children, codes, legal = trie.children(nodes, 1)
+    spans = trie.leaf_span(nodes, 1)
+    rows = [children, codes, *spans, trie.items(nodes), trie.leaves(nodes)]
+    assert {each.dtype for each in rows} == {torch.int64}
+    assert legal.dtype == torch.bool
+
+
 @settings(max_examples=50, deadline=None)
 @given(codes=code_tables())
 def test_the_leaves_under_a_node_are_the_items_with_its_prefix(codes):
     trie = ItemTrie(codes)
-    assert trie.item_leaves[trie.leaf_items].tolist() == list(range(codes.num_items))
-    for level in range(codes.num_levels):
-        prefixes = sorted({tuple(code[: level + 1]) for code in codes.table.tolist()})
-        edges = trie.first_leaves[level].tolist()
-        for node, prefix in enumerate(prefixes):
-            items = trie.leaf_items[edges[node] : edges[node + 1]].tolist()
-            assert {tuple(codes.table[item, : level + 1].tolist()) for item in items} == {prefix}
-        assert (edges[0], edges[-1], len(edges)) == (0, codes.num_items, len(prefixes) + 1)
+    assert trie.leaves(trie.items(torch.arange(codes.num_items))).tolist() == list(range(codes.num_items))
+    for depth in range(codes.num_levels + 1):
+        prefixes = sorted({tuple(code[:depth]) for code in codes.table.tolist()})
+        assert trie.num_nodes(depth) == len(prefixes)
+        first, after = trie.leaf_span(torch.arange(len(prefixes)), depth)
+        assert first.tolist() == [0, *after.tolist()[:-1]]
+        assert after[-1] == codes.num_items
+        for prefix, start, stop in zip(prefixes, first.tolist(), after.tolist(), strict=True):
+            items = trie.items(torch.arange(start, stop)).numpy()
+            assert {tuple(code) for code in codes.table[items, :depth].tolist()} == {prefix}
+
+
+@pytest.mark.parametrize("size", [256, 257, 2**15, 2**15 + 1, 2**31 - 1])
+def test_codewords_at_the_edge_of_a_narrow_type_come_out_whole(size):
+    """Arrays are as narrow as their numbers allow; one too narrow would wrap round."""
+    codes = ItemCodes(np.array([[size - 1, 0], [0, size - 1], [size - 1, size - 1]]), (size, size))
+    assert walk(ItemTrie(codes)) == items_of(codes)
+    assert ItemTrie(codes).accepts((size - 1, size - 1))
+    assert not ItemTrie(codes).accepts((1,))
+
+
+def test_codes_that_no_64_bits_hold_are_walked_too():
+    """Then items are sorted in another way."""
+    rng = np.random.default_rng(0)
+    codes = ItemCodes(np.unique(rng.integers(2**31 - 4, 2**31 - 1, size=(60, 5)), axis=0), (2**31 - 1,) * 5)
+    shuffled = ItemCodes(codes.table[rng.permutation(len(codes))], codes.sizes)
+    assert walk(ItemTrie(shuffled)) == items_of(shuffled)
+
+
+def test_a_large_catalogue_takes_10_bytes_an_item():
+    """4 for the item's row, 1 for its codeword, the rest for its parents; the leaf of each item only when asked for."""
+    codes = tiny_codes(200_000, (256, 256, 256), seed=3)
+    trie = ItemTrie(codes)
+    held = sum(array.nbytes for array in trie.arrays())
+    assert held <= 10 * codes.num_items
+    trie.leaves(torch.tensor([0]))
+    assert sum(array.nbytes for array in trie.arrays()) == held + 4 * codes.num_items
+
+
+@pytest.mark.scale
+def test_ten_million_items_take_less_than_200_megabytes():
+    flat = np.arange(10_000_000) * 2_654_435_761 % 2**32  # an odd factor: no number comes twice
+    codes = ItemCodes(np.stack(np.unravel_index(flat, (256,) * 4), axis=1), (256,) * 4)
+    trie = ItemTrie(codes)
+    trie.leaves(torch.tensor([0]))
+    assert sum(array.nbytes for array in trie.arrays()) <= 200e6
+    rows = np.random.default_rng(0).integers(0, codes.num_items, size=1000)
+    assert all(trie.accepts(tuple(code)) for code in codes.table[rows].tolist())
