@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STOPPED = 143
 STAGES = ("data", "items", "vocab", "train", "evaluate", "report")
-BENCHMARKS = ("decode", "train", "trie", "evaluate", "gpu")
+BENCHMARKS = ("decode", "train", "trie", "evaluate", "tokenize", "gpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,9 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     check = _command(commands, "check", _check, "validate a recipe and its data; print sizes and estimates")
     _recipe_arguments(check)
 
-    inspect = _command(commands, "inspect", _inspect, "quality of the item tokens of a run, a model or a codes folder")
-    inspect.add_argument("path", type=Path)
-    inspect.add_argument("--compare", type=Path, help="other codes of the same items: what moved")
+    inspect = _command(commands, "inspect", _inspect, "examine the item tokens of a run, a model or a codes folder")
+    _inspect_arguments(inspect)
 
     evaluate = _command(commands, "evaluate", _evaluate, "measure a run or a model by full ranking")
     evaluate.add_argument("path", help="run folder, model folder or Hub id")
@@ -128,6 +127,14 @@ def _command(
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.set_defaults(command=function)
     return parser
+
+
+def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
+    inspect.add_argument("path", type=Path)
+    inspect.add_argument("--compare", type=Path, help="other codes of the same items: what moved")
+    text = "write the codes: *.index.json (LC-Rec), *.json (a FlashRec catalogue), *.csv, or item_codes.safetensors"
+    inspect.add_argument("--export", type=Path, metavar="FILE", help=text)
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures, verdict and pictures")
 
 
 def _count(text: str) -> int:
@@ -225,7 +232,7 @@ def _check(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from llm_itemtok.pipeline.inspect import inspect
 
-    print(inspect(options.path, options.compare))
+    print(inspect(options.path, options.compare, export=options.export, html=options.html))
     return 0
 
 

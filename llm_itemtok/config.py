@@ -23,27 +23,34 @@ import yaml
 
 from llm_itemtok import strict
 from llm_itemtok.errors import RecipeError
+from llm_itemtok.model_settings import Model
 from llm_itemtok.recipe_file import read_layers
 from llm_itemtok.settings import (
     LATER,
+    ConcatVectors,
     Data,
     Evaluation,
     Examples,
     FileVectors,
     LlmVectors,
-    Model,
     Objective,
-    RandomTokenizer,
     ResidualKMeansTokenizer,
     RqVaeTokenizer,
     Scoring,
-    SentenceTransformersVectors,
     TfidfSvdVectors,
+    Tokenizer,
     Update,
     UserColumnSegments,
+    VectorSource,
     Vocab,
 )
 from llm_itemtok.strict import Within
+
+ALL_POSITIONS_REASON = (
+    "`examples.kind: all-positions` needs a decoder-only model: an encoder looks both ways, so within one row it would "
+    "read each target before the model predicts it; use `examples.kind: windows`, which has one row for every target"
+)
+"""Why an encoder–decoder model is refused with it; said where the kind of the model becomes known."""
 
 SYNTHETIC_COLUMNS = ("item_id", "title", "categories", "brand")
 """Columns that the items of `data.source: synthetic` have."""
@@ -57,13 +64,9 @@ class RunConfig:
     """Of every random choice: item tokens, initial rows, order of examples, resampling."""
     data: Data = field(default_factory=Data)
     """Where items and interactions come from, and how they are split."""
-    vectors: TfidfSvdVectors | SentenceTransformersVectors | LlmVectors | FileVectors = field(
-        default_factory=TfidfSvdVectors
-    )
-    """One vector an item, from its text or a file."""
-    tokenizer: ResidualKMeansTokenizer | RqVaeTokenizer | RandomTokenizer = field(
-        default_factory=ResidualKMeansTokenizer
-    )
+    vectors: VectorSource | ConcatVectors = field(default_factory=TfidfSvdVectors)
+    """One vector an item, from its text, the training sequences or a file."""
+    tokenizer: Tokenizer = field(default_factory=ResidualKMeansTokenizer)
     """Vectors to item codes."""
     vocab: Vocab = field(default_factory=Vocab)
     """Item codes to tokens of the language model."""
@@ -115,6 +118,13 @@ class RunConfig:
         """The resolved recipe as YAML; `RunConfig.load` of it gives an equal config."""
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
+    @property
+    def vector_sources(self) -> dict[str, VectorSource]:
+        """Where item vectors come from, by the dotted setting: one source, or those that are put side by side."""
+        if isinstance(self.vectors, ConcatVectors):
+            return {f"vectors.parts.{place}": part for place, part in enumerate(self.vectors.parts)}
+        return {"vectors": self.vectors}
+
     @cached_property
     def sha256(self) -> str:
         """Hash of the resolved recipe, seed included, with local paths as written."""
@@ -124,14 +134,17 @@ class RunConfig:
         """The resolved recipe as plain values that do not depend on where inputs lie on a machine.
 
         Args:
-            path_hashes: dotted setting, such as `data.path`, → hash of the content that the local path names, which
-                takes its place as `sha256:…`.
+            path_hashes: dotted setting, such as `data.path` (`vectors.parts.0.path` in a list), → hash of the content
+                that the local path names, which takes its place as `sha256:…`.
         """
         plain = self.to_dict()
         for dotted, content in path_hashes.items():
-            section, _, name = dotted.partition(".")
-            assert isinstance(plain[section][name], str), f"{dotted} is not a path of this recipe"
-            plain[section][name] = f"sha256:{content}"
+            *above, name = dotted.split(".")
+            place: Any = plain
+            for step in above:
+                place = place[int(step) if isinstance(place, list) else step]
+            assert isinstance(place[name], str), f"{dotted} is not a path of this recipe"
+            place[name] = f"sha256:{content}"
         return plain
 
     def recipe_sha256(self, path_hashes: Mapping[str, str]) -> str:
@@ -160,10 +173,28 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         yield "`examples.tasks` must give at least one task a weight above 0; there would be nothing to train"
     if isinstance(config.tokenizer, RqVaeTokenizer) and not config.tokenizer.hidden:
         yield "`tokenizer.hidden` must have at least one width, was: []"
-    if isinstance(config.vectors, FileVectors) and not config.vectors.path.endswith(
-        (".npy", ".safetensors", ".parquet")
-    ):
-        yield f"`vectors.path` must end in .npy, .safetensors or .parquet, was: {config.vectors.path!r}"
+    yield from _vectors_contradictions(config)
+
+
+def _vectors_contradictions(config: RunConfig) -> Iterator[str]:
+    chosen = config.vectors
+    if isinstance(chosen, ConcatVectors):
+        if len(chosen.parts) < 2:
+            yield f"`vectors.parts` must name at least two sources to put side by side, was: {len(chosen.parts)}"
+        if chosen.weights and len(chosen.weights) != len(chosen.parts):
+            yield (
+                f"`vectors.weights` must be one a source of `vectors.parts`, {len(chosen.parts)} of them, was: "
+                f"{len(chosen.weights)}"
+            )
+    for name, part in config.vector_sources.items():
+        if isinstance(part, FileVectors) and not part.path.endswith((".npy", ".safetensors", ".parquet")):
+            yield f"`{name}.path` must end in .npy, .safetensors or .parquet, was: {part.path!r}"
+        scratch = config.model.scratch
+        if isinstance(part, LlmVectors) and config.model.name == "scratch" and scratch.pretrain_epochs == 0:
+            yield (
+                f"`{name}.kind: llm` takes the base model's states, and with `model.scratch.pretrain_epochs: 0` those "
+                "are random; use tfidf-svd, or pre-train"
+            )
 
 
 def _data_contradictions(data: Data) -> Iterator[str]:
@@ -214,9 +245,11 @@ def _model_contradictions(config: RunConfig) -> Iterator[str]:
         yield "`trainer.fp16` needs `model.dtype: float32`; with bfloat16 weights use `trainer.bf16`"
     if model.name != "scratch":
         return
-    if scratch.width % scratch.heads:
+    if scratch.width % scratch.heads and not scratch.head_dim:
         yield f"`model.scratch.heads` must divide `width`, was: {scratch.width} / {scratch.heads}"
-    if scratch.family != "gpt2" and scratch.width // scratch.heads % 2:
+    if scratch.family == "t5" and config.examples.kind == "all-positions":
+        yield ALL_POSITIONS_REASON
+    if scratch.family in ("llama", "qwen3") and scratch.width // scratch.heads % 2:
         yield (
             f"`model.scratch` must have an even width / heads for {scratch.family}, whose positions turn pairs of "
             f"dimensions, was: {scratch.width // scratch.heads}"
@@ -227,11 +260,6 @@ def _model_contradictions(config: RunConfig) -> Iterator[str]:
         yield (
             "`model.adapter: lora` freezes the base model, and with `model.scratch.pretrain_epochs: 0` that is random; "
             "use `adapter: none`, or pre-train"
-        )
-    if scratch.pretrain_epochs == 0 and isinstance(config.vectors, LlmVectors):
-        yield (
-            "`vectors.kind: llm` takes the base model's states, and with `model.scratch.pretrain_epochs: 0` those are "
-            "random; use tfidf-svd, or pre-train"
         )
 
 

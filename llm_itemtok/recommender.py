@@ -8,33 +8,29 @@ It holds no user histories.
 import json
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llm_itemtok.artifacts import FORMAT_VERSION, ITEMS, RECIPE, atomic_folder, read_json, write_json, write_text
+from llm_itemtok import bundle
+from llm_itemtok.artifacts import ITEMS, atomic_folder, write_json, write_text
+from llm_itemtok.bundle import CARD, GENERATION, Generation
 from llm_itemtok.data.catalog import Catalog
-from llm_itemtok.decoding.beams import DecodeNormaliser, beam_search
+from llm_itemtok.decoding.beams import beam_search
 from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.scoring import score_items
 from llm_itemtok.errors import ArtifactError, DataError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model import export
-from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
-from llm_itemtok.model.load import DTYPES, load_base
+from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.prompts import Prompts
-from llm_itemtok.model.rows import ItemRows, input_table, output_head
 from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.trie import ItemTrie
-
-GENERATION, CARD = "generation.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -52,41 +48,6 @@ class Recommendation:
     item_id: str
     title: str
     score: float
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How a bundle is decoded.
-
-    Attributes:
-        layout: `merged` (a whole model) or `adapter` (PEFT files beside a base model elsewhere).
-        base: Hub id or path of the base model, for `adapter`.
-        revision: of the base model.
-        normaliser: over what item scores are normalised.
-        training_normaliser: the one of the loss.
-        beam: beams kept at every level.
-        history_length: most recent items read.
-        mask_seen: whether items of the history are left out.
-        catalog_sha256: of the catalogue that the codes belong to.
-        codes_sha256: of the codes.
-        dtype: of the base model's weights, for `adapter`: `float32`, `bfloat16` or `auto`.
-        protocol: how the data were split, as the recipe's `data` section says it, without places and names.
-        format_version: of the bundle.
-    """
-
-    layout: str
-    base: str | None
-    revision: str | None
-    normaliser: DecodeNormaliser
-    training_normaliser: Normaliser
-    beam: int
-    history_length: int
-    mask_seen: bool
-    catalog_sha256: str
-    codes_sha256: str
-    dtype: str = "auto"
-    protocol: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
 
 
 class Recommender:
@@ -127,7 +88,7 @@ class Recommender:
         self.generation = generation
         self._peft_model = peft_model
         self._rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
-        self._prompts = Prompts(tokenizer, model.vocab)
+        self._prompts = Prompts(tokenizer, model.vocab, answer_start=model.answer_start)
         self._trie = ItemTrie(model.vocab.codes).to(model.device)
 
     @classmethod
@@ -150,8 +111,8 @@ class Recommender:
         Raises:
             ArtifactError: if it is no bundle, a newer one, or its parts do not belong together.
         """
-        folder = _locate(path, revision)
-        generation = _read_generation(folder / GENERATION)
+        folder = bundle.locate(path, revision)
+        generation = bundle.read_generation(folder / GENERATION)
         codes = ItemCodes.load(folder)
         if codes.sha256 != generation.codes_sha256:
             raise ArtifactError(
@@ -160,9 +121,8 @@ class Recommender:
             )
         tokenizer = AutoTokenizer.from_pretrained(folder)
         vocab = ItemVocab.resolve(tokenizer, codes)
-        items = _read_items(folder / ITEMS, vocab)
-        load = _load_adapter if generation.layout == "adapter" else _load_merged
-        model, peft_model = load(folder, vocab, generation, trust_remote_code)
+        items = bundle.read_items(folder / ITEMS, vocab)
+        model, peft_model = bundle.load_model(folder, vocab, generation, trust_remote_code=trust_remote_code)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(
             model,
@@ -350,100 +310,3 @@ def _ids(given: Iterable[str]) -> list[str]:
     if isinstance(given, str):
         raise DataError(f"a history, `allow` or `deny` must be a list of item ids, was: the text {given[:40]!r}")
     return [str(item_id) for item_id in given]
-
-
-def _locate(path: str | Path, revision: str | None) -> Path:
-    """Folder of a bundle: itself, `model/` below it, or a download."""
-    folder = Path(path)
-    for candidate in (folder, folder / "model"):
-        if (candidate / GENERATION).is_file():
-            return candidate
-    if (folder / RECIPE).is_file():
-        raise ArtifactError(f"{folder}: this run has no model yet; its stage `train` must finish first (`itemtok run`)")
-    if folder.exists() or isinstance(path, Path):
-        raise ArtifactError(
-            f"{folder}: a bundle must hold {GENERATION}, which is missing; "
-            "name a folder that a run wrote (`runs/NAME` or `runs/NAME/model`) or a Hub id"
-        )
-    try:
-        downloaded = Path(snapshot_download(path, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ArtifactError(
-            f"{path}: neither a folder here nor a Hub repository that can be reached\n  {str(error).splitlines()[0]}"
-        ) from error
-    return _locate(downloaded, None)
-
-
-def _read_generation(path: Path) -> Generation:
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise ArtifactError(f"{path}: a bundle's settings must be a JSON object, was: {str(settings)[:80]}")
-    if settings.get("format_version", 0) > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path}: bundle format {settings['format_version']} is newer than this version reads ({FORMAT_VERSION}); "
-            "update llm-itemtok"
-        )
-    wrong = sorted({field.name for field in fields(Generation)} ^ settings.keys())
-    if wrong:
-        raise ArtifactError(f"{path}: a bundle's settings must be all known and all there, these are not: {wrong}")
-    if settings["layout"] not in ("merged", "adapter"):
-        raise ArtifactError(f"{path}: `layout` must be merged or adapter, was: {settings['layout']!r}")
-    return Generation(**settings)
-
-
-def _read_items(path: Path, vocab: ItemVocab) -> list[dict[str, str]]:
-    """Id, title and code of each item; the codes must be those of `vocab`, row by row."""
-    if not path.is_file():
-        raise ArtifactError(f"{path}: a bundle must hold this file, which is missing")
-    items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ArtifactError(f"{path}:{number}: not JSON: {error.msg}; was the file cut short?") from error
-        if not isinstance(item, dict) or not item.keys() >= {"id", "title", "code"}:
-            raise ArtifactError(f"{path}:{number}: an item must have an id, a title and a code, was: {line[:80]}")
-        items.append(item)
-    if [item["code"] for item in items] != [vocab.spell(row) for row in range(vocab.codes.num_items)]:
-        raise ArtifactError(
-            f"{path}: codes and {ITEMS} must belong together, but their codes differ; were files mixed from two runs?"
-        )
-    return items
-
-
-def _load_merged(
-    folder: Path, vocab: ItemVocab, generation: Generation, _trust_remote_code: bool
-) -> tuple[ItemTokenModel, None]:
-    """The whole model: its item rows are read out of its tables."""
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES["auto"], use_safetensors=True)
-    span = slice(vocab.first_id, vocab.first_id + vocab.num_tokens)
-    rows = ItemRows(
-        input_table(lm).weight[span].detach(),
-        first_id=vocab.first_id,
-        tied=bool(lm.config.tie_word_embeddings),
-    )
-    if rows.output_rows is not None:
-        with torch.no_grad():
-            rows.output_rows.copy_(output_head(lm).weight[span])
-    return ItemTokenModel(lm, rows, vocab, normaliser=generation.training_normaliser), None
-
-
-def _load_adapter(
-    folder: Path, vocab: ItemVocab, generation: Generation, trust_remote_code: bool
-) -> tuple[ItemTokenModel, PeftModel]:
-    """The base model with the adapter's LoRA inside and the item rows beside it."""
-    if generation.base is None:
-        raise ArtifactError(f"{folder / GENERATION}: an adapter must name its base model, was: null")
-    lm, _ = load_base(
-        generation.base, revision=generation.revision, dtype=generation.dtype, trust_remote_code=trust_remote_code
-    )
-    config, weights, input_rows, output_rows = export.load_adapter(folder)
-    peft_model = get_peft_model(lm, config)
-    assert isinstance(peft_model, PeftModel)
-    set_peft_model_state_dict(peft_model, weights)
-    rows = ItemRows(input_rows, first_id=vocab.first_id, tied=output_rows is None)
-    if rows.output_rows is not None and output_rows is not None:
-        with torch.no_grad():
-            rows.output_rows.copy_(output_rows)
-    model = ItemTokenModel(lm, rows, vocab, normaliser=generation.training_normaliser)
-    return model, peft_model

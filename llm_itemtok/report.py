@@ -35,7 +35,7 @@ from llm_itemtok.report_plots import (
     power_text,
     value_text,
 )
-from llm_itemtok.report_run import RunFolder, read_run
+from llm_itemtok.report_run import Item, RunFolder, Version, read_run
 
 _HEADLINE = ("recall@10", "ndcg@10")
 _FEW_USERS = 1000
@@ -86,9 +86,44 @@ def write_report(run: Path | str) -> Path:
 
 def render_report(run: Path | str) -> str:
     """Return the page that `write_report` writes; raises the same `ArtifactError`."""
-    found = read_run(Path(run))
+    return _rendered(read_run(Path(run)))
+
+
+def render_codes(
+    name: str,
+    version: Version,
+    items: tuple[Item, ...],
+    categories: tuple[tuple[str, ...], ...] | None,
+    lead: str,
+) -> str:
+    """Return a page about item tokens alone.
+
+    Args:
+        name: its title.
+        version: the item tokens and their quality.
+        items: in catalogue order; empty where they are not known.
+        categories: in catalogue order; None where they are not known.
+        lead: the sentence under the title.
+    """
+    nothing: dict[str, Any] = {"recipe_text": "", "recipe": {}, "environment": {}, "log": (), "metrics": {}}
+    found = RunFolder(
+        name=name,
+        versions=(version,),
+        items=items,
+        categories=categories,
+        examples=(),
+        recommended=None,
+        notes=(),
+        **nothing,
+    )
+    return _rendered(found, lead)
+
+
+def _rendered(found: RunFolder, lead: str = "") -> str:
+    """Lay out what there is; with a `lead`, as a page about item tokens alone."""
     return _template().render(
         run=found,
+        lead=lead,
         choices=_choices(found.recipe),
         verdict=_verdict(found.metrics),
         systems=_systems(found.metrics),
@@ -106,6 +141,7 @@ def render_report(run: Path | str) -> str:
         changes=report_codes.changes(found),
         quality_rows=report_codes.quality_rows(found.quality),
         token_verdict=report_codes.verdict(found.quality),
+        token_findings=report_codes.findings(found.quality),
         examples=_examples(found.examples),
         notes=[*found.notes, *_observations(found)],
         protocol=_flat(found.metrics.get("protocol", {})),

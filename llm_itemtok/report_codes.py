@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.report_plots import Chart, load_chart, usage_chart, value_text
+from llm_itemtok.report_plots import Chart, Dots, dot_chart, load_chart, usage_chart, value_text
 from llm_itemtok.report_run import RunFolder
 from llm_itemtok.report_tree import category_groups, follows, fullest_codewords, spelled, tree_chart
 
@@ -27,6 +27,7 @@ _QUALITY_NAMES = {
     "unique": "Each item has a code of its own",
     "reconstruction_error": "Squared error of the vectors rebuilt from codes, as a share of their variance",
 }
+_NEIGHBOURS = {"vectors": "nearest by item vectors", "training": "near in training"}
 _SHARES = ("collision_rate", "reconstruction_error")
 _EXAMPLES = 6
 
@@ -71,13 +72,24 @@ def verdict(quality: Mapping[str, Mapping[str, Any]]) -> str:
     return str(resolved(list(quality.values())[-1]).get("verdict", "")) if quality else ""
 
 
+def findings(quality: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, str]]:
+    """List what the doctor found in the newest codes: `rule`, `what`, `change`; empty where there is nothing."""
+    return list(_facts(quality).get("findings", []))
+
+
+def _facts(quality: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What the doctor measured of the newest codes; empty where it did not."""
+    facts: Mapping[str, Any] = list(quality.values())[-1].get("doctor", {}) if quality else {}
+    return facts
+
+
 def resolved(quality: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the part about the codes in use: they differ from the fitted ones where collisions were resolved."""
     return quality.get("resolved", quality)
 
 
 def usage_charts(run: RunFolder) -> list[Chart]:
-    """Draw codewords in use and items under each."""
+    """Draw codewords in use, items under each, and what prefixes keep together."""
     charts = []
     used = [
         (str(level["name"]), int(level["size"]), int(level["used"]), float(level["perplexity"]))
@@ -91,7 +103,28 @@ def usage_charts(run: RunFolder) -> list[Chart]:
             for level, name in enumerate(run.codes.names)
         ]
         charts.append(load_chart("Items under each codeword, fullest first", loads))
-    return charts
+    return [*charts, *_together_charts(_facts(run.quality))]
+
+
+def _together_charts(facts: Mapping[str, Any]) -> Iterable[Chart]:
+    """Draw, by length of prefix, the share of neighbours that share it, and of items that follow their category."""
+    neighbours = {_NEIGHBOURS.get(name, name): rows for name, rows in facts.get("neighbours", {}).items() if rows}
+    if neighbours:
+        yield _beside_chance_chart("Neighbours that share a prefix", neighbours)
+    rows = facts.get("purity", {}).get("levels", [])
+    if rows:
+        title = "Items of the most frequent category of their prefix"
+        yield _beside_chance_chart(title, {"most frequent category": rows})
+
+
+def _beside_chance_chart(title: str, figures: Mapping[str, Sequence[Mapping[str, float]]]) -> Chart:
+    """Draw shares and what chance would give, a row a length of prefix that all figures have."""
+    names = [text for name in figures for text in (name, f"{name}, by chance")]
+    dots = [
+        Dots(f"length {length}", [rows[length - 1][key] for rows in figures.values() for key in ("share", "chance")])
+        for length in range(1, min(map(len, figures.values())) + 1)
+    ]
+    return dot_chart(title, names, dots)
 
 
 def code_tree(run: RunFolder) -> Tree | None:
@@ -164,7 +197,22 @@ def _quality_figures(quality: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         if key == "neighbours":
             for row in value:
                 name = f"Nearest items with the same first {row['depth']} of the code (by chance)"
-                yield name, f"{row['share']:.1%} ({row['chance']:.1%})"
+                yield name, _beside_chance(row)
+        elif key == "doctor":
+            yield from _doctor_figures(value)
         elif not isinstance(value, list | Mapping) and key != "verdict":
             name = _QUALITY_NAMES.get(key, key)
             yield name, f"{value:.1%}" if key in _SHARES else value_text(value)
+
+
+def _doctor_figures(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for row in facts.get("neighbours", {}).get("training", [])[:1]:
+        yield "Items near each other in training with the same first codeword (by chance)", _beside_chance(row)
+    for row in facts.get("purity", {}).get("levels", [])[:1]:
+        yield "Items of the most frequent category of their first codeword (by chance)", _beside_chance(row)
+    for level in facts.get("popularity", {}).get("levels", [])[:1]:
+        yield "Interactions that go to the fullest first codeword", f"{level['fullest']:.1%}"
+
+
+def _beside_chance(row: Mapping[str, float]) -> str:
+    return f"{row['share']:.1%} ({row['chance']:.1%})"

@@ -106,7 +106,7 @@ def read_run(folder: Path) -> RunFolder:
     versions = _read_versions(folder, notes)
     log = _read_log(folder / artifacts.METRICS_LOG, notes)
     num_items = next((version.codes.num_items for version in reversed(versions) if version.codes is not None), None)
-    items = _read_items(folder / artifacts.MODEL / artifacts.ITEMS, num_items, notes)
+    items = read_items(folder / artifacts.MODEL / artifacts.ITEMS, num_items, notes)
     categories = _read_categories(folder / artifacts.CATEGORIES, num_items, notes)
     metrics = _optional_json(folder / artifacts.METRICS, {}, "metrics (the run was not evaluated)", notes)
     return RunFolder(
@@ -191,7 +191,17 @@ def _read_reasons(path: Path) -> dict[str, str]:
     return {str(item): str(why or "") for item, why in zip(columns["item"], columns["why"], strict=True)}
 
 
-def _read_items(path: Path, num_items: int | None, notes: list[str]) -> tuple[Item, ...]:
+def read_items(path: Path, num_items: int | None, notes: list[str]) -> tuple[Item, ...]:
+    """Read the items of a bundle, in catalogue order.
+
+    Args:
+        path: of the file; if it is missing, that is noted, and there are no items.
+        num_items: how many there must be, where that is known.
+        notes: where notes are put.
+
+    Raises:
+        ArtifactError: if a line holds no item, or their number is another.
+    """
     if not path.exists():
         notes.append(f"Missing: the model to use. There is no {path.parent.name}/{path.name} in the run folder.")
         return ()

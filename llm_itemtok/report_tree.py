@@ -22,6 +22,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from llm_itemtok.data.categories import telling_place
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.report_plots import SERIES_COLOURS, Chart, shortened
 
@@ -30,7 +31,6 @@ LEAST_SHARE = 0.001
 
 _WIDTH = 1000
 _LEVEL_PIXELS = 76
-_SAME_SHARE = 0.9
 _LABEL_LETTERS = 48
 _FULLEST = 12
 
@@ -89,20 +89,10 @@ class Block:
 def category_groups(categories: Sequence[Sequence[str]]) -> Groups:
     """Choose what items are coloured by: the first place of the category lists that tells items apart.
 
-    Category lists are paths from coarse to fine in many catalogues, and their first part may be the shop's name on
-    every item. A place tells items apart if at least half of the items with categories have it and no category holds
-    more than nine tenths of those; where no place does, the first is taken.
-
     Args:
         categories: of each item in catalogue order, coarse first; empty where an item has none.
     """
-    known = sum(map(bool, categories))
-    position = 0
-    for place in range(max(map(len, categories), default=0)):
-        counts = Counter(parts[place] for parts in categories if len(parts) > place)
-        if counts.total() >= known / 2 and max(counts.values()) <= _SAME_SHARE * counts.total():
-            position = place
-            break
+    position = telling_place(categories)
     chosen = [parts[position] if len(parts) > position else None for parts in categories]
     ranked = sorted(Counter(name for name in chosen if name is not None).items(), key=lambda entry: (-entry[1], entry))
     names = tuple(name for name, _ in ranked[:SERIES_COLOURS])

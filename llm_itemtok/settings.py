@@ -22,12 +22,10 @@ Positive = Annotated[float, Within(above=0)]
 NotNegative = Annotated[float, Within(low=0)]
 Levels = Annotated[int, Within(low=1, high=16)]
 CodebookSize = Annotated[int, Within(low=2, high=65536)]
-Collisions = Literal["extra-level", "reassign", "forbid"]
+Collisions = Literal["extra-level", "sinkhorn", "reassign", "matching", "forbid"]
 
 LATER: Mapping[str, tuple[str, ...]] = {
-    "vectors.kind": ("collaborative", "concat"),
-    "tokenizer.kind": ("hierarchical", "product", "numeric", "title", "file"),
-    "tokenizer.collisions": ("sinkhorn", "matching"),
+    "tokenizer.kind": ("numeric", "title"),
     "update.kind": ("self-improve", "bilevel", "alternate"),
     "scoring.kind": ("recursive",),
     "objective.kind": ("token-weighted", "weighted-next-token"),
@@ -126,6 +124,41 @@ class FileVectors:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CollaborativeVectors:
+    """Item vectors from the training sequences: what is bought together is near. Needs no text."""
+
+    kind: Literal["collaborative"] = "collaborative"
+    """Interactions instead of words; items that training does not have get zeros."""
+    source: Literal["sasrec", "co-occurrence"] = "sasrec"
+    """Item vectors of a SASRec, which takes minutes to train, or of which items stand near each other, in seconds."""
+    dimensions: Count = 64
+    """Length of a vector."""
+    steps: Annotated[Count, Only("source", ("sasrec",))] = 30_000
+    """Of training at most; it stops early by interactions held out inside training."""
+    window: Annotated[Count, Only("source", ("co-occurrence",))] = 5
+    """Steps of a sequence within which two items stand near each other."""
+    shift: Annotated[float, Within(low=1), Only("source", ("co-occurrence",))] = 1.0
+    """A pair counts as far as it is more frequent than this many times chance."""
+
+
+VectorSource = TfidfSvdVectors | SentenceTransformersVectors | LlmVectors | FileVectors | CollaborativeVectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConcatVectors:
+    """Item vectors of several sources side by side, each centred and scaled to the same spread."""
+
+    kind: Literal["concat"] = "concat"
+    """Such as what an item says and who takes it."""
+    parts: tuple[VectorSource, ...]
+    """The sources, at least two, each with its kind, such as [{kind: tfidf-svd}, {kind: collaborative}]."""
+    weights: tuple[Positive, ...] = ()
+    """One a source; squared, its share in squared distances. Empty is 1 each."""
+    components: CountOrNone = 0
+    """Principal components to keep of the whole; 0 keeps all dimensions."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResidualKMeansTokenizer:
     """Item tokens from k-means on what the levels above left over."""
 
@@ -136,11 +169,15 @@ class ResidualKMeansTokenizer:
     codebook_size: CodebookSize = 256
     """Codewords to choose from at each level."""
     collisions: Collisions = "extra-level"
-    """Items with one code: count them in a level of its own, move them to the nearest free code, or stop."""
+    """Items with one code: count them in an extra level, spread them, move them one by one or at least cost, stop."""
     iterations: Count = 50
     """k-means steps a level at most."""
     components: CountOrNone = 0
     """Principal components to cluster: fewer collisions, looser neighbourhoods; 0 takes the vectors as they are."""
+    balance: bool = False
+    """Keep the clusters of a level at about equal size; best with some 32 `components`."""
+    sample: CountOrNone = 0
+    """Items, drawn with the seed, that the codebooks are fitted on, for large catalogues; 0 takes all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +191,7 @@ class RqVaeTokenizer:
     codebook_size: CodebookSize = 256
     """Codewords to choose from at each level."""
     collisions: Collisions = "extra-level"
-    """Items with one code: count them in a level of its own, move them to the nearest free code, or stop."""
+    """Items with one code: count them in an extra level, spread them, move them one by one or at least cost, stop."""
     latent: Count = 32
     """Dimensions of the space that is quantised."""
     hidden: tuple[Count, ...] = (512, 256, 128)
@@ -167,6 +204,58 @@ class RqVaeTokenizer:
     """Items a step."""
     commitment: NotNegative = 0.25
     """Weight of the term that keeps the encoder near its codewords."""
+    revive: CountOrNone = 0
+    """Steps after which codewords that nobody chose are moved to badly served items; 0 does so after each epoch."""
+    estimator: Literal["straight-through", "rotation", "gumbel"] = "straight-through"
+    """How gradients pass the choice of codewords; the others are for experiments (arXiv:2410.06424, 1611.01144)."""
+    alignment: NotNegative = 0.0
+    """Weight of the term that aligns codes with collaborative vectors (LETTER, arXiv:2405.07314); 0 leaves it out."""
+    collaborative: Annotated[CollaborativeVectors, Unless("alignment", (0.0,))] = field(
+        default_factory=CollaborativeVectors
+    )
+    """What `alignment` aligns with."""
+    diversity: NotNegative = 0.0
+    """Weight of the term that keeps groups of codewords apart (LETTER); 0 leaves it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductTokenizer:
+    """Item tokens from k-means on groups of dimensions: levels are independent, and their order means nothing."""
+
+    kind: Literal["product"] = "product"
+    """Fast, seeded, no training; wants more levels than residual codes for as few collisions."""
+    levels: Levels = 3
+    """Codewords an item's code has, before an extra level."""
+    codebook_size: CodebookSize = 256
+    """Codewords to choose from at each level."""
+    collisions: Collisions = "extra-level"
+    """Items with one code: count them in an extra level, spread them, move them one by one or at least cost, stop."""
+    iterations: Count = 50
+    """k-means steps a level at most."""
+    rotation: Literal["none", "pca", "opq"] = "pca"
+    """How vectors are turned before they are cut: not at all, to share out the variance, or to rebuild them best."""
+    components: Annotated[CountOrNone, Unless("rotation", ("none",))] = 0
+    """Principal components to keep: fewer collisions, looser neighbourhoods; 0 keeps all dimensions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HierarchicalTokenizer:
+    """Item tokens from a tree of clusters (CID, arXiv:2305.06569): unique by construction, no quantizer."""
+
+    kind: Literal["hierarchical"] = "hierarchical"
+    """Clusters of clusters; at the last level the items of a leaf are numbered."""
+    levels: Levels = 3
+    """Codewords an item's code has, before an extra level."""
+    codebook_size: CodebookSize = 256
+    """Codewords to choose from at each level."""
+    collisions: Collisions = "forbid"
+    """Items with one code: count them in an extra level, spread them, move them one by one or at least cost, stop."""
+    source: Literal["co-occurrence", "vectors"] = "co-occurrence"
+    """What clusters are made from: items near each other in training sequences, or the item vectors."""
+    window: Annotated[Count, Only("source", ("co-occurrence",))] = 5
+    """Steps of a sequence within which two items stand near each other."""
+    iterations: Count = 50
+    """k-means steps a node at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +269,27 @@ class RandomTokenizer:
     codebook_size: CodebookSize = 256
     """Codewords to choose from at each level."""
     collisions: Collisions = "extra-level"
-    """Items with one code: count them in a level of its own, move them to the nearest free code, or stop."""
+    """Items with one code: count them in an extra level, spread them, move them one by one or at least cost, stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileTokenizer:
+    """Item tokens made elsewhere."""
+
+    kind: Literal["file"] = "file"
+    """Read the codes from a file."""
+    path: Annotated[str, PATH]
+    """`*.index.json` (LC-Rec, LETTER), `*.json` (a FlashRec catalogue), `*.csv` (item_id, levels), or our own codes."""
+    sizes: tuple[Count, ...] = ()
+    """Codewords that each level has room for; empty takes the largest in use, or what our own file says."""
+    unknown_items: Literal["error", "drop"] = "error"
+    """What to do with items of the file that are not in the catalogue."""
+    collisions: Collisions = "forbid"
+    """Items with one code: count them in an extra level, spread them, move them one by one or at least cost, stop."""
+
+
+FittedTokenizer = ResidualKMeansTokenizer | RqVaeTokenizer | ProductTokenizer | HierarchicalTokenizer
+Tokenizer = FittedTokenizer | RandomTokenizer | FileTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,69 +301,11 @@ class Vocab:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Low-rank adapters, through PEFT, on all linear layers; the item rows are trained besides."""
-
-    rank: Count = 16
-    """Rank of the adapters."""
-    alpha: Count = 32
-    """Scale: the adapter's output is multiplied by alpha / rank."""
-    dropout: Dropout = 0.05
-    """Dropout on the adapter's input."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scratch:
-    """A small language model made on the spot, with its own text vocabulary, pre-trained on the item texts."""
-
-    family: Literal["llama", "qwen3", "gpt2"] = "llama"
-    """Architecture."""
-    layers: Count = 4
-    """Transformer blocks."""
-    width: Count = 128
-    """Hidden dimensions; a multiple of `heads`."""
-    heads: Count = 4
-    """Attention heads a block."""
-    vocab_size: Annotated[int, Within(low=300)] = 4000
-    """Text tokens at most; a small catalogue gets fewer."""
-    pretrain_epochs: CountOrNone = 3
-    """Passes over the item texts before item tokens are added; 0 leaves the model random."""
-    dropout: Dropout = 0.1
-    """Inside the blocks, while training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """The language model."""
-
-    name: Annotated[str, PATH] = "scratch"
-    """Hub id, folder, or `scratch`; `${NAME}` stands for an environment variable."""
-    adapter: Literal["lora", "none"] = "none"
-    """Train low-rank adapters and the item rows, or (`none`) the whole model."""
-    lora: Annotated[Lora, Only("adapter", ("lora",))] = field(default_factory=Lora)
-    """Settings of `adapter: lora`."""
-    scratch: Annotated[Scratch, Only("name", ("scratch",))] = field(default_factory=Scratch)
-    """Settings of `name: scratch`."""
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Type of the weights; `auto` is the one they were saved in."""
-    trust_remote_code: Annotated[bool, Unless("name", ("scratch",))] = False
-    """Run code that comes with the model."""
-    revision: Annotated[str | None, Unless("name", ("scratch",))] = None
-    """Branch, tag or commit of the Hub repository."""
-    input_dropout: Dropout = 0.0
-    """Dropout on the input embeddings, while training."""
-    output_dropout: Dropout = 0.0
-    """Dropout on the last hidden states, while training."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Examples:
     """How interaction sequences become training examples."""
 
     kind: Literal["all-positions", "windows", "last"] = "all-positions"
-    """A loss at every item of a row, one row for every target, or the last training item of each user only."""
+    """A loss at every item of a row (decoder-only models), one row for every target, or only each user's last one."""
     history_length: Count = 20
     """Items that a target sees at most, in training and in evaluation."""
     tasks: Mapping[Literal["next-item", "title-to-item", "item-to-title"], NotNegative] = field(

@@ -5,7 +5,8 @@ A *section* is a frozen dataclass; its annotations are the schema. What they may
 - `int`, `float`, `bool`, `str`, `None`, `Literal`, enums, `tuple[X, ...]`, `list[X]`, `Mapping[K, V]`, unions and
   sections;
 - a union of sections is a closed set of kinds, told apart by the field `kind`, so options of one kind cannot be
-  written for another; `V` of a mapping may be one too, and its entries then say their kind, having no default;
+  written for another; `X` of a list or `V` of a mapping may be one too, and entries then say their kind, having no
+  default;
 - `Annotated` with `Within` (a range), `Only` and `Unless` (the field applies only beside some value of another
   field of the section) or `PATH` (variables expand).
 
@@ -64,14 +65,14 @@ class Only:
     """The field applies only where its section's field `key` has one of `values`."""
 
     key: str
-    values: tuple[str, ...]
+    values: tuple[str | float, ...]
 
     def holds(self, value: object) -> bool:
         """Tell whether the field applies beside this value of `key`."""
         return value in self.values
 
     def __str__(self) -> str:
-        return f"{self.key}: {' | '.join(self.values)}"
+        return f"{self.key}: {' | '.join(map(str, self.values))}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Unless(Only):
         return value not in self.values
 
     def __str__(self) -> str:
-        return f"another {self.key} than {' | '.join(self.values)}"
+        return f"another {self.key} than {' | '.join(map(str, self.values))}"
 
 
 PATH = "path"
@@ -166,9 +167,11 @@ def sections_in(annotation: Any) -> tuple[type, ...]:
 
 
 def entries_in(annotation: Any) -> tuple[type, ...]:
-    """The sections that the entries of a mapping may be, under names the recipe chooses; none for another field."""
+    """The sections that the entries of a list may be, or of a mapping whose names the recipe chooses; else none."""
     inner = unwrap(annotation)[0]
     origin, arguments = typing.get_origin(inner), typing.get_args(inner)
+    if origin in (tuple, list):
+        return sections_in(arguments[0])
     is_mapping = isinstance(origin, type) and issubclass(origin, Mapping)
     return sections_in(arguments[1]) if is_mapping and arguments else ()
 
@@ -337,7 +340,8 @@ class Checker:
         if not isinstance(value, list | tuple):
             self.fail(path, f"must be {type_name(annotation)}, was: {describe(value)}; write it in [brackets]")
         inner = typing.get_args(annotation)[0] if typing.get_args(annotation) else Any
-        return origin(self.value(inner, item, (*path[:-1], f"{path[-1]}[{i}]")) for i, item in enumerate(value))
+        here = [(*path[:-1], f"{path[-1]}[{place}]") for place in range(len(value))]
+        return origin(self._given(inner, dataclasses.MISSING, *entry) for entry in zip(value, here, strict=True))
 
     def _mapping(self, annotation: Any, value: object, path: Path) -> dict[str, Any]:
         if not isinstance(value, Mapping):

@@ -28,7 +28,7 @@ def test_commands_and_flags_are_frozen(capsys: pytest.CaptureFixture[str]) -> No
     expected = {
         "run": {"--set", "--out", "--from", "--until", "--resume", "--fresh"},
         "check": {"--set"},
-        "inspect": {"--compare"},
+        "inspect": {"--compare", "--export", "--html"},
         "evaluate": {"--data", "--json"},
         "recommend": {"--history", "-k", "--allow", "--deny", "--json"},
         "report": set(),

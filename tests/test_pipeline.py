@@ -34,6 +34,9 @@ evaluation: {every: 0.5}
 """
 
 
+T5 = ("model.scratch.family=t5", "model.scratch.head_dim=4", "examples.kind=windows")
+
+
 def recipe(folder: Path, *overrides: str) -> RunConfig:
     path = folder / "tiny.yaml"
     path.write_text(RECIPE)
@@ -293,8 +296,13 @@ def test_from_a_stage_whose_predecessors_never_ran_is_refused(tmp_path: Path) ->
         ("examples.tasks={next-item: 1.0, title-to-item: 0.5, item-to-title: 0.5}", "vectors.kind=llm"),
         ("model.adapter=lora", "model.scratch.family=qwen3", "evaluation.mask_seen=true"),
         ("model.scratch.family=gpt2", "data.split=temporal", "data.k_core=2", "tokenizer.collisions=reassign"),
+        (*T5, "examples.tasks={next-item: 1.0, title-to-item: 0.5, item-to-title: 0.5}", "vectors.kind=llm"),
+        (*T5, "model.adapter=lora", "objective.normaliser=vocab", "evaluation.mask_seen=true"),
     ],
-    ids=["random", "rqvae", "windows-vocab", "last-items", "text-tasks", "lora-qwen3", "gpt2-temporal"],
+    ids=[
+        *("random", "rqvae", "windows-vocab", "last-items", "text-tasks", "lora-qwen3", "gpt2-temporal"),
+        *("t5-text-tasks-llm", "t5-lora-vocab"),
+    ],
 )
 def test_every_choice_of_the_recipe_runs_from_data_to_report(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     out = run(recipe(tmp_path, "trainer.max_steps=2", *overrides), tmp_path / "run")
@@ -335,6 +343,27 @@ def test_histories_that_do_not_fit_into_the_model_are_refused(tmp_path: Path) ->
         check(config)
     with pytest.raises(RecipeError, match="2,104 positions"):
         run(config, tmp_path / "run")
+
+
+def test_an_encoder_decoder_of_a_folder_is_refused_with_rows_of_many_targets_and_trains_with_windows(
+    tmp_path: Path,
+) -> None:
+    """From outside the recipe its kind is not seen; it is checked when the model is."""
+    base = run(recipe(tmp_path, *T5), tmp_path / "first", until="vocab") / "base"
+    named = (f"model.name={base}", "trainer.max_steps=2")
+    text = RECIPE.replace("model: {name: scratch, scratch", "ignored: {name: scratch, scratch")
+    (tmp_path / "tiny.yaml").write_text("\n".join(line for line in text.splitlines() if "ignored" not in line))
+    config = RunConfig.load(tmp_path / "tiny.yaml", named)
+    for refused in (lambda: check(config), lambda: run(config, tmp_path / "run")):
+        with pytest.raises(RecipeError, match=f"all-positions` needs a decoder-only .*{base}` is an encoder–decoder"):
+            refused()
+    config = RunConfig.load(tmp_path / "tiny.yaml", [*named, "examples.kind=windows"])
+    assert "parameters" in check(config)
+    assert (run(config, tmp_path / "windows") / "report.html").is_file()
+
+
+def test_an_encoder_decoder_has_no_longest_history(tmp_path: Path) -> None:
+    assert "parameters" in check(recipe(tmp_path, *T5, "examples.history_length=700"))
 
 
 def test_check_warns_of_a_learning_rate_that_no_scratch_model_learns_with(tmp_path: Path) -> None:

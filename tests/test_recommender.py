@@ -8,18 +8,30 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from llm_itemtok.artifacts import FORMAT_VERSION
+from llm_itemtok.bundle import Generation
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.errors import ArtifactError, DataError, ItemTokError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.load import add_lora, with_item_tokens
-from llm_itemtok.recommender import Generation, Recommender
+from llm_itemtok.recommender import Recommender
 from llm_itemtok.vocab import init
-from tests.tiny import FAMILIES, tiny_codes, tiny_item_model, tiny_lm, tiny_tokenizer
+from tests.tiny import (
+    FAMILIES,
+    KINDS,
+    hidden,
+    logits,
+    plain_class,
+    tiny_codes,
+    tiny_item_model,
+    tiny_lm,
+    tiny_tokenizer,
+)
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_KIND = pytest.mark.parametrize("family", KINDS)
 EVERY_TIE = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 IDS = [f"item-{row}" for row in range(60)]
 HISTORIES = [["item-3", "item-7", "item-3"], [], ["item-1"], [f"item-{row}" for row in range(30)]]
@@ -87,6 +99,7 @@ def test_a_saved_and_loaded_recommender_answers_the_same(family, tied, layout, t
 @torch.no_grad()
 def test_plain_libraries_load_both_layouts_with_equal_logits(family, tied, tmp_path):
     ids = torch.randint(0, 36, (2, 11), generator=torch.Generator().manual_seed(0))
+    kind = plain_class(family)
     for layout in ("merged", "adapter"):
         bundle = tmp_path / layout
         saved = adapter(tmp_path / "base", family, tied=tied) if layout == "adapter" else merged(family, tied=tied)
@@ -94,19 +107,21 @@ def test_plain_libraries_load_both_layouts_with_equal_logits(family, tied, tmp_p
         tokenizer = AutoTokenizer.from_pretrained(bundle)
         assert len(tokenizer) == 36
         if layout == "adapter":
-            plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+            plain = kind.from_pretrained(tmp_path / "base")
+            plain.config.tie_word_embeddings = tied  # the configurations of T5 say tied whatever the checkpoint holds
             plain.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             plain = PeftModel.from_pretrained(plain, bundle)
         else:
-            plain = AutoModelForCausalLM.from_pretrained(bundle)
-        ours = saved.model.vocab_logits(saved.model.hidden(ids).last_hidden_state)
+            plain = kind.from_pretrained(bundle)
+        ours = saved.model.vocab_logits(hidden(saved.model, ids))
         tolerance = 1e-6 if layout == "adapter" else 1e-5
-        assert torch.allclose(plain(input_ids=ids).logits, ours, atol=tolerance, rtol=tolerance)
+        assert torch.allclose(logits(plain, ids), ours, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("normaliser", ["level", "items", "vocab", "children"])
-def test_scores_are_those_of_recommendations(normaliser):
-    recommender = merged(normaliser=normaliser)
+@EVERY_KIND
+def test_scores_are_those_of_recommendations(family, normaliser):
+    recommender = merged(family, normaliser=normaliser)
     for history in HISTORIES:
         items = recommender.recommend(history, 60)
         assert sorted(item.item_id for item in items) == sorted(IDS)
@@ -168,8 +183,9 @@ def test_lists_leave_what_the_whole_ranking_has_of_them(sizes, mask_seen):
                 assert [item.score for item in found] == pytest.approx(scores, abs=1e-5)
 
 
-def test_each_request_of_a_batch_has_its_own_lists():
-    recommender = merged()
+@EVERY_KIND
+def test_each_request_of_a_batch_has_its_own_lists(family):
+    recommender = merged(family)
     allow = [IDS[:5], None, IDS[:5], [], IDS]
     deny = [None, IDS[10:], ["item-1"], IDS[:3], ()]
     histories = [["item-3"], [], ["item-3", "item-4"], ["item-5"], ["item-1"]]
@@ -199,15 +215,17 @@ def test_items_to_score_may_come_twice_and_keep_their_order():
     assert recommender.score(["item-3"], asked) == pytest.approx([once[item_id] for item_id in asked], abs=1e-5)
 
 
-def test_an_empty_history_is_answered():
-    items = merged().recommend([], 7)
+@EVERY_KIND
+def test_an_empty_history_is_answered(family):
+    items = merged(family).recommend([], 7)
     assert len({item.item_id for item in items}) == 7
     assert all(np.isfinite(item.score) for item in items)
     assert items[0].title == ("" if int(items[0].item_id[5:]) % 3 == 0 else f"title “{items[0].item_id[5:]}”")
 
 
-def test_only_the_most_recent_items_are_read():
-    recommender = merged()
+@EVERY_KIND
+def test_only_the_most_recent_items_are_read(family):
+    recommender = merged(family)
     long = [f"item-{row}" for row in range(40)]
     assert recommender.recommend(long) == recommender.recommend(long[-5:])
     assert recommender.recommend(long) != recommender.recommend(long[-4:])
@@ -267,8 +285,9 @@ def test_the_same_model_can_be_decoded_in_another_way():
     assert wide.model is recommender.model
 
 
-def test_batches_answer_as_single_requests_do():
-    recommender = merged()
+@EVERY_KIND
+def test_batches_answer_as_single_requests_do(family):
+    recommender = merged(family)
     together = recommender.recommend_batch(HISTORIES, 8)
     for history, items in zip(HISTORIES, together, strict=True):
         alone = recommender.recommend(history, 8)

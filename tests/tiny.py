@@ -1,11 +1,14 @@
 """Real, tiny models built from configuration: what the tests run on instead of mocks or downloads."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     BloomConfig,
     FalconConfig,
     Gemma2Config,
@@ -17,6 +20,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    MT5Config,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -28,11 +32,12 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
+    T5Config,
 )
 
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.item_lm import ItemTokenModel
-from llm_itemtok.model.load import with_item_tokens
+from llm_itemtok.model.load import auto_class, with_item_tokens
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.vocab import init
 
@@ -45,6 +50,13 @@ _PLAIN = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "
 _MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {**_GROUPED_8, "num_experts_per_tok": 2}
 _UPPER = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+
+# Few buckets, so that a handful of places reaches the wide ones; heads wider than the model, as TIGER has; and weights
+# of the size that the others have.
+_ENCODED = {
+    "num_layers": 2, "d_model": 16, "d_ff": 32, "num_heads": 4, "d_kv": 8, "relative_attention_num_buckets": 4,
+    "relative_attention_max_distance": 12, "dropout_rate": 0.0, "decoder_start_token_id": 0, "initializer_factor": 0.1,
+}  # fmt: skip
 
 _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
     "llama": (LlamaConfig, _GROUPED_8),
@@ -101,16 +113,27 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
     "falcon-alibi": (
         FalconConfig, {**_PLAIN, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
     ),
+    "t5": (T5Config, _ENCODED),
+    "flan-t5": (T5Config, {**_ENCODED, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 1}),
+    "mt5": (MT5Config, {**_ENCODED, "num_layers": 3, "num_decoder_layers": 2}),
 }  # fmt: skip
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2", "t5")
 """For tests of what no family changes much."""
+KINDS = ("llama", "t5")
+"""One family of each kind: decoder-only, encoder–decoder."""
 ALL_FAMILIES = tuple(_CONFIGS)
+ENCODER_DECODERS = ("t5", "flan-t5", "mt5")
+DECODERS = tuple(family for family in _CONFIGS if family not in ENCODER_DECODERS)
 """For proofs that a family's numbers are those of plain `transformers`."""
-MOST_SLOWLY = [
-    family if family in FAMILIES else pytest.param(family, marks=pytest.mark.slow) for family in ALL_FAMILIES
-]
-"""All of them, those beyond the cheap ones marked as slow."""
+
+
+def slowly(families: Sequence[str]) -> list:
+    """Parameters for tests, those beyond the cheap families marked as slow."""
+    return [family if family in FAMILIES else pytest.param(family, marks=pytest.mark.slow) for family in families]
+
+
+MOST_SLOWLY = slowly(ALL_FAMILIES)
 WORDS = [
     "red",
     "blue",
@@ -155,7 +178,11 @@ def tiny_lm(family: str, *, tied: bool = True, padding: int = 0, seed: int = 0, 
     kind, layout = _CONFIGS[family]
     config = kind(**{**layout, **shared, **changes})
     torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    lm = auto_class(config).from_config(config, dtype=torch.float32)
+    if family in ENCODER_DECODERS and not tied:
+        # Their configurations call every head tied; what a checkpoint holds decides (`model.load.load_lm`).
+        lm.lm_head.weight = torch.nn.Parameter(lm.lm_head.weight.clone())
+        lm.config.tie_word_embeddings = False
     with torch.no_grad():
         for parameter in lm.parameters():
             # The usual 0.02 gives nearly uniform predictions; wider ones make rankings decided, not accidental.
@@ -192,4 +219,55 @@ def tiny_item_model(
 def tiny_prompts(model: ItemTokenModel, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     """Prompts whose item texts are three words; every tenth item has none."""
     texts = [" ".join(WORDS[(row + step) % len(WORDS)] for step in range(3)) if row % 10 else "" for row in range(60)]
-    return Prompts(tokenizer, model.vocab, texts)
+    return Prompts(tokenizer, model.vocab, texts, answer_start=model.answer_start)
+
+
+def plain_class(family: str) -> type:
+    """The library's class that a user loads a family with."""
+    return AutoModelForSeq2SeqLM if family in ENCODER_DECODERS else AutoModelForCausalLM
+
+
+def context(lm: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What an encoder reads beside rows of ids `[B, S]`, the second row with padding; nothing for a decoder-only model.
+
+    Names are those of `ItemTokenModel.forward`.
+    """
+    if not lm.config.is_encoder_decoder:
+        return {}
+    seen = torch.ones_like(ids)
+    seen[1:2, -3:] = 0
+    return {"context_ids": ids.flip(1), "context_seen": seen}
+
+
+def hidden(model: ItemTokenModel, ids: torch.Tensor) -> torch.Tensor:
+    """States `[B, S, D]` of rows of ids `[B, S]`, behind `context`."""
+    read = context(model.lm, ids)
+    if read:
+        read = {"encoder_hidden_states": model.read(**read), "encoder_attention_mask": read["context_seen"]}
+    return model.hidden(ids, use_cache=False, **read).last_hidden_state
+
+
+def logits(lm: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits `[B, S, V]` of rows of ids `[B, S]`, behind `context`, as plain `transformers` has them."""
+    read = context(lm, ids)
+    if not read:
+        return lm(input_ids=ids, use_cache=False).logits
+    return lm(
+        input_ids=read["context_ids"], attention_mask=read["context_seen"], decoder_input_ids=ids, use_cache=False
+    ).logits
+
+
+def states(model: ItemTokenModel, prompts: Sequence[np.ndarray], rows: torch.Tensor) -> torch.Tensor:
+    """States `[B, L, D]` before each of L tokens `[B, L]` behind B prompts of one length: plain passes over whole rows.
+
+    No cache, no mask, no tree, no padding.
+    """
+    contexts = torch.from_numpy(np.stack(prompts))
+    if model.answer_start is None:
+        ids = torch.cat([contexts, rows[:, :-1]], dim=1)
+        return model.hidden(ids, use_cache=False).last_hidden_state[:, contexts.shape[1] - 1 :]
+    seen = torch.ones_like(contexts)
+    ids = torch.cat([torch.full_like(rows[:, :1], model.answer_start), rows[:, :-1]], dim=1)
+    return model.hidden(
+        ids, use_cache=False, encoder_hidden_states=model.read(contexts, seen), encoder_attention_mask=seen
+    ).last_hidden_state

@@ -3,6 +3,7 @@
 D1: 16 users, 80 tokens, 20 beams, 4 levels of 256 codewords, 12,000 items, a Llama of 4 layers and width 256 with 9,216
 tokens. D2: the same with the vocabulary of a large model, 4 users. D3: D1 against the better loop. D4: the share of the
 floor's time in ours: the least arithmetic that any exact beam search needs, at the rate of a plain matrix product.
+T5-decode: D1 with an encoder–decoder, a T5 of 4 and 4 layers of the same width.
 
 `exact` is the normaliser `vocab`: the same rankings as `generate`, which is checked. `level` is how item tokens are
 trained and decoded by default.
@@ -26,7 +27,7 @@ from llm_itemtok.bench.measure import (
 )
 from llm_itemtok.bench.usual import DictTrie, generate_items, one_prefill
 from llm_itemtok.decoding.beams import DecodeNormaliser, beam_search
-from llm_itemtok.decoding.tree import TreeDecoder
+from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.vocab.trie import ItemTrie
 
 ITEMS, TOKENS, BEAM = 12_000, 80, 20
@@ -59,7 +60,7 @@ class Decoding:
 
     def ours(self, normaliser: DecodeNormaliser) -> np.ndarray:
         """Rank with tree-shaped beams."""
-        return beam_search(TreeDecoder(self.model), self.trie, self.prompts, beam=BEAM, normaliser=normaliser).items
+        return beam_search(decoder_for(self.model), self.trie, self.prompts, beam=BEAM, normaliser=normaliser).items
 
     def exact(self) -> np.ndarray:
         """Rank as `generate` does."""
@@ -71,10 +72,11 @@ class Decoding:
 
 
 def decode(repeats: int = 4) -> Iterator[Result]:
-    """D1 to D4."""
+    """D1 to D4, and T5-decode."""
     with one_thread():
         yield from _small(repeats)
         yield from _large(repeats)
+        yield from _encoder_decoder(repeats)
 
 
 def _small(repeats: int) -> Iterator[Result]:
@@ -105,6 +107,18 @@ def _large(repeats: int) -> Iterator[Result]:
     details = {"same_ranking": agreement, "usual_s": usual, "exact_s": exact, "level_s": level}
     yield _equal("D2-exact", usual / exact, 3.5, agreement, details, GENERATE)
     yield at_least("D2-level", usual / level, 28, details, baseline=GENERATE)
+
+
+def _encoder_decoder(repeats: int) -> Iterator[Result]:
+    run = Decoding(subjects.ENCODER_DECODER, users=16)
+    agreement = float((run.usual() == run.exact()).mean())
+    usual, exact, level = cpu_seconds(run.usual, run.exact, run.level, repeats=repeats)
+    users = len(run.prompts)
+    details = {
+        "users_per_second": users / exact, "same_ranking": agreement, "level_speed": usual / level,
+        "usual_s": usual, "exact_s": exact, "level_s": level,
+    }  # fmt: skip
+    yield _equal("T5-decode", usual / exact, 4, agreement, details, GENERATE)
 
 
 def _equal(

@@ -1,7 +1,8 @@
 """E and S: whole catalogues ranked for many users, end to end.
 
-E1: full-ranking Recall and NDCG of 22,363 users with histories as long as Beauty's, against the protocol of public
-code: `generate`, 8 users at a time as they come, a trie of dictionaries, token ids looked up one by one. S1: the pass
+E1: full-ranking Recall and NDCG of 22,363 users with histories as long as Beauty's, softmax over the level, against the
+protocol of public code: `generate`, 8 users at a time as they come, softmax over the vocabulary, a trie of
+dictionaries, token ids looked up one by one. S1: the pass
 that re-assigns item tokens asks for the beams of every item, from a prompt of 64 tokens. The usual way is measured on a
 few dozen, since it would take hours.
 """

@@ -6,6 +6,7 @@ from llm_itemtok.bench.decode import decode
 from llm_itemtok.bench.evaluate import evaluate
 from llm_itemtok.bench.gpu import gpu
 from llm_itemtok.bench.measure import Result
+from llm_itemtok.bench.tokenize import tokenize
 from llm_itemtok.bench.train import train
 from llm_itemtok.bench.trie import trie
 
@@ -14,6 +15,7 @@ GROUPS: Mapping[str, Callable[[], Iterator[Result]]] = {
     "train": train,
     "trie": trie,
     "evaluate": evaluate,
+    "tokenize": tokenize,
     "gpu": gpu,
 }
 """What `itemtok bench` measures, by group."""

@@ -5,11 +5,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
+from transformers import (
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    T5Config,
+)
 
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.export import merged
 from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.load import auto_class
 from llm_itemtok.model.rows import ItemRows
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
@@ -18,17 +26,17 @@ LEVELS = (256, 256, 256, 256)
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a Llama-type model.
+    """Size of a Llama-type or T5-type model.
 
     Attributes:
-        layers: of the body.
+        layers: of the body; of a T5, of its encoder and of its decoder each.
         width: of the hidden states.
         heads: of attention, for queries.
         inner: width of the feed-forward part.
         vocabulary: tokens before the item tokens.
         key_value_heads: as many as `heads` when 0.
         head_dim: `width / heads` when 0.
-        family: `llama` or `qwen3`.
+        family: `llama`, `qwen3` or `t5`.
     """
 
     layers: int
@@ -60,6 +68,9 @@ class Shape:
 SMALL = Shape(layers=4, width=256, heads=4, inner=688, vocabulary=8192)
 """The model of most benchmarks; with 1,024 item tokens the vocabulary has 9,216."""
 
+ENCODER_DECODER = Shape(layers=4, width=256, heads=4, inner=1024, vocabulary=8192, family="t5")
+"""A T5 as wide, of 4 and 4 layers."""
+
 LLM_VOCABULARY = 151_936
 """Of the Qwen3 family."""
 
@@ -90,8 +101,29 @@ def item_model(
 ) -> ItemTokenModel:
     """A random model with item tokens after its text vocabulary, in evaluation mode, normaliser `level`."""
     torch.manual_seed(0)
+    lm = auto_class(config := _config(shape)).from_config(config, dtype=dtype)
+    vocab = ItemVocab(item_codes, first_id=shape.vocabulary)
+    rows = ItemRows(torch.randn(vocab.num_tokens, shape.width) * 0.02, first_id=vocab.first_id, tied=True)
+    return ItemTokenModel(lm, rows, vocab).to(device).eval()
+
+
+def _config(shape: Shape) -> PreTrainedConfig:
+    """A configuration of the library with these sizes."""
+    if shape.family == "t5":
+        config = T5Config(
+            num_layers=shape.layers,
+            d_model=shape.width,
+            num_heads=shape.heads,
+            d_kv=shape.head_dim or shape.width // shape.heads,
+            d_ff=shape.inner,
+            vocab_size=shape.vocabulary,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+        config.decoder_start_token_id = START  # the library reads it, but declares no field
+        return config
     kind = Qwen3Config if shape.family == "qwen3" else LlamaConfig
-    config = kind(
+    return kind(
         num_hidden_layers=shape.layers,
         hidden_size=shape.width,
         num_attention_heads=shape.heads,
@@ -105,10 +137,6 @@ def item_model(
         eos_token_id=2,
         pad_token_id=0,
     )
-    lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    vocab = ItemVocab(item_codes, first_id=shape.vocabulary)
-    rows = ItemRows(torch.randn(vocab.num_tokens, shape.width) * 0.02, first_id=vocab.first_id, tied=True)
-    return ItemTokenModel(lm, rows, vocab).to(device).eval()
 
 
 def plain_model(model: ItemTokenModel) -> PreTrainedModel:

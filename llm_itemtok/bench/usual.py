@@ -45,6 +45,7 @@ def generate_items(
         Token ids of the paths, int64 `[B, beam, levels]`, best first, and their log-probabilities `[B, beam]`.
     """
     width = max(len(prompt) for prompt in prompts)
+    before = 1 if lm.config.is_encoder_decoder else width  # of a T5 what is written begins with its start token alone
     input_ids, mask = np.zeros((len(prompts), width), dtype=np.int64), np.zeros((len(prompts), width), dtype=np.int64)
     for row, prompt in enumerate(prompts):  # left-padded, as `generate` needs it
         input_ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
@@ -58,12 +59,14 @@ def generate_items(
         do_sample=False,
         length_penalty=0.0,
         early_stopping=False,
-        prefix_allowed_tokens_fn=lambda _batch, ids: trie.allowed(ids[width:].tolist()),
+        prefix_allowed_tokens_fn=lambda _batch, ids: trie.allowed(ids[before:].tolist()),
         return_dict_in_generate=True,
         output_scores=True,
     )
     shape = (len(prompts), beam)
-    return out.sequences[:, width:].reshape(*shape, levels).cpu().numpy(), out.sequences_scores.reshape(shape).numpy()
+    return out.sequences[:, before:].reshape(*shape, levels).cpu().numpy(), out.sequences_scores.reshape(
+        shape
+    ).float().cpu().numpy()
 
 
 @torch.inference_mode()

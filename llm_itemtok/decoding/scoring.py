@@ -18,12 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from llm_itemtok.decoding.beams import DecodeNormaliser
 from llm_itemtok.decoding.blocks import Blocks, cut, join
-from llm_itemtok.decoding.masks import attention_masks
-from llm_itemtok.decoding.tree import TreeDecoder, TreeState, takes_tree_masks
+from llm_itemtok.decoding.replicated import decoder_for
+from llm_itemtok.decoding.tree import TreeDecoder, TreeState
 from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
 from llm_itemtok.vocab.trie import ItemTrie
 
@@ -100,17 +99,19 @@ class _Scoring:
 
     def fill(self, prompts: Sequence[np.ndarray], items: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> None:
         """Write the scores of each user's distinct items into `scores`; users that share an array share its tree."""
-        if not takes_tree_masks(self.model):
+        decoder = decoder_for(self.model)
+        if not isinstance(decoder, TreeDecoder):
             for prompt, rows, out in zip(prompts, items, scores, strict=True):
                 self._fill_alone(prompt, rows, out)
             return
-        decoder = TreeDecoder(self.model)
         asked = [user for user, rows in enumerate(items) if len(rows)]
         for group in _groups([len(prompt) for prompt in prompts], asked, self.nodes_per_pass):
             state = decoder.encode([prompts[user] for user in group])
-            self._fill_group(state, [items[user] for user in group], [scores[user] for user in group])
+            self._fill_group(decoder, state, [items[user] for user in group], [scores[user] for user in group])
 
-    def _fill_group(self, state: TreeState, items: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> None:
+    def _fill_group(
+        self, decoder: TreeDecoder, state: TreeState, items: Sequence[np.ndarray], scores: Sequence[np.ndarray]
+    ) -> None:
         """Score the items of U users whose histories have been read."""
         first = self._log_probs(state.last, None, 0)
         table = self.model.vocab.codes.table
@@ -127,17 +128,20 @@ class _Scoring:
         size = max(1, self.nodes_per_pass // blocks.codes.shape[1])
         for at in range(0, len(users), size):
             part = blocks.take(numbers[at : at + size])
-            found = self._score_pass(state, first, users[at : at + size], part).cpu().numpy()
+            found = self._score_pass(decoder, state, first, users[at : at + size], part).cpu().numpy()
             ends = part.leaf_starts[1:-1]
             for user, leaves, values in zip(
                 users[at : at + size], np.split(part.leaf_items, ends), np.split(found, ends), strict=True
             ):
                 scores[user][leaves] = values
 
-    def _score_pass(self, state: TreeState, first: Tensor, users: np.ndarray, blocks: Blocks) -> Tensor:
+    def _score_pass(
+        self, decoder: TreeDecoder, state: TreeState, first: Tensor, users: np.ndarray, blocks: Blocks
+    ) -> Tensor:
         """Scores of the leaves of R blocks, each behind the history of its user.
 
         Args:
+            decoder: of the model.
             state: of U users.
             first: `[U, sizes[0]]`, log-probabilities of the first level.
             users: int64 `[R]`, in `[0, U)`.
@@ -148,7 +152,7 @@ class _Scoring:
         codes, depths = blocks.codes.reshape(-1), blocks.depths.reshape(-1)
         parents = (blocks.parents + offsets[:, None]).reshape(-1)
         leaf_parents = blocks.leaf_slots + np.repeat(offsets, np.diff(blocks.leaf_starts))
-        states = self._states(state, self._tensor(users), blocks)
+        states = self._states(decoder, decoder.rows(state, self._tensor(users)), blocks)
         nodes = self._trie_nodes(codes, depths, parents) if self.normaliser == "children" else None
         tops = np.flatnonzero(depths == 1)
         scores = torch.zeros(num_rows * width, device=states.device)
@@ -166,11 +170,8 @@ class _Scoring:
                 scores[self._tensor(takers)] = reached
         return reached
 
-    def _states(self, state: TreeState, users: Tensor, blocks: Blocks) -> Tensor:
-        """The model's states `[R * Q, D]` at the slots of blocks behind the users' histories."""
-        cache = DynamicCache()
-        for number, (keys, values, *_) in enumerate(state.cache):
-            cache.update(keys[users], values[users], number)
+    def _states(self, decoder: TreeDecoder, state: TreeState, blocks: Blocks) -> Tensor:
+        """The model's states `[R * Q, D]` at the slots of R blocks, each behind what its row has read."""
         codes, depths, parents = (self._tensor(each) for each in (blocks.codes, blocks.depths, blocks.parents))
         levels = (depths - 1).clamp(min=0)
         ancestors = parents.new_zeros(*parents.shape, parents.shape[1], dtype=torch.bool)
@@ -178,22 +179,16 @@ class _Scoring:
         for _ in range(self.model.vocab.num_levels - 1):
             ancestors.scatter_(2, slots.unsqueeze(-1), True)
             slots = parents.gather(1, slots)
-        history = state.visible[users].unsqueeze(1).expand(-1, parents.shape[1], -1)
-        position_ids = state.lengths[users].unsqueeze(1) + levels
+        history = state.visible.unsqueeze(1).expand(-1, parents.shape[1], -1)
+        position_ids = state.lengths.unsqueeze(1) + levels
         level_starts = torch.tensor(self.model.vocab.level_starts, device=parents.device)
-        hidden = self.model.hidden(
+        hidden = decoder.feed(
+            state,
             codes + self.model.vocab.first_id + level_starts[levels],
-            attention_mask=attention_masks(
-                self.model.config,
-                self.model.lm.dtype,
-                torch.cat([history, ancestors], dim=2),
-                position_ids,
-                torch.cat([state.places[users], position_ids], dim=1),
-            ),
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+            torch.cat([history, ancestors], dim=2),
+            position_ids,
+            torch.cat([state.places, position_ids], dim=1),
+        )
         return hidden.flatten(0, 1)
 
     def _fill_alone(self, prompt: np.ndarray, items: np.ndarray, scores: np.ndarray) -> None:

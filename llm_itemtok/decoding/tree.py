@@ -16,8 +16,8 @@ Shape letters: B users, K beams, S prompt positions, D model width.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class TreeState:
         ancestors: int64 `[B, K, level]`: cache positions of each beam's tokens.
     """
 
-    cache: DynamicCache
+    cache: Any
     visible: Tensor
     places: Tensor
     lengths: Tensor
@@ -148,6 +148,26 @@ class TreeDecoder:
             use_cache=True,
         ).last_hidden_state
         return hidden
+
+    def rows(self, state: TreeState, users: Tensor) -> TreeState:
+        """A state of R rows, each a copy of that of its user, int64 `[R]`; users may come more than once."""
+        return replace(
+            state,
+            cache=copied(state.cache, users),
+            visible=state.visible[users],
+            places=state.places[users],
+            lengths=state.lengths[users],
+            last=state.last[users],
+            ancestors=state.ancestors[users],
+        )
+
+
+def copied(cache: DynamicCache, users: Tensor) -> DynamicCache:
+    """A cache of R rows, each a copy of that of its user."""
+    copies = DynamicCache()
+    for number, (keys, values, *_) in enumerate(cache):
+        copies.update(keys[users], values[users], number)
+    return copies
 
 
 def padded(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:

@@ -177,7 +177,8 @@ def row(job: Job, record: dict[str, Any], *, control: bool, probe: bool) -> dict
         "control": control,
         "probe": probe,
         "initial_codes": cell.config.tokenizer.kind,
-        "backbone": _backbone(cell.config),
+        # Records from before there were two kinds do not say which.
+        "backbone": _backbone(cell.config, training.get("kind", "decoder")),
         "seed": cell.config.seed,
         "settings": dict(cell.point),
         **{name: training[name] for name in ("steps", "targets_seen", "flops")},
@@ -222,8 +223,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     return found
 
 
-def _backbone(config: RunConfig) -> str:
-    if config.model.name != "scratch":
-        return f"decoder {Path(config.model.name).name if Path(config.model.name).exists() else config.model.name}"
-    sizes = config.model.scratch
-    return f"decoder {sizes.layers}x{sizes.width}"
+def _backbone(config: RunConfig, kind: str) -> str:
+    name, sizes = config.model.name, config.model.scratch
+    if name != "scratch":
+        return f"{kind} {Path(name).name if Path(name).exists() else name}"
+    layers = f"{sizes.layers}+{sizes.decoder_layers or sizes.layers}" if sizes.family == "t5" else str(sizes.layers)
+    return f"{kind} {layers}x{sizes.width}"

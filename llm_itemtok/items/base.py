@@ -9,6 +9,8 @@ Decisions:
   (`to_latent`, `from_latent`); everything residual is written here, once.
 - A hard code is greedy and takes the lowest index on a tie; it is the argmax of `soft_assign` by construction, because
   both read the same distances.
+- A quantizer may put a price on each codeword, which counts as distance: that is how clusters are kept of equal size
+  without a list of who belongs where, so that new items are coded by the same rule.
 - Losses are returned per item: who trains decides what to average over (all items, a batch, the distinct targets).
 - A quantizer reads and writes vectors in the units it was fitted on; scaling that helps its training is stored in it.
 
@@ -32,7 +34,9 @@ from torch import Tensor, nn
 from llm_itemtok.artifacts import FORMAT_VERSION, write_bytes
 from llm_itemtok.errors import DataError
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.residual import nearest_codes, squared_distances, sum_of_codewords
+from llm_itemtok.items.estimators import Estimator, straight_through
+from llm_itemtok.items.residual import lowest, nearest_codes, squared_distances, sum_of_codewords
+from llm_itemtok.items.streaming import read_blocks
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
@@ -54,6 +58,8 @@ class Quantized(NamedTuple):
     """float `[N]`, pulls codewords to residuals; no gradient to the encoder."""
     commitment_loss: Tensor
     """float `[N]`, pulls residuals to codewords, not yet weighted; no gradient to the codebooks."""
+    latent: Tensor
+    """float `[N, H]`, the sum of the codewords, as the decoder reads it."""
 
 
 class Quantizer(nn.Module, abc.ABC):
@@ -81,6 +87,14 @@ class Quantizer(nn.Module, abc.ABC):
     def settings(self) -> dict[str, Any]:
         """The arguments that build an untrained module of the same shapes; plain JSON values."""
 
+    def used_codebooks(self) -> Tensor:
+        """The codebooks as codes are read off them, float `[L, K, H]`; differentiable."""
+        return self.codebooks
+
+    def prices(self) -> Tensor | None:
+        """What a codeword costs beside its squared distance, float `[L, K]`; None where distance alone counts."""
+        return None
+
     @property
     def num_levels(self) -> int:
         """Number of levels, L."""
@@ -101,7 +115,24 @@ class Quantizer(nn.Module, abc.ABC):
         Returns:
             int64 `[N, L]`, each in `[0, K)`.
         """
-        return nearest_codes(self.to_latent(vectors), self.codebooks)[0]
+        return nearest_codes(self.to_latent(vectors), self.used_codebooks(), self.prices())[0]
+
+    def encode_blocks(self, vectors: np.ndarray) -> np.ndarray:
+        """`encode` for any number of items: checked, coded and let go block by block.
+
+        Args:
+            vectors: float `[N, D]`, in memory or memory-mapped (`np.load(path, mmap_mode="r")`); N at least 1.
+
+        Returns:
+            int32 `[N, L]`, each in `[0, K)`. What is held beside it does not grow with N.
+
+        Raises:
+            DataError: if the vectors are not finite numbers of this shape.
+        """
+        codes = np.empty((len(vectors), self.num_levels), dtype=np.int32)
+        for rows, block in read_blocks(vectors):
+            codes[rows] = self.encode(torch.from_numpy(check_vectors(block))).numpy()
+        return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """Item vectors that codes stand for.
@@ -112,7 +143,7 @@ class Quantizer(nn.Module, abc.ABC):
         Returns:
             float `[N, D]`, in the units of the vectors; differentiable in codebooks and decoder.
         """
-        return self.from_latent(sum_of_codewords(codes, self.codebooks))
+        return self.from_latent(sum_of_codewords(codes, self.used_codebooks()))
 
     def soft_assign(self, vectors: Tensor, *, straight_through_residual: bool = False) -> list[Tensor]:
         """Probability of each codeword, level by level, differentiable in everything.
@@ -129,7 +160,7 @@ class Quantizer(nn.Module, abc.ABC):
     def soft_assign_latent(self, latent: Tensor, *, straight_through_residual: bool = False) -> list[Tensor]:
         """`soft_assign` for points that are already in the space of the codebooks.
 
-        `P(k | v_l) = softmax_k(-||v_l - e_k||^2)` and `v_{l+1} = v_l - sg[e_{hard code}]`.
+        `P(k | v_l) = softmax_k(-||v_l - e_k||^2)` and `v_{l+1} = v_l - sg[e_{hard code}]`; prices count as distance.
 
         Args:
             latent: float `[N, H]`.
@@ -141,42 +172,33 @@ class Quantizer(nn.Module, abc.ABC):
             L tensors, float `[N, K]`, rows summing to 1.
         """
         probabilities = []
-        residual = latent
-        for codebook in self.codebooks:
+        residual, prices = latent, self.prices()
+        for level, codebook in enumerate(self.used_codebooks()):
             distances = squared_distances(residual, codebook)
+            if prices is not None:
+                distances = distances + prices[level]
             probabilities.append(torch.softmax(-distances, dim=1))
-            residual = residual - codebook.detach()[distances.argmin(dim=1)]
+            residual = residual - codebook.detach()[lowest(distances)]
             if straight_through_residual:
                 residual = residual.detach()
         return probabilities
 
-    def forward(self, vectors: Tensor) -> Quantized:
+    def forward(self, vectors: Tensor, *, estimator: Estimator = straight_through) -> Quantized:
         """Quantise and rebuild, with the losses that train codebooks, encoder and decoder.
-
-        One straight-through estimate on the *sum* of the codewords: one a level would multiply the encoder's gradient
-        by the number of levels.
 
         Args:
             vectors: float `[N, D]`.
+            estimator: how gradients pass the choice of codewords.
         """
-        latent = self.to_latent(vectors)
-        residual = latent
-        chosen, codebook_losses, commitment_losses = [], [], []
-        for codebook in self.codebooks:
-            code = squared_distances(residual.detach(), codebook.detach()).argmin(dim=1)
-            codeword = codebook[code]
-            codebook_losses.append((residual.detach() - codeword).square().mean(dim=1))
-            commitment_losses.append((residual - codeword.detach()).square().mean(dim=1))
-            residual = residual - codeword.detach()
-            chosen.append(code)
-        # `residual` is now latent minus the sum of the codewords.
-        reconstruction = self.from_latent(latent - residual.detach())
+        found = estimator(self.to_latent(vectors), self.used_codebooks(), self.prices())
+        reconstruction = self.from_latent(found.quantized)
         return Quantized(
-            codes=torch.stack(chosen, dim=1),
+            codes=found.codes,
             reconstruction=reconstruction,
             reconstruction_loss=((reconstruction - vectors) / self.loss_scale()).square().mean(dim=1),
-            codebook_loss=torch.stack(codebook_losses).mean(dim=0),
-            commitment_loss=torch.stack(commitment_losses).mean(dim=0),
+            codebook_loss=found.codebook_loss,
+            commitment_loss=found.commitment_loss,
+            latent=found.quantized,
         )
 
     def save(self, folder: str | Path) -> Path:

@@ -4,24 +4,32 @@ Two items with one code cannot be told apart in decoding, so every run resolves 
 The policies here change as little as they can: an item that shares its code with nobody keeps it.
 
 - `extra_level` appends a level that counts within a code. Loses nothing, but the last token means nothing.
-- `reassign` moves all but one of the items on a code to the nearest free code. No longer path, at the price of
-  reconstruction error, which is recorded.
+- `reassign` moves all but one of the items on a code to the nearest free code, one item after the other. No longer
+  path, at the price of reconstruction error, which is recorded.
+- `sinkhorn` spreads the items of shared codes over the codewords of the last level, all of a prefix at once.
+- `matching` does that at the least cost there is.
 - `forbid` refuses.
 
 What was done, and the collision rate before it, is kept in the provenance under `collisions`.
 
-Shape letters in this file: N items, L levels, K codewords a level, H dimensions of a codeword, M items to be moved.
+Shape letters in this file: N items, L levels, K codewords of the last level, H dimensions of a codeword, M items of
+shared codes, E candidates of all of them together.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from llm_itemtok.errors import CollisionError, DataError
-from llm_itemtok.items.base import Quantizer, check_vectors
+from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.residual import estimate_codebooks, sum_of_codewords
+from llm_itemtok.items.free_codes import FreeCodes, Shared, latent_space, squared_errors
+from llm_itemtok.items.spread import spread
+
+MAX_ROUNDS = 20
+"""Rounds of `sinkhorn` before what still collides goes to the nearest free code; as many as LC-Rec has."""
 
 
 def extra_level(codes: ItemCodes, size: int | None = None) -> ItemCodes:
@@ -80,31 +88,150 @@ def reassign(codes: ItemCodes, vectors: np.ndarray | None, quantizer: Quantizer 
         CollisionError: if there are more items than codes.
         DataError: if codes, vectors and quantizer do not fit each other, or vectors are needed and missing.
     """
-    if codes.num_items > codes.capacity:
-        raise CollisionError(
-            f"{codes.num_items:,} items cannot have a code each: {codes.num_levels} levels of {codes.sizes} codewords "
-            f"spell only {codes.capacity:,} codes.\n"
-            "  fix, in the recipe's `tokenizer` section: raise `codebook_size` or `levels`, or set "
-            "`collisions: extra-level`"
-        )
+    _refuse_too_many(codes)
     if vectors is None:
-        if codes.is_injective:
-            return codes.with_provenance(collisions=_record(codes, "reassign") | {"items_moved": 0})
-        raise DataError("`collisions: reassign` needs item vectors to tell which free code is nearest; was: none")
-    latent, codebooks = _latent_space(codes, vectors, quantizer)
-    before = _squared_errors(latent, codes.table, codebooks)
-    free = _FreeCodes(codes, codebooks)
+        return _unmoved(codes, "reassign")
+    latent, codebooks = latent_space(codes, vectors, quantizer)
+    return _moved(codes, _reassigned(codes, latent, codebooks), "reassign", latent, codebooks)
+
+
+def _reassigned(codes: ItemCodes, latent: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+    """The table that `reassign` gives, int32 `[N, L]`."""
+    errors = squared_errors(latent, codes.table, codebooks)
+    free = FreeCodes(codes, codebooks, codes.num_items)
     table = codes.table.copy()
-    movers = _all_but_nearest(codes.prefix_groups(codes.num_levels), before)
-    for row in movers:
+    for row in _all_but_nearest(codes.prefix_groups(codes.num_levels), errors):
         table[row] = free.take_nearest(latent[row], tuple(table[row].tolist()))
-    record = _record(codes, "reassign") | {
-        "items_moved": len(movers),
-        "squared_error_before": float(before.mean()),
-        "squared_error_after": float(_squared_errors(latent, table, codebooks).mean()),
-    }
-    provenance = codes.provenance | {"collisions": record}
-    return ItemCodes(table, codes.sizes, names=codes.names, provenance=provenance)
+    return table
+
+
+def sinkhorn(codes: ItemCodes, vectors: np.ndarray | None, quantizer: Quantizer | None = None) -> ItemCodes:
+    """Encode the last level of items that share a code again, so that those of one prefix spread over its codewords.
+
+    In each round, the items of a prefix are assigned to the codewords that nobody else holds by entropic optimal
+    transport (Sinkhorn's iteration: every item once, every codeword at most once), and each takes its largest share. Of
+    those that take the same codeword the nearest keeps it, the others go on to the next round. After `MAX_ROUNDS`, or
+    when a prefix is full, what still collides goes to the nearest free code as in `reassign`.
+
+    LC-Rec's released code, where the idea comes from (Zheng et al. 2023, arXiv:2311.09049), looks at the items of one
+    code at a time, does not know which codewords are taken, asks the few items to use *all* codewords evenly, so that
+    which one is an item's largest share is nearly an accident, and leaves the collisions that remain after its rounds.
+
+    Args:
+        codes: N items on L levels.
+        vectors: float32 `[N, D]`, in the units the quantizer was fitted on; None will do for codes without collisions.
+        quantizer: that gave the codes, with the same levels. Without one, codebooks are estimated from the vectors.
+
+    Returns:
+        Codes of the same sizes with unique rows; items that shared their code with nobody keep it. The provenance
+        records what `reassign` records, and besides the number of rounds and of items moved by the nearest free code.
+
+    Raises:
+        CollisionError: if there are more items than codes.
+        DataError: if codes, vectors and quantizer do not fit each other, or vectors are needed and missing.
+    """
+    _refuse_too_many(codes)
+    if vectors is None:
+        return _unmoved(codes, "sinkhorn", rounds=0, nearest_free=0)
+    latent, codebooks = latent_space(codes, vectors, quantizer)
+    if codes.is_injective:
+        return _moved(codes, codes.table, "sinkhorn", latent, codebooks, rounds=0, nearest_free=0)
+    shared = Shared.of(codes, latent, codebooks)
+    free = shared.available.copy()
+    table, left, rounds = codes.table.copy(), np.arange(len(shared.rows)), 0
+    while len(left) and rounds < MAX_ROUNDS:
+        words = spread(shared.distances[left], shared.prefixes[left], free)
+        wanting = np.flatnonzero(words >= 0)
+        if not len(wanting):
+            break
+        rounds += 1
+        places, wanted = left[wanting], words[wanting]
+        order = np.lexsort((places, shared.distances[places, wanted], wanted, shared.prefixes[places]))
+        groups = shared.prefixes[places] * free.shape[1] + wanted
+        first = order[np.unique(groups[order], return_index=True)[1]]
+        settled = places[first]
+        table[shared.rows[settled], -1] = wanted[first]
+        free[shared.prefixes[settled], wanted[first]] = False
+        left = np.setdiff1d(left, settled)
+    rows = shared.rows[left]
+    if len(rows):
+        settled_codes = ItemCodes(np.delete(table, rows, axis=0), codes.sizes)
+        others = FreeCodes(settled_codes, codebooks, codes.num_items)
+        errors = squared_errors(latent[rows], table[rows], codebooks)
+        for row in rows[np.argsort(errors, kind="stable")]:
+            table[row] = others.take_nearest(latent[row], tuple(table[row].tolist()))
+    return _moved(codes, table, "sinkhorn", latent, codebooks, rounds=rounds, nearest_free=len(rows))
+
+
+def matching(codes: ItemCodes, vectors: np.ndarray | None, quantizer: Quantizer | None = None) -> ItemCodes:
+    """Give the items of shared codes the codes that cost least, all of them together.
+
+    Candidates of an item are the codes under its own first L - 1 codewords that nobody outside holds, nearest first,
+    as many as there are items that may want them: more can never be needed. Where a prefix has fewer free codes than
+    items, some must leave it, and for them the codes that `reassign` would give are candidates, too. So an assignment
+    always exists, and the best one, which is taken, is never worse than that of `reassign` in mean squared error.
+
+    Args:
+        codes: N items on L levels.
+        vectors: float32 `[N, D]`, in the units the quantizer was fitted on; None will do for codes without collisions.
+        quantizer: that gave the codes, with the same levels. Without one, codebooks are estimated from the vectors.
+
+    Returns:
+        Codes of the same sizes with unique rows; items that shared their code with nobody keep it. The provenance
+        records what `reassign` records, and besides the number of candidates.
+
+    Raises:
+        CollisionError: if there are more items than codes.
+        DataError: if codes, vectors and quantizer do not fit each other, or vectors are needed and missing.
+
+    Source: Jonker and Volgenant 1987 (doi:10.1007/BF02278710), in SciPy's version for sparse candidates.
+    """
+    _refuse_too_many(codes)
+    if vectors is None:
+        return _unmoved(codes, "matching", candidates=0)
+    latent, codebooks = latent_space(codes, vectors, quantizer)
+    if codes.is_injective:
+        return _moved(codes, codes.table, "matching", latent, codebooks, candidates=0)
+    shared = Shared.of(codes, latent, codebooks)
+    items, candidates, costs = _candidates(codes, shared, latent, codebooks)
+    columns = ItemCodes(candidates, codes.sizes).prefix_groups(codes.num_levels)
+    # An explicit zero would be no candidate at all; the same for all, the 1 changes nothing about which is best.
+    graph = csr_array((costs + 1.0, (items, columns)), shape=(len(shared.rows), int(columns.max()) + 1))
+    row_of, column_of = min_weight_full_bipartite_matching(graph)
+    table = codes.table.copy()
+    code_of_column = np.unique(columns, return_index=True)[1]
+    table[shared.rows[row_of]] = candidates[code_of_column[column_of]]
+    return _moved(codes, table, "matching", latent, codebooks, candidates=len(items))
+
+
+def _candidates(
+    codes: ItemCodes, shared: Shared, latent: np.ndarray, codebooks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What may be assigned to whom: places in `shared` `[E]`, codes int32 `[E, L]`, squared errors `[E]`."""
+    reassigned = _reassigned(codes, latent, codebooks)[shared.rows]
+    leaving = np.flatnonzero((reassigned[:, :-1] != codes.table[shared.rows, :-1]).any(axis=1))
+    wanting = np.bincount(shared.prefixes, minlength=len(shared.available))
+    if len(leaving):
+        wanting += _arriving(shared.prefix_codes, reassigned[leaving, :-1], codes.sizes[:-1])
+    wanted = np.minimum(wanting, shared.available.sum(axis=1))[shared.prefixes]
+    distances = np.where(shared.available[shared.prefixes], shared.distances, np.inf)
+    nearest = np.argsort(distances, axis=1, kind="stable")
+    items, ranks = np.nonzero(np.arange(nearest.shape[1]) < wanted[:, None])
+    words = nearest[items, ranks]
+    own = codes.table[shared.rows[items]]
+    own[:, -1] = words
+    elsewhere = squared_errors(latent[shared.rows[leaving]], reassigned[leaving], codebooks)
+    return (
+        np.concatenate([items, leaving]),
+        np.concatenate([own, reassigned[leaving]]),
+        np.concatenate([distances[items, words], elsewhere]).astype(np.float64),
+    )
+
+
+def _arriving(prefixes: np.ndarray, wanted: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """For each of some distinct prefixes, how often it stands among the wanted ones; int64."""
+    groups = ItemCodes(np.concatenate([prefixes, wanted]), sizes).prefix_groups(len(sizes))
+    return np.bincount(groups[len(prefixes) :], minlength=int(groups.max()) + 1)[groups[: len(prefixes)]]
 
 
 def forbid(codes: ItemCodes, item_ids: Sequence[str]) -> ItemCodes:
@@ -138,28 +265,34 @@ def forbid(codes: ItemCodes, item_ids: Sequence[str]) -> ItemCodes:
     return codes.with_provenance(collisions=_record(codes, "forbid"))
 
 
-def _latent_space(codes: ItemCodes, vectors: np.ndarray, quantizer: Quantizer | None) -> tuple[np.ndarray, np.ndarray]:
-    """Items `[N, H]` and codebooks `[L, K, H]` in the space in which codes are read off."""
-    vectors = check_vectors(vectors)
-    if len(vectors) != codes.num_items:
-        raise DataError(f"there must be one vector a code, {codes.num_items:,} of them, was: {len(vectors):,}")
-    x_ND = torch.from_numpy(vectors)
-    if quantizer is None:
-        codes_NL = torch.tensor(codes.table, dtype=torch.int64)
-        return vectors, estimate_codebooks(x_ND, codes_NL, max(codes.sizes)).numpy()
-    sizes = (quantizer.num_codewords,) * quantizer.num_levels
-    if sizes != codes.sizes:
-        raise DataError(
-            f"codes and quantizer must have the same levels, was: {codes.sizes} and {sizes}; resolve collisions of the "
-            "codes as the quantizer gave them"
+def _refuse_too_many(codes: ItemCodes) -> None:
+    if codes.num_items > codes.capacity:
+        raise CollisionError(
+            f"{codes.num_items:,} items cannot have a code each: {codes.num_levels} levels of {codes.sizes} codewords "
+            f"spell only {codes.capacity:,} codes.\n"
+            "  fix, in the recipe's `tokenizer` section: raise `codebook_size` or `levels`, or set "
+            "`collisions: extra-level`"
         )
-    with torch.no_grad():
-        return quantizer.to_latent(x_ND).numpy(), quantizer.codebooks.detach().numpy()
 
 
-def _squared_errors(latent: np.ndarray, table: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
-    rebuilt = sum_of_codewords(torch.tensor(table, dtype=torch.int64), torch.from_numpy(codebooks)).numpy()
-    return np.square(latent - rebuilt).sum(axis=1)
+def _unmoved(codes: ItemCodes, policy: str, **figures: int) -> ItemCodes:
+    """Codes without collisions as they are; others need vectors, and are refused."""
+    if not codes.is_injective:
+        raise DataError(f"`collisions: {policy}` needs item vectors to tell which free code is nearest; was: none")
+    return codes.with_provenance(collisions=_record(codes, policy) | {"items_moved": 0} | figures)
+
+
+def _moved(
+    codes: ItemCodes, table: np.ndarray, policy: str, latent: np.ndarray, codebooks: np.ndarray, **figures: int
+) -> ItemCodes:
+    """Codes with another table, and what the moves cost in their provenance."""
+    record = _record(codes, policy) | {
+        "items_moved": int((table != codes.table).any(axis=1).sum()),
+        "squared_error_before": float(squared_errors(latent, codes.table, codebooks).mean()),
+        "squared_error_after": float(squared_errors(latent, table, codebooks).mean()),
+    }
+    provenance = codes.provenance | {"collisions": record | figures}
+    return ItemCodes(table, codes.sizes, names=codes.names, provenance=provenance)
 
 
 def _all_but_nearest(groups: np.ndarray, errors: np.ndarray) -> np.ndarray:
@@ -167,56 +300,6 @@ def _all_but_nearest(groups: np.ndarray, errors: np.ndarray) -> np.ndarray:
     order = np.lexsort((np.arange(len(groups)), errors))
     _, keepers = np.unique(groups[order], return_index=True)
     return np.delete(order, keepers)
-
-
-class _FreeCodes:
-    """Which codes are free, and the nearest one of them.
-
-    Counts the codes taken under a prefix when it is first asked for, from the rows in lexicographic order, and keeps
-    the counts up to date from then on. So the memory grows with the number of moves, not with the number of codes.
-    """
-
-    def __init__(self, codes: ItemCodes, codebooks: np.ndarray) -> None:
-        self.sizes = codes.sizes
-        self.codebooks = codebooks
-        self.taken = np.ascontiguousarray(codes.prefix_counts(codes.num_levels)[0].T)  # [L, distinct codes]
-        # Codes under a prefix of each length; more than there are items is as good as infinite.
-        self.capacities = [1]
-        for size in reversed(codes.sizes):
-            self.capacities.insert(0, min(self.capacities[0] * size, codes.num_items + 1))
-        self.counts: dict[tuple[int, ...], np.ndarray] = {}
-
-    def take_nearest(self, latent_H: np.ndarray, code: tuple[int, ...]) -> tuple[int, ...]:
-        """Take the nearest free code to a point whose own code is taken already."""
-        depth = len(code) - 1
-        while depth > 0 and not self._is_free(code[:depth]).any():
-            depth -= 1
-        rest_H = latent_H - sum(codebook[word] for codebook, word in zip(self.codebooks, code[:depth], strict=False))
-        found = code[:depth]
-        for level in range(depth, len(code)):
-            codebook_KH = self.codebooks[level, : self.sizes[level]]
-            distance_K = np.square(rest_H - codebook_KH).sum(axis=1)
-            distance_K[~self._is_free(found)] = np.inf
-            word = int(distance_K.argmin())
-            rest_H = rest_H - codebook_KH[word]
-            found = (*found, word)
-        for depth in range(len(found)):
-            self._under(found[:depth])[found[depth]] += 1
-        return found
-
-    def _is_free(self, prefix: tuple[int, ...]) -> np.ndarray:
-        """For each codeword after a prefix, whether a code that goes on with it is free."""
-        return self._under(prefix) < self.capacities[len(prefix) + 1]
-
-    def _under(self, prefix: tuple[int, ...]) -> np.ndarray:
-        """For each codeword after a prefix, how many codes that go on with it are taken."""
-        if prefix not in self.counts:
-            low, high = 0, self.taken.shape[1]
-            for column, word in zip(self.taken, prefix, strict=False):
-                low, high = low + np.searchsorted(column[low:high], [word, word + 1])
-            level = len(prefix)
-            self.counts[prefix] = np.bincount(self.taken[level, low:high], minlength=self.sizes[level])
-        return self.counts[prefix]
 
 
 def _position_in_group(groups: np.ndarray) -> np.ndarray:

@@ -20,7 +20,10 @@ import torch
 from llm_itemtok.errors import DataError
 
 BLOCK = 16_384
-"""Points assigned at a time: bounds the memory of the distances to `BLOCK * K` floats."""
+"""Points looked at at a time."""
+
+CACHED = 1024
+"""Points whose distances are computed at a time, so that `CACHED * K` floats stay in the processor's cache."""
 
 SAMPLE_PER_CLUSTER = 64
 """Points a cluster that the k-means++ start looks at."""
@@ -61,14 +64,14 @@ def kmeans(points: np.ndarray, num_clusters: int, *, iterations: int = 50, seed:
     points = np.ascontiguousarray(points, dtype=np.float32)
     rng = np.random.default_rng(seed)
     centres = _start(points, num_clusters, rng)
-    labels, errors, sums = _assign(points, centres)
+    labels, sums = _assign(points, centres)
     for iteration in range(1, iterations + 1):  # noqa: B007 (read after the loop)
-        centres = _update(points, centres, labels, errors, sums)
+        centres = _update(points, centres, labels, sums)
         previous = labels
-        labels, errors, sums = _assign(points, centres)
+        labels, sums = _assign(points, centres)
         if np.array_equal(labels, previous):
             break
-    return Clusters(centres, labels, errors, iteration)
+    return Clusters(centres, labels, squared_errors(points, centres, labels), iteration)
 
 
 def _start(points: np.ndarray, num_clusters: int, rng: np.random.Generator) -> np.ndarray:
@@ -89,35 +92,65 @@ def _start(points: np.ndarray, num_clusters: int, rng: np.random.Generator) -> n
     return centres
 
 
-def _assign(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nearest centre of each point, its squared distance, and the float64 sum `[K, D]` of each cluster's points."""
-    labels = np.empty(len(points), dtype=np.int64)
+def take_away(points: np.ndarray, centres: np.ndarray, labels: np.ndarray) -> None:
+    """Leave of each point what its centre does not explain, in place; arguments as `squared_errors` has them."""
+    for start in range(0, len(points), BLOCK):
+        rows = slice(start, start + BLOCK)
+        points[rows] -= centres[labels[rows]]
+
+
+def squared_errors(points: np.ndarray, centres: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Squared distance of points to their centres.
+
+    Args:
+        points: float32 `[N, D]`.
+        centres: float32 `[K, D]`.
+        labels: int64 `[N]`, each in `[0, K)`.
+
+    Returns:
+        float32 `[N]`; exact: a point on its centre has error 0, not a rounding error.
+    """
     errors = np.empty(len(points), dtype=np.float32)
+    for start in range(0, len(points), BLOCK):
+        rows = slice(start, start + BLOCK)
+        difference = points[rows] - centres[labels[rows]]
+        errors[rows] = np.einsum("nd,nd->n", difference, difference)
+    return errors
+
+
+def _assign(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest centre of each point, and the float64 sum `[K, D]` of each cluster's points."""
+    labels = np.empty(len(points), dtype=np.int64)
     sums = np.zeros(centres.shape, dtype=np.float64)
     transposed = torch.from_numpy(centres).T
     lengths = torch.from_numpy(centres).square().sum(dim=1)
     for start in range(0, len(points), BLOCK):
         block = points[start : start + BLOCK]
         rows = slice(start, start + len(block))
-        distances = torch.addmm(lengths, torch.from_numpy(block), transposed, alpha=-2)
-        labels[rows] = distances.argmin(dim=1).numpy()
-        difference = block - centres[labels[rows]]  # exact: a point on its centre has error 0, not a rounding error
-        errors[rows] = np.einsum("nd,nd->n", difference, difference)
-        membership = scipy.sparse.csc_array(
-            (np.ones(len(block), dtype=np.float32), labels[rows], np.arange(len(block) + 1)),
-            shape=(len(centres), len(block)),
-        )
-        sums += membership @ block
-    return labels, errors, sums
+        for begin in range(0, len(block), CACHED):
+            part = torch.from_numpy(block[begin : begin + CACHED])
+            distances = torch.addmm(lengths, part, transposed, alpha=-2).numpy()
+            # numpy's is several times faster than torch's.
+            labels[start + begin : start + begin + len(part)] = distances.argmin(axis=1)
+        sums += sums_by_label(block, labels[rows], len(centres))
+    return labels, sums
 
 
-def _update(
-    points: np.ndarray, centres: np.ndarray, labels: np.ndarray, errors: np.ndarray, sums: np.ndarray
-) -> np.ndarray:
+def sums_by_label(points: np.ndarray, labels: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Sum of each cluster's points, float32 `[K, D]`, added in the order of the rows."""
+    membership = scipy.sparse.csc_array(
+        (np.ones(len(points), dtype=np.float32), labels, np.arange(len(points) + 1)),
+        shape=(num_clusters, len(points)),
+    )
+    return np.asarray(membership @ points)
+
+
+def _update(points: np.ndarray, centres: np.ndarray, labels: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """Mean of each cluster; an empty cluster takes the worst served point away from its cluster."""
     counts = np.bincount(labels, minlength=len(centres))
     empty = np.flatnonzero(counts == 0)
     if len(empty):
+        errors = squared_errors(points, centres, labels)  # dear, and needed for nothing else
         worst = iter(np.argsort(-errors, kind="stable"))
         for cluster in empty:
             # A point that is served without error, or is alone in its cluster, gains nothing by moving.

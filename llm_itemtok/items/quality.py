@@ -57,7 +57,7 @@ def quality(codes: ItemCodes, vectors: np.ndarray | None = None, quantizer: Quan
             raise DataError(f"there must be one vector a code, {codes.num_items:,} of them, was: {len(vectors):,}")
         report["neighbours"] = neighbour_preservation(codes, vectors, depths=range(1, min(2, codes.num_levels) + 1))
         if quantizer is not None:
-            report["reconstruction_error"] = _reconstruction_error(codes, vectors, quantizer)
+            report["reconstruction_error"] = reconstruction_error(codes, vectors, quantizer)
     report["verdict"] = verdict(report)
     return report
 
@@ -117,6 +117,24 @@ def neighbour_preservation(codes: ItemCodes, vectors: np.ndarray, *, depths: ran
     return result
 
 
+def vector_pairs(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the nearest items by cosine of up to `MAX_QUERIES` items, drawn at random with a fixed seed.
+
+    Args:
+        vectors: float32 `[N, D]`; items whose vector is zero are near nothing and are not asked about.
+
+    Returns:
+        Rows of items and of their neighbours, int64 `[P]` each, an item's nearest first.
+    """
+    queries = np.flatnonzero(np.abs(vectors).max(axis=1) > 0)
+    if len(queries) > MAX_QUERIES:
+        queries = np.sort(np.random.default_rng(0).choice(queries, MAX_QUERIES, replace=False))
+    if len(vectors) < 2 or not len(queries):
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    nearest = _nearest_items(vectors, queries, min(NEIGHBOURS, len(vectors) - 1))
+    return np.repeat(queries, nearest.shape[1]), nearest.reshape(-1)
+
+
 def _nearest_items(vectors: np.ndarray, queries: np.ndarray, num: int) -> np.ndarray:
     """Rows `[Q, num]` of the items with the largest cosine to each query, the query itself left out."""
     directions = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
@@ -129,8 +147,20 @@ def _nearest_items(vectors: np.ndarray, queries: np.ndarray, num: int) -> np.nda
 
 
 @torch.no_grad()
-def _reconstruction_error(codes: ItemCodes, vectors: np.ndarray, quantizer: Quantizer) -> float:
-    """Squared error of the vectors rebuilt from codes (levels that only count left out) over their variance."""
+def reconstruction_error(codes: ItemCodes, vectors: np.ndarray, quantizer: Quantizer) -> float:
+    """Squared error of the vectors rebuilt from codes (levels that only count left out) over their variance.
+
+    Args:
+        codes: N items, on the levels of the quantizer and perhaps more.
+        vectors: float32 `[N, D]`.
+        quantizer: that gave the codes.
+
+    Returns:
+        0 where codes rebuild the vectors exactly, 1 where they do no better than the mean would.
+
+    Raises:
+        DataError: if codes and quantizer do not fit each other.
+    """
     if codes.num_levels < quantizer.num_levels or codes.sizes[0] != quantizer.num_codewords:
         raise DataError(
             f"codes and quantizer must have the same levels, was: {codes.sizes} and {quantizer.num_levels} levels of "
@@ -186,7 +216,16 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def quality_table(report: dict[str, Any]) -> str:
-    """The result of `quality` as text: one line a level, then the figures of the whole, then the verdict.
+    """The result of `quality` as text: what `figures_table` says, then the verdict.
+
+    Args:
+        report: what `quality` returned.
+    """
+    return f"{figures_table(report)}\n{report['verdict']}"
+
+
+def figures_table(report: dict[str, Any]) -> str:
+    """The figures of `quality` as text: one line a level, then the figures of the whole.
 
     Args:
         report: what `quality` returned.
@@ -217,4 +256,4 @@ def quality_table(report: dict[str, Any]) -> str:
         )
     if "reconstruction_error" in report:
         lines.append(f"reconstruction error: {report['reconstruction_error']:.1%} of the variance")
-    return "\n".join([*lines, report["verdict"]])
+    return "\n".join(lines)

@@ -11,12 +11,14 @@ import safetensors
 from llm_itemtok.artifacts import FORMAT_VERSION
 from llm_itemtok.errors import ArtifactError, DataError
 from llm_itemtok.items.base import QUANTIZER_FILE, QUANTIZER_FORMAT, Quantizer
+from llm_itemtok.items.product import ProductQuantizer
 from llm_itemtok.items.residual_kmeans import ResidualKMeansQuantizer
 from llm_itemtok.items.rqvae import RQVAEQuantizer
 
-_CLASSES: dict[str, type[ResidualKMeansQuantizer] | type[RQVAEQuantizer]] = {
+_CLASSES: dict[str, type[ResidualKMeansQuantizer] | type[RQVAEQuantizer] | type[ProductQuantizer]] = {
     "ResidualKMeansQuantizer": ResidualKMeansQuantizer,
     "RQVAEQuantizer": RQVAEQuantizer,
+    "ProductQuantizer": ProductQuantizer,
 }
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llm_itemtok.errors import DataError
 
-BLOCK = 16_384
-"""Rows quantised at a time: bounds the memory of the distances to `BLOCK * K` floats."""
+BLOCK = 1024
+"""Rows quantised at a time, so that `BLOCK * K` distances stay in the processor's cache."""
 
 
 def squared_distances(x_ND: Tensor, codebook_KD: Tensor) -> Tensor:
@@ -37,8 +37,15 @@ def squared_distances(x_ND: Tensor, codebook_KD: Tensor) -> Tensor:
     return own_N1 + codebook_KD.square().sum(dim=1) - 2 * (x_ND @ codebook_KD.T)
 
 
+def lowest(distances_NK: Tensor) -> Tensor:
+    """Index of the lowest value of each row, int64 `[N]`; a tie goes to the lowest index."""
+    if distances_NK.device.type == "cpu" and distances_NK.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(distances_NK.detach().numpy().argmin(axis=1))  # several times faster than torch's
+    return distances_NK.argmin(dim=1)
+
+
 @torch.no_grad()
-def nearest_codes(x_ND: Tensor, codebooks_LKD: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_codes(x_ND: Tensor, codebooks_LKD: Tensor, prices_LK: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Read every item's code off fixed codebooks, greedily from level 0 down.
 
     Greedy search is the definition here, not an approximation of a joint search: a code must not depend on levels
@@ -47,6 +54,7 @@ def nearest_codes(x_ND: Tensor, codebooks_LKD: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         x_ND: item vectors, float, in the space the codebooks were fitted in.
         codebooks_LKD: one codebook a level, float, same device as `x_ND`.
+        prices_LK: added to squared distances before the choice, in squared units of `x_ND`; None for none.
 
     Returns:
         codes_NL: int64 codeword indices, each in `[0, K)`. A tie goes to the lowest index.
@@ -67,7 +75,12 @@ def nearest_codes(x_ND: Tensor, codebooks_LKD: Tensor) -> tuple[Tensor, Tensor]:
         rows = slice(start, start + BLOCK)
         residual_ND = x_ND[rows]
         for level, codebook_KD in enumerate(codebooks_LKD):
-            code_N = squared_distances(residual_ND, codebook_KD).argmin(dim=1)
+            # As `squared_distances`, in place: half the time goes into memory otherwise.
+            distances_NK = residual_ND.square().sum(dim=1, keepdim=True) + codebook_KD.square().sum(dim=1)
+            distances_NK.sub_(residual_ND @ codebook_KD.T, alpha=2)
+            if prices_LK is not None:
+                distances_NK += prices_LK[level]
+            code_N = lowest(distances_NK)
             residual_ND = residual_ND - codebook_KD[code_N]
             codes[rows, level] = code_N
         errors[rows] = residual_ND.square().sum(dim=1)

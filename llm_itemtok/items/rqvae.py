@@ -5,11 +5,14 @@ Decisions:
   reads and writes vectors in their own units.
 - Encoder and decoder are first trained for a few epochs without quantisation; then the codebooks start as residual
   k-means of all latents. Codebooks fitted to the latents of a random encoder are out of date after the first epochs.
-- A codeword that no item chose in an epoch is moved onto the residual of an item that is served badly.
+- A codeword that no item chose in an epoch (or, if asked for, in so many steps) is moved onto the residual of an item
+  that is served badly.
 - Training stops when the loss has not fallen for a while. Returned are the weights of the best epoch looked at: among
   those whose loss is within 5 % of the lowest, the lowest collision rate, then the lowest reconstruction error. Without
   that bound a barely trained network wins: on Beauty (12,101 MiniLM vectors, 3 x 256) epoch 5 had 8.0 % collisions and
   rebuilt 46 % of the variance, epoch 485 had 10.1 % and rebuilt 57 %.
+- Other gradients (`estimators`) and the terms of LETTER (`letter`) are for experiments, and off. What the terms learn
+  beside the quantizer is thrown away after the fit.
 - A plain loop in this file, not a trainer: one small network, one process.
 
 Sources: Lee et al. 2022 (arXiv:2203.01941); for item tokens TIGER, Rajput et al. 2023 (arXiv:2305.05065), 3.1; scaling
@@ -20,8 +23,9 @@ Shape letters in this file: N items, B batch, L levels, K codewords a level, D d
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, final
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, final, get_args
 
 import numpy as np
 import torch
@@ -29,10 +33,16 @@ from torch import Tensor, nn
 
 from llm_itemtok.errors import DataError
 from llm_itemtok.items.base import ItemTokenizer, Progress, Quantizer, check_codebook_shape, check_vectors
+from llm_itemtok.items.codebooks import revive, start_codebooks
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.kmeans import kmeans
-from llm_itemtok.items.residual import nearest_codes
+from llm_itemtok.items.estimators import Estimator, gumbel, rotation, straight_through
+from llm_itemtok.items.letter import LetterTerms
 from llm_itemtok.items.residual_kmeans import spread
+
+EstimatorName = Literal["straight-through", "rotation", "gumbel"]
+
+HOT, COLD = 0.1, 0.01
+"""Temperatures of `gumbel` in the first epoch and in the last possible one."""
 
 
 @final
@@ -103,6 +113,41 @@ def _mlp(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def _check_training(
+    epochs: int,
+    batch_size: int,
+    patience: int,
+    warmup_epochs: int,
+    learning_rate: float,
+    commitment: float,
+    revive_every: int | None,
+) -> None:
+    if min(epochs, batch_size, patience) < 1 or warmup_epochs < 0:
+        raise DataError(
+            "`epochs`, `batch_size` and `patience` must be at least 1 and `warmup_epochs` at least 0, was: "
+            f"{epochs}, {batch_size}, {patience} and {warmup_epochs}"
+        )
+    if learning_rate <= 0 or commitment < 0:
+        raise DataError(
+            f"`learning_rate` must be above 0 and `commitment` at least 0, was: {learning_rate} and {commitment}"
+        )
+    if revive_every is not None and revive_every < 1:
+        raise DataError(f"`revive_every` must be at least 1 step, or none given, was: {revive_every}")
+
+
+def _check_experiments(
+    estimator: str, alignment_weight: float, diversity_weight: float, collaborative: np.ndarray | None
+) -> None:
+    if estimator not in get_args(EstimatorName):
+        raise DataError(f"`estimator` must be one of {', '.join(get_args(EstimatorName))}, was: {estimator}")
+    if min(alignment_weight, diversity_weight) < 0 or (alignment_weight > 0 and collaborative is None):
+        raise DataError(
+            "`alignment_weight` and `diversity_weight` must be at least 0, and alignment needs collaborative "
+            f"vectors, was: {alignment_weight} and {diversity_weight}, "
+            f"{'no' if collaborative is None else 'with'} vectors"
+        )
+
+
 class Look(NamedTuple):
     """What was seen when training paused to look at the codes."""
 
@@ -137,6 +182,11 @@ class RQVAE(ItemTokenizer):
         learning_rate: float = 1e-3,
         commitment: float = 0.25,
         patience: int = 50,
+        revive_every: int | None = None,
+        estimator: EstimatorName = "straight-through",
+        collaborative: np.ndarray | None = None,
+        alignment_weight: float = 0.0,
+        diversity_weight: float = 0.0,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> None:
@@ -153,6 +203,12 @@ class RQVAE(ItemTokenizer):
             learning_rate: of AdamW; weight decay is 1e-4 on encoder and decoder.
             commitment: weight of the commitment loss.
             patience: stop after so many epochs without a fall of the loss by 0.1 %.
+            revive_every: steps after which codewords that nobody chose are moved; None for after each epoch.
+            estimator: how gradients pass the choice of codewords.
+            collaborative: float32 `[N, C]` in the order of the items, zero for an item without one; what alignment
+                aligns with.
+            alignment_weight: of LETTER's alignment; above 0 it needs `collaborative`.
+            diversity_weight: of LETTER's diversity.
             seed: of weights, order of the items, and k-means.
             progress: called after each epoch with (epochs done, epochs at most).
 
@@ -160,15 +216,8 @@ class RQVAE(ItemTokenizer):
             DataError: if a number is out of its range.
         """
         check_codebook_shape(levels=levels, codebook_size=codebook_size)
-        if min(epochs, batch_size, patience) < 1 or warmup_epochs < 0:
-            raise DataError(
-                "`epochs`, `batch_size` and `patience` must be at least 1 and `warmup_epochs` at least 0, was: "
-                f"{epochs}, {batch_size}, {patience} and {warmup_epochs}"
-            )
-        if learning_rate <= 0 or commitment < 0:
-            raise DataError(
-                f"`learning_rate` must be above 0 and `commitment` at least 0, was: {learning_rate} and {commitment}"
-            )
+        _check_training(epochs, batch_size, patience, warmup_epochs, learning_rate, commitment, revive_every)
+        _check_experiments(estimator, alignment_weight, diversity_weight, collaborative)
         self.levels = levels
         self.codebook_size = codebook_size
         self.widths = tuple(widths)
@@ -179,10 +228,17 @@ class RQVAE(ItemTokenizer):
         self.learning_rate = learning_rate
         self.commitment = commitment
         self.patience = patience
+        self.revive_every = revive_every
+        self.estimator = estimator
+        self.collaborative = collaborative
+        self.alignment_weight = alignment_weight
+        self.diversity_weight = diversity_weight
         self.seed = seed
         self.progress = progress
         self.look_every = 5
         self.history: list[Look] = []
+        self._used_LK = torch.zeros(levels, codebook_size, dtype=torch.int64)  # since codewords were last revived
+        self._steps = 0
 
     def fit(self, vectors: np.ndarray) -> ItemCodes:
         """Make codes for a catalogue; see `ItemTokenizer.fit`."""
@@ -196,41 +252,67 @@ class RQVAE(ItemTokenizer):
                 widths=self.widths,
                 latent_dimensions=self.latent_dimensions,
             )
+            terms = self._terms(len(x_ND))
         quantizer.mean.copy_(x_ND.mean(dim=0))
         quantizer.scale.fill_(spread(x_ND.numpy()))
         shuffle = torch.Generator().manual_seed(self.seed)
+        self._used_LK.zero_()
+        self._steps = 0
         self._warm_up(quantizer, x_ND, shuffle)
         start_codebooks(quantizer, x_ND, seed=self.seed)
-        best = self._train(quantizer, x_ND, shuffle)
+        best = self._train(quantizer, terms, x_ND, shuffle)
         self.quantizer = quantizer.eval()
         return ItemCodes(
             quantizer.encode(x_ND).numpy(),
             (self.codebook_size,) * self.levels,
             provenance={
-                "tokenizer": {"kind": "rqvae", **quantizer.settings(), "seed": self.seed},
+                "tokenizer": {"kind": "rqvae", **quantizer.settings(), "seed": self.seed, "estimator": self.estimator},
                 "training": {**best._asdict(), "epochs_run": self.history[-1].epoch},
             },
         )
 
+    def _terms(self, num_items: int) -> LetterTerms | None:
+        """LETTER's terms, if one has a weight."""
+        if not self.alignment_weight and not self.diversity_weight:
+            return None
+        collaborative = None
+        if self.alignment_weight:
+            assert self.collaborative is not None  # checked in the constructor
+            if len(self.collaborative) != num_items:
+                raise DataError(
+                    f"there must be one collaborative vector an item, {num_items:,}, was: {len(self.collaborative):,}"
+                )
+            collaborative = torch.from_numpy(check_vectors(self.collaborative))
+        return LetterTerms(
+            self.latent_dimensions,
+            collaborative,
+            alignment_weight=self.alignment_weight,
+            diversity_weight=self.diversity_weight,
+            seed=self.seed,
+        )
+
     def _warm_up(self, quantizer: RQVAEQuantizer, x_ND: Tensor, shuffle: torch.Generator) -> None:
         """Train encoder and decoder without quantisation."""
-        optimizer = self._optimizer(quantizer)
+        optimizer = self._optimizer(quantizer, None)
         for _ in range(self.warmup_epochs):
-            for x_BD in self._batches(x_ND, shuffle):
+            for rows in self._batches(x_ND, shuffle):
+                x_BD = x_ND[rows]
                 rebuilt_BD = quantizer.from_latent(quantizer.to_latent(x_BD))
                 loss = ((rebuilt_BD - x_BD) / quantizer.scale).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
 
-    def _train(self, quantizer: RQVAEQuantizer, x_ND: Tensor, shuffle: torch.Generator) -> Look:
+    def _train(
+        self, quantizer: RQVAEQuantizer, terms: LetterTerms | None, x_ND: Tensor, shuffle: torch.Generator
+    ) -> Look:
         """Train everything; leaves the best weights in the quantizer and says what was seen with them."""
-        optimizer = self._optimizer(quantizer)
+        optimizer = self._optimizer(quantizer, terms)
         self.history = []
         best, best_weights = None, quantizer.state_dict()
         lowest, lowest_epoch = float("inf"), 0
         for epoch in range(1, self.epochs + 1):
-            loss, used_LK = self._epoch(quantizer, optimizer, x_ND, shuffle)
+            loss = self._epoch(quantizer, terms, optimizer, x_ND, shuffle, epoch)
             if loss < lowest * 0.999:
                 lowest, lowest_epoch = loss, epoch
             last = epoch == self.epochs or epoch - lowest_epoch >= self.patience
@@ -245,88 +327,68 @@ class RQVAE(ItemTokenizer):
                 self.progress(self.epochs if last else epoch, self.epochs)
             if last:
                 break
-            revive(quantizer, optimizer, x_ND, used_LK, shuffle)
+            if self.revive_every is None:
+                self._revive(quantizer, optimizer, x_ND, shuffle)
         quantizer.load_state_dict(best_weights)
         assert best is not None
         return best
 
     def _epoch(
-        self, quantizer: RQVAEQuantizer, optimizer: torch.optim.Optimizer, x_ND: Tensor, shuffle: torch.Generator
-    ) -> tuple[float, Tensor]:
-        """One pass over the items: mean loss an item, and how often each codeword was chosen."""
-        used_LK = torch.zeros(self.levels, self.codebook_size, dtype=torch.int64)
+        self,
+        quantizer: RQVAEQuantizer,
+        terms: LetterTerms | None,
+        optimizer: torch.optim.Optimizer,
+        x_ND: Tensor,
+        shuffle: torch.Generator,
+        epoch: int,
+    ) -> float:
+        """One pass over the items: mean loss an item. Counts how often each codeword is chosen."""
+        estimator = self._estimator(epoch, shuffle)
+        if terms is not None:
+            terms.begin_epoch(quantizer.codebooks)
         total = 0.0
-        for x_BD in self._batches(x_ND, shuffle):
-            out = quantizer(x_BD)
-            loss = (out.reconstruction_loss + out.codebook_loss + self.commitment * out.commitment_loss).mean()
+        for rows in self._batches(x_ND, shuffle):
+            out = quantizer(x_ND[rows], estimator=estimator)
+            losses = out.reconstruction_loss + out.codebook_loss + self.commitment * out.commitment_loss
+            if terms is not None:
+                losses = losses + terms(rows, out.codes, out.latent, quantizer.codebooks)
+            loss = losses.mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.item() * len(x_BD)
-            used_LK.scatter_add_(1, out.codes.T, torch.ones_like(out.codes.T))
-        return total / len(x_ND), used_LK
+            total += loss.item() * len(rows)
+            self._used_LK.scatter_add_(1, out.codes.T, torch.ones_like(out.codes.T))
+            self._steps += 1
+            if self.revive_every is not None and self._steps % self.revive_every == 0:
+                self._revive(quantizer, optimizer, x_ND, shuffle)
+        return total / len(x_ND)
 
-    def _optimizer(self, quantizer: RQVAEQuantizer) -> torch.optim.Optimizer:
+    def _revive(
+        self, quantizer: RQVAEQuantizer, optimizer: torch.optim.Optimizer, x_ND: Tensor, shuffle: torch.Generator
+    ) -> None:
+        """Move the codewords that were not chosen since this was last called."""
+        revive(quantizer, optimizer, x_ND, self._used_LK, shuffle)
+        self._used_LK.zero_()
+
+    def _estimator(self, epoch: int, draws: torch.Generator) -> Estimator:
+        if self.estimator == "gumbel":
+            done = (epoch - 1) / max(1, self.epochs - 1)
+            return partial(gumbel, temperature=HOT * (COLD / HOT) ** done, generator=draws)
+        return rotation if self.estimator == "rotation" else straight_through
+
+    def _optimizer(self, quantizer: RQVAEQuantizer, terms: LetterTerms | None) -> torch.optim.Optimizer:
         networks = [*quantizer.encoder.parameters(), *quantizer.decoder.parameters()]
         groups = [
             {"params": networks, "weight_decay": 1e-4},
             {"params": [quantizer.codebooks], "weight_decay": 0.0},  # a codeword has no reason to shrink
         ]
+        if terms is not None:
+            groups.append({"params": list(terms.parameters()), "weight_decay": 0.0})
         return torch.optim.AdamW(groups, lr=self.learning_rate)
 
-    def _batches(self, x_ND: Tensor, shuffle: torch.Generator) -> Iterator[Tensor]:
-        for rows in torch.randperm(len(x_ND), generator=shuffle).split(self.batch_size):
-            yield x_ND[rows]
-
-
-@torch.no_grad()
-def start_codebooks(quantizer: Quantizer, x_ND: Tensor, *, seed: int) -> None:
-    """Set a quantizer's codebooks to residual k-means of the latents of all items."""
-    residual = quantizer.to_latent(x_ND).numpy()
-    for level in range(quantizer.num_levels):
-        clusters = kmeans(residual, quantizer.num_codewords, iterations=20, seed=seed + level)
-        quantizer.codebooks.data[level] = torch.from_numpy(clusters.centres)
-        residual = residual - clusters.centres[clusters.labels]
-
-
-@torch.no_grad()
-def revive(
-    quantizer: Quantizer,
-    optimizer: torch.optim.Optimizer,
-    x_ND: Tensor,
-    used_LK: Tensor,
-    generator: torch.Generator,
-) -> int:
-    """Move each codeword that no item chose onto the residual of an item, drawn by squared error at that level.
-
-    The optimizer forgets what it knew of the codeword, or its momentum would carry the new one off.
-
-    Args:
-        quantizer: changed in place.
-        optimizer: that trains its codebooks.
-        x_ND: item vectors.
-        used_LK: how often each codeword was chosen.
-        generator: of the draws.
-
-    Returns:
-        Number of codewords moved.
-    """
-    dead_LK = used_LK == 0
-    if not dead_LK.any():
-        return 0
-    residual = quantizer.to_latent(x_ND)
-    state = optimizer.state[quantizer.codebooks]
-    for level, dead_K in enumerate(dead_LK):
-        codebook = quantizer.codebooks.data[level]
-        rest = residual - codebook[nearest_codes(residual, codebook[None])[0][:, 0]]
-        error = rest.square().sum(dim=1)
-        dead = dead_K.nonzero()[:, 0][: int((error > 0).sum())]
-        if len(dead):
-            codebook[dead] = residual[torch.multinomial(error, len(dead), generator=generator)]
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name][level, dead] = 0
-        residual = rest
-    return int(dead_LK.sum())
+    def _batches(self, x_ND: Tensor, shuffle: torch.Generator) -> tuple[Tensor, ...]:
+        """Rows of each batch of an epoch."""
+        return torch.randperm(len(x_ND), generator=shuffle).split(self.batch_size)
 
 
 @torch.no_grad()

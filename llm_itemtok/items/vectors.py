@@ -1,7 +1,8 @@
-"""Item vectors: one float32 vector an item, from its text or from a file.
+"""Item vectors: one float32 vector an item, from its text, from a file, or several of them side by side.
 
 Decisions:
 - Functions, one a source, all `texts -> float32 [N, D]` in catalogue order. Which one to call is the caller's business.
+  Those from interactions are in `collaborative`.
 - An item without text gets the zero vector: it is known to be nothing, not guessed. `num_without_text` counts them.
 - `tfidf_svd` needs no download and no network; the others load what the user names.
 - `cached` keys a result by what it was computed from, never by a file name or a date.
@@ -77,11 +78,11 @@ def tfidf_svd(texts: Sequence[str], *, dimensions: int = 256, max_features: int 
         reduced = TruncatedSVD(min(dimensions, len(texts)), n_iter=7, random_state=seed).fit_transform(weights)
     vectors = np.zeros((len(texts), dimensions), dtype=np.float32)
     vectors[:, : reduced.shape[1]] = reduced
-    return _unit_rows(vectors)
+    return unit_rows(vectors)
 
 
-def _unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1; zero rows stay zero."""
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Scale the rows of float `[N, D]` to length 1; zero rows stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
 
@@ -121,7 +122,7 @@ def sentence_transformers(
     def embed(batch: list[str]) -> np.ndarray:
         return encoder.encode(batch, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
 
-    return _unit_rows(_in_batches(texts, embed, batch_size, progress))
+    return unit_rows(_in_batches(texts, embed, batch_size, progress))
 
 
 def language_model(
@@ -290,6 +291,54 @@ def _read_parquet(path: Path, catalog: Catalog) -> np.ndarray:
     if len(lengths) != 1:
         raise DataError(f"{path}: all vectors must have one length, was: {', '.join(map(str, sorted(lengths)[:5]))}")
     return _as_matrix(np.asarray([vectors[position[item_id]] for item_id in catalog.item_ids], dtype=float), path)
+
+
+def concatenate(parts: Sequence[np.ndarray], weights: Sequence[float], *, components: int = 0) -> np.ndarray:
+    """Put vectors of several sources side by side, each with its say.
+
+    Each source is centred and scaled as a whole, so that its items lie at a mean squared distance of 1 from their mean,
+    then multiplied by its weight; its dimensions keep their proportions, because in most sources the last ones are
+    noise. An item whose vector is zero in a source is unknown to it: it takes no part in the scaling, and stays at
+    zero, which is the mean of the known ones.
+
+    Args:
+        parts: float32 `[N, D_p]`, at least one source.
+        weights: one a source, above 0. Squared, they are the shares in squared distances between items.
+        components: principal components to keep of the whole; 0 keeps all dimensions.
+
+    Returns:
+        float32 `[N, D]`, D the sum of the sources' dimensions, or `components` if that is less.
+
+    Raises:
+        DataError: if sources and weights do not fit each other, or a number is out of range.
+    """
+    if not parts or len(parts) != len(weights) or min(weights) <= 0 or components < 0:
+        raise DataError(
+            "vectors of several sources need one weight above 0 a source, and 0 or more components, was: "
+            f"{len(parts)} sources, weights {list(weights)}, {components} components"
+        )
+    sizes = [len(part) for part in parts]
+    if len(set(sizes)) > 1:
+        raise DataError(f"all sources must have vectors for the same items, was: {', '.join(map(str, sizes))} of them")
+    whole = np.concatenate(
+        [weight * _standardised(part) for part, weight in zip(parts, weights, strict=True)], axis=1, dtype=np.float64
+    )
+    if 0 < components < whole.shape[1]:
+        centred = whole - whole.mean(axis=0)
+        directions = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :components]
+        # A direction and its opposite serve alike; the one whose largest entry is positive is taken.
+        largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=0)[None], axis=0)
+        whole = centred @ (directions * np.where(largest < 0, -1.0, 1.0))
+    return whole.astype(np.float32)
+
+
+def _standardised(part: np.ndarray) -> np.ndarray:
+    known = np.abs(part).max(axis=1) > 0
+    if not known.any():
+        return part.astype(np.float64)
+    centred = np.where(known[:, None], part.astype(np.float64) - part[known].mean(axis=0, dtype=np.float64), 0.0)
+    spread = np.sqrt(np.square(centred[known]).sum(axis=1).mean())
+    return centred / spread if spread > 0 else centred
 
 
 def cached(key: Mapping[str, Any], folder: str | Path, compute: Callable[[], np.ndarray]) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Embedding
 from transformers import PreTrainedModel
 
 from llm_itemtok.artifacts import write_json
@@ -29,7 +30,7 @@ def fold_rows(lm: PreTrainedModel, model: ItemTokenModel) -> PreTrainedModel:
     """Resize a model's tables to the extended vocabulary and write the item rows into them, in place.
 
     Args:
-        lm: a causal language model of the base's shape: a copy of the base, or of the base with LoRA merged in.
+        lm: a language model of the base's shape: a copy of the base, or of the base with LoRA merged in.
         model: whose item rows are written.
 
     Returns:
@@ -63,7 +64,8 @@ def save_adapter(
 ) -> None:
     """Write LoRA weights and item rows as a PEFT adapter with trainable tokens.
 
-    Plain `PeftModel.from_pretrained` loads it onto the base model after `resize_token_embeddings(len(tokenizer))`.
+    Plain `PeftModel.from_pretrained` loads it onto the base model after `resize_token_embeddings(len(tokenizer))`; on a
+    T5 with a head of its own, after `config.tie_word_embeddings = False` before that (`load.load_lm` says why).
 
     Args:
         model: the trained model.
@@ -73,13 +75,10 @@ def save_adapter(
         revision: its revision.
     """
     tensors = {name: value.contiguous().cpu() for name, value in get_peft_model_state_dict(peft_model).items()}
-    names = {id(module): name for name, module in model.lm.named_modules()}
     ids = list(range(model.rows.first_id, model.rows.first_id + len(model.rows)))
-    sides = {names[id(model.lm.get_input_embeddings())]: model.rows.input_rows}
-    if model.rows.output_rows is not None:
-        sides[names[id(model.lm.get_output_embeddings())]] = model.rows.output_rows
+    sides = _token_modules(model)
     for name, rows in sides.items():
-        tensors[f"base_model.model.{name}.{_ROWS}"] = rows.detach().contiguous().cpu()
+        tensors[f"base_model.model.{name}.{_ROWS}"] = rows.detach().cpu().clone()  # the format takes no tensor twice
     config = copy.deepcopy(peft_model.peft_config["default"])
     assert isinstance(config, LoraConfig)
     config.base_model_name_or_path = base
@@ -92,6 +91,20 @@ def save_adapter(
             settings[name] = sorted(value)
     write_json(folder / ADAPTER_CONFIG, json.loads(json.dumps(settings, default=str)))
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _token_modules(model: ItemTokenModel) -> dict[str, Tensor]:
+    """Names of the modules whose tables PEFT has to extend, with the rows for each.
+
+    PEFT itself carries rows over to whatever is tied to the input table. On an untied model nothing is, in its eyes:
+    then the copies of the input table that T5's encoder and decoder hold are named, too.
+    """
+    names = {module: name for name, module in model.lm.named_modules()}
+    table, rows = input_table(model.lm), model.rows
+    if rows.output_rows is None:
+        return {names[table]: rows.input_rows}
+    tables = [name for module, name in names.items() if isinstance(module, Embedding) and module.weight is table.weight]
+    return {**dict.fromkeys(tables, rows.input_rows), names[output_head(model.lm)]: rows.output_rows}
 
 
 def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], Tensor, Tensor | None]:
@@ -108,7 +121,7 @@ def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], Tensor, T
     rows = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_ROWS)}
     output = [value for name, value in rows.items() if ".lm_head." in name]
     inputs = [value for name, value in rows.items() if ".lm_head." not in name]
-    if len(inputs) != 1 or len(output) > 1:
+    if not inputs or len(output) > 1 or any(not torch.equal(inputs[0], copy) for copy in inputs[1:]):
         raise ArtifactError(
             f"{folder / ADAPTER_WEIGHTS}: an adapter must hold one table of item rows for the input and at most one "
             f"for the output, found: {sorted(rows)}; was it written by another program?"

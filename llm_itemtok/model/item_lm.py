@@ -1,17 +1,22 @@
-"""`ItemTokenModel`: a causal language model whose vocabulary holds item tokens.
+"""`ItemTokenModel`: a language model whose vocabulary holds item tokens.
 
 Everything trainable lives in this one module, so that the trainer, its checkpoints and any distributed wrapper see it
 all: the base model (with LoRA inside, or fully trainable) and the item rows. `forward` returns the negative
 log-likelihood of every target token, which is all an objective needs; the decoder reads hidden states and level
 log-probabilities.
 
+Two kinds of models are one class. A decoder-only model reads a row that holds context and targets. An encoder–decoder
+model reads the context by its encoder, once and both ways; its decoder's row holds the targets alone, and its states
+are what everything below the body works on. Embeddings, item rows, normalisers and losses know no difference.
+
 Rows are right-padded and carry no padding mask: under causal attention no real position ever sees what stands to its
-right, so padding cannot change a result, and the attention kernels keep their fast causal path.
+right, so padding cannot change a result, and the attention kernels keep their fast causal path. An encoder looks both
+ways, so what it reads does carry one.
 
 Normalisers of an item token at level `l`: `level` (softmax over the codewords of that level), `items` (over all item
 tokens), `vocab` (over the whole extended vocabulary, as plain `generate` has it). Text tokens always use `vocab`.
 
-Shape letters: B rows, S positions, D model width, T item tokens.
+Shape letters: B rows, S positions, C context positions of an encoder, D model width, T item tokens.
 """
 
 import math
@@ -32,15 +37,17 @@ CACHED_PIECE, PIECE = 2048, 16384
 """Words of the vocabulary whose logits are held at once where only the sum over all of them is wanted: on a processor
 as many as its caches hold, on an accelerator so many that their number does not matter."""
 
-SUPPORTED_FAMILIES = (
+DECODER_FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "granite",
     "mixtral", "qwen3_moe", "gpt2", "gpt_neox", "opt", "bloom", "falcon",
 )  # fmt: skip
+ENCODER_DECODER_FAMILIES = ("t5", "mt5")
+SUPPORTED_FAMILIES = DECODER_FAMILIES + ENCODER_DECODER_FAMILIES
 """Model types whose training, decoding and export are proven equal to plain `transformers` by the tests."""
 
 
 class ItemTokenModel(nn.Module):
-    """A causal language model and its item rows.
+    """A language model and its item rows.
 
     Attributes:
         lm: the base model; the vocabulary it was loaded with is never resized.
@@ -91,22 +98,51 @@ class ItemTokenModel(nn.Module):
         """The base model's configuration."""
         return self.lm.config
 
+    @property
+    def answer_start(self) -> int | None:
+        """Token id that the decoder of an encoder–decoder begins with; None for a decoder-only model."""
+        return answer_start(self.lm)
+
     def activation_checkpointing_enable(self, **settings: Any) -> None:
         """Trade time for memory in the body; called by `transformers.Trainer`."""
         self.lm.activation_checkpointing_enable(**settings)
 
+    def read(self, context_ids: Tensor, context_seen: Tensor) -> Tensor:
+        """Run the encoder of an encoder–decoder.
+
+        Args:
+            context_ids: int64 `[B, C]`.
+            context_seen: int64 `[B, C]`, 0 where there is padding, else 1.
+
+        Returns:
+            States `[B, C, D]`, for the body as `encoder_hidden_states`, beside the mask.
+        """
+        embeds = self.rows.embed(context_ids, input_table(self.lm))
+        states: Tensor = self.lm.get_encoder()(
+            inputs_embeds=self.input_dropout(embeds), attention_mask=context_seen
+        ).last_hidden_state
+        return states
+
     def hidden(self, input_ids: Tensor, **body_arguments: Any) -> Any:
-        """Run the body.
+        """Run the body: of an encoder–decoder, its decoder.
 
         Args:
             input_ids: int64 `[B, S]`.
-            body_arguments: passed to the body, such as `attention_mask`, `position_ids`, `past_key_values`.
+            body_arguments: passed to the body, such as `attention_mask`, `position_ids`, `past_key_values`; to a
+                decoder that follows an encoder also `encoder_hidden_states` and `encoder_attention_mask`.
 
         Returns:
-            The body's output; its `last_hidden_state` is `[B, S, D]`, after the final norm.
+            The body's output; its `last_hidden_state` is `[B, S, D]`, after the final norm, as the head takes it.
         """
         embeds = self.rows.embed(input_ids, input_table(self.lm))
-        return self.lm.base_model(inputs_embeds=self.input_dropout(embeds), **body_arguments)
+        if self.answer_start is None:
+            return self.lm.base_model(inputs_embeds=self.input_dropout(embeds), **body_arguments)
+        assert "encoder_hidden_states" in body_arguments  # without them a decoder passes its cross-attention over
+        output = self.lm.get_decoder()(inputs_embeds=self.input_dropout(embeds), **body_arguments)
+        if getattr(self.config, "scale_decoder_outputs", False):
+            # T5 with a tied head divides by the scale that its table has and a head of its own would not.
+            output.last_hidden_state = output.last_hidden_state * self.config.d_model**-0.5
+        return output
 
     def item_logits(self, hidden: Tensor, level: int | None = None) -> Tensor:
         """Multiply hidden states `[..., D]` with the rows of one level, or of all levels when None: `[..., K]`."""
@@ -171,18 +207,33 @@ class ItemTokenModel(nn.Module):
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def forward(self, input_ids: Tensor, labels: Tensor, levels: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        levels: Tensor,
+        context_ids: Tensor | None = None,
+        context_seen: Tensor | None = None,
+    ) -> Tensor:
         """Negative log-likelihood of every target token.
 
         Args:
             input_ids: int64 `[B, S]`, right-padded.
             labels: int64 `[B, S]`, the token id that follows each position; read only where `levels >= 0`.
             levels: int64 `[B, S]`: the level of the label, `num_levels` for a text token, -1 where there is no target.
+            context_ids: int64 `[B, C]`, what an encoder reads; None for a decoder-only model.
+            context_seen: int64 `[B, C]`, 0 where there is padding, else 1.
 
         Returns:
             float32 `[B, S]` in nats; 0 where there is no target.
         """
-        hidden = self.output_dropout(self.hidden(input_ids, use_cache=False).last_hidden_state)
+        context: dict[str, Tensor] = {}
+        if context_ids is not None and context_seen is not None:
+            context = {
+                "encoder_hidden_states": self.read(context_ids, context_seen),
+                "encoder_attention_mask": context_seen,
+            }
+        hidden = self.output_dropout(self.hidden(input_ids, use_cache=False, **context).last_hidden_state)
         nll = hidden.new_zeros(labels.shape, dtype=torch.float32)
         for level in range(self.vocab.num_levels + 1):
             where = levels == level
@@ -207,7 +258,7 @@ def refuse_unsupported(lm: PreTrainedModel) -> None:
     config = lm.config
     if config.model_type not in SUPPORTED_FAMILIES:
         raise UnsupportedModelError(
-            f"the base model must be one of the tested decoder-only families {', '.join(SUPPORTED_FAMILIES)}, "
+            f"the base model must be one of the tested families {', '.join(SUPPORTED_FAMILIES)}, "
             f"was: {config.model_type}; choose another `model.name`"
         )
     head = lm.get_output_embeddings()
@@ -215,6 +266,23 @@ def refuse_unsupported(lm: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"the output head must have no bias, but that of {type(lm).__name__} has one; choose another `model.name`"
         )
+
+
+def answer_start(lm: PreTrainedModel) -> int | None:
+    """Token id that the decoder of an encoder–decoder begins with; None for a decoder-only model."""
+    if not lm.config.is_encoder_decoder:
+        return None
+    start = lm.config.decoder_start_token_id
+    return int(lm.config.pad_token_id if start is None else start)
+
+
+def of_encoder(name: str) -> bool:
+    """Whether a module or parameter of an encoder–decoder works on what the encoder reads, by its dotted name.
+
+    Beside the encoder that is what makes keys and values of its states, in the decoder's cross-attention.
+    """
+    parts = name.split(".")
+    return "encoder" in parts or ("EncDecAttention" in parts and not {"k", "v"}.isdisjoint(parts))
 
 
 def _trainable(module: nn.Module) -> set[str]:

@@ -2,16 +2,25 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llm_itemtok.errors import ItemTokError, UnsupportedModelError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, ItemTokenModel, Normaliser, refuse_unsupported
-from llm_itemtok.model.rows import ItemRows, input_table
+from llm_itemtok.model.rows import ItemRows, input_table, output_head
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
@@ -20,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 def load_base(
     name: str | Path, *, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer.
+    """Load a language model, decoder-only or encoder–decoder, and its tokenizer.
 
     Args:
         name: Hub id or local folder.
@@ -37,11 +46,11 @@ def load_base(
         config = AutoConfig.from_pretrained(name, **where)
         if config.model_type not in SUPPORTED_FAMILIES:
             raise UnsupportedModelError(
-                f"the base model must be one of the tested decoder-only families {', '.join(SUPPORTED_FAMILIES)}, "
+                f"the base model must be one of the tested families {', '.join(SUPPORTED_FAMILIES)}, "
                 f"but `{name}` is of type {config.model_type}; choose another `model.name`"
             )
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **where)
+        lm = load_lm(name, config, dtype=dtype, **where)
     except UnsupportedModelError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a type that the library does not know, or code not trusted
@@ -51,6 +60,28 @@ def load_base(
         ) from error
     refuse_unsupported(lm)
     return lm, tokenizer
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The library's class for models of a configuration's kind, decoder-only or encoder–decoder."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def load_lm(name: str | Path, config: PreTrainedConfig, *, dtype: str, **where: Any) -> PreTrainedModel:
+    """Load a language model whose configuration has been read.
+
+    Args:
+        name: Hub id or local folder.
+        config: read from there.
+        dtype: `float32`, `bfloat16` or `auto` (as the checkpoint has it).
+        where: further arguments of `from_pretrained`, such as `revision`.
+    """
+    lm: PreTrainedModel = auto_class(config).from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **where)
+    if config.is_encoder_decoder:
+        # T5's configuration says that the head is tied whatever the checkpoint holds (Flan-T5, mT5: a head of its
+        # own), and `resize_token_embeddings` would go by it and throw that head away.
+        lm.config.tie_word_embeddings = output_head(lm).weight is input_table(lm).weight
+    return lm
 
 
 def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -75,7 +106,7 @@ def add_lora(
     """
     torch.manual_seed(seed)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if lm.config.is_encoder_decoder else "CAUSAL_LM",
         target_modules="all-linear",
         r=rank,
         lora_alpha=alpha,

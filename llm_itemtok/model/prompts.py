@@ -1,8 +1,10 @@
 """How histories and items are put to the model: the only place with prompt words.
 
-Every prompt begins with the start token. A history is the item tokens of its items, one path after the other, so an
-empty history is the start token alone and asks for the model's unconditional answer. Items are given by their rows;
-token ids are looked up when a prompt is built, so prompts always follow the current codes.
+A prompt of a decoder-only model begins with the start token. One that an encoder reads ends with the end token instead,
+as T5 was trained to read and as TIGER has it (arXiv:2305.05065, released ports); its answer begins a row of its own. A
+history is the item tokens of its items, one path after the other, so an empty history is that one token alone and asks
+for the model's unconditional answer. Items are given by their rows; token ids are looked up when a prompt is built, so
+prompts always follow the current codes.
 """
 
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from llm_itemtok.errors import ItemTokError
 from llm_itemtok.model.load import start_id
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
@@ -25,14 +28,36 @@ class Prompts:
     """Token ids of histories and of item texts.
 
     Attributes:
-        start: id of the start token.
+        start: id that a decoder-only model's prompt begins with, or the answer of a model that reads prompts by an
+            encoder.
         end: id that ends a text, or None if the tokenizer has no EOS.
+        encoded: whether an encoder reads the prompts.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab: ItemVocab, texts: Sequence[str] = ()) -> None:
-        """Prepare for a vocabulary; `texts` (one per item row) are needed for text tasks only."""
-        self.start = start_id(tokenizer)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab: ItemVocab,
+        texts: Sequence[str] = (),
+        *,
+        answer_start: int | None = None,
+    ) -> None:
+        """Prepare for a vocabulary.
+
+        Args:
+            tokenizer: with the item tokens.
+            vocab: the current item tokens.
+            texts: one per item row, for text tasks only.
+            answer_start: `ItemTokenModel.answer_start`: None for a decoder-only model.
+
+        Raises:
+            ItemTokError: if the tokenizer lacks the token that a prompt begins or ends with.
+        """
+        self.encoded = answer_start is not None
         self.end = None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+        if self.encoded and self.end is None:
+            raise ItemTokError("the tokenizer must have an EOS token to end a prompt with, but it has none")
+        self.start = start_id(tokenizer) if answer_start is None else answer_start
         self._paths = vocab.paths.numpy()
         self._title_words = encode_text(tokenizer, [TITLE])[0] if texts else []
         self._item_words = encode_text(tokenizer, [ITEM])[0] if texts else []
@@ -40,18 +65,26 @@ class Prompts:
 
     def history(self, items: np.ndarray | Sequence[int]) -> np.ndarray:
         """Token ids int64 `[1 + len(items) * num_levels]` of a history of item rows."""
-        return np.concatenate([[self.start], self._paths[np.asarray(items, dtype=np.int64)].reshape(-1)])
+        return self._prompt(self.paths(items))
 
-    def title_to_item(self, item: int) -> tuple[np.ndarray, int]:
-        """Text first, then the item's path. Returns the ids and how many of the last ones are targets."""
-        words = [self.start, *self._title_words, *self._texts[item], *self._item_words]
-        return np.concatenate([words, self._paths[item]]), self._paths.shape[1]
+    def paths(self, items: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Token ids int64 `[len(items) * num_levels]` of item rows, one path after the other."""
+        paths: np.ndarray = self._paths[np.asarray(items, dtype=np.int64)].reshape(-1)
+        return paths
 
-    def item_to_title(self, item: int) -> tuple[np.ndarray, int]:
-        """The item's path first, then its text and the end token. Returns as `title_to_item`."""
-        target = [*self._texts[item], *([] if self.end is None else [self.end])]
-        words = [self.start, *self._item_words]
-        return np.concatenate([words, self._paths[item], self._title_words, target]).astype(np.int64), len(target)
+    def title_to_item(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """Text first, then the item's path: token ids int64 of the prompt, and of the targets after it."""
+        return self._prompt([*self._title_words, *self._texts[item], *self._item_words]), self._paths[item]
+
+    def item_to_title(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """The item's path first, then its text and the end token: prompt and targets, as `title_to_item`."""
+        target = np.array([*self._texts[item], *([] if self.end is None else [self.end])], dtype=np.int64)
+        return self._prompt([*self._item_words, *self._paths[item], *self._title_words]), target
+
+    def _prompt(self, words: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Begin or end a prompt."""
+        before, after = ([], [self.end]) if self.encoded else ([self.start], [])
+        return np.array([*before, *words, *after], dtype=np.int64)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -1,20 +1,23 @@
 """`model.name: scratch`: a small language model with a SentencePiece tokenizer, made from the catalogue's text.
 
 For quickstarts, tests and experiments of CPU size, where no pre-trained model is at hand. The tokenizer is a
-SentencePiece unigram model over the item texts; the model is a small Llama, Qwen3 or GPT-2 pre-trained on the same
+SentencePiece unigram model over the item texts; the model is a small Llama, Qwen3, GPT-2 or T5 pre-trained on the same
 texts for a few epochs, so that title words mean something before item tokens do. A catalogue without text gets a
 tokenizer of three special tokens and no pre-training.
+
+T5 is pre-trained by prefix language modelling (Raffel et al. 2020, arXiv:1910.10683, section 3.3.1): its encoder reads
+a text up to a random place, its decoder goes on from there.
 """
 
 import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import sentencepiece
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
@@ -22,9 +25,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    T5Config,
 )
 
 from llm_itemtok.errors import ItemTokError
+from llm_itemtok.model.load import auto_class
 from llm_itemtok.model.prompts import encode_text
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
@@ -86,31 +91,31 @@ def build_model(
     dropout: float,
     seed: int,
     max_positions: int = 2048,
+    decoder_layers: int = 0,
+    head_dim: int = 0,
+    inner: int = 0,
 ) -> PreTrainedModel:
     """Build a randomly initialised model for a tokenizer.
 
     Args:
         tokenizer: gives the size of the text vocabulary and the special ids.
-        family: `llama`, `qwen3` or `gpt2`.
-        layers: transformer blocks.
+        family: `llama`, `qwen3`, `gpt2` or `t5`.
+        layers: transformer blocks; of T5, those of the encoder.
         width: model width, a multiple of `heads`.
         heads: attention heads.
-        dropout: attention dropout; for GPT-2 also on residuals and embeddings.
+        dropout: attention dropout; for GPT-2 and T5 also on residuals and embeddings.
         seed: of the initial weights.
-        max_positions: longest sequence.
+        max_positions: longest sequence; T5 knows distances only, and has no longest.
+        decoder_layers: blocks of T5's decoder; 0 for as many as the encoder has.
+        head_dim: of T5's heads; 0 for `width / heads`.
+        inner: width of T5's feed-forward part; 0 for four times `width`.
 
     Returns:
-        A float32 causal language model with a tied head.
+        A float32 language model with a tied head.
     """
-    shared = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": True,
-    }
+    config: PreTrainedConfig
     if family == "gpt2":
-        config: PreTrainedConfig = GPT2Config(
+        config = GPT2Config(
             n_layer=layers,
             n_embd=width,
             n_head=heads,
@@ -118,8 +123,20 @@ def build_model(
             attn_pdrop=dropout,
             resid_pdrop=dropout,
             embd_pdrop=dropout,
-            **shared,
+            **_tokens(tokenizer),
         )
+    elif family == "t5":
+        config = T5Config(
+            num_layers=layers,
+            num_decoder_layers=decoder_layers or layers,
+            d_model=width,
+            num_heads=heads,
+            d_kv=head_dim or width // heads,
+            d_ff=inner or 4 * width,
+            dropout_rate=dropout,
+            **_tokens(tokenizer),
+        )
+        config.decoder_start_token_id = tokenizer.bos_token_id
     else:
         kinds = {"llama": LlamaConfig, "qwen3": Qwen3Config}
         config = kinds[family](
@@ -131,10 +148,22 @@ def build_model(
             head_dim=width // heads,
             attention_dropout=dropout,
             max_position_embeddings=max_positions,
-            **shared,
+            **_tokens(tokenizer),
         )
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
+    return model
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a configuration says of the vocabulary and the head."""
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+    }
 
 
 def pretrain(
@@ -148,7 +177,7 @@ def pretrain(
     learning_rate: float = 2e-3,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> None:
-    """Teach the model the catalogue's language: next-token prediction on each item's text, in place.
+    """Teach the model the catalogue's language, in place: next-token prediction on each item's text.
 
     A plain loop: it runs for seconds to a minute, has nothing to resume, and is cached as a whole.
 
@@ -177,7 +206,7 @@ def pretrain(
     step = 0
     for _ in range(epochs):
         for chosen in torch.randperm(len(rows), generator=generator).split(batch_size):
-            loss = _text_loss(model, [rows[int(row)] for row in chosen])
+            loss = _text_loss(model, [rows[int(row)] for row in chosen], generator)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -191,7 +220,20 @@ def pretrain(
     model.eval()
 
 
-def _text_loss(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
-    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-    return model(input_ids=batch, labels=labels).loss
+def _text_loss(model: PreTrainedModel, rows: list[Tensor], generator: torch.Generator) -> Tensor:
+    """Mean loss of texts' tokens, each text with its start and its end token."""
+    contexts, labels = rows, rows
+    if model.config.is_encoder_decoder:
+        # A text of n tokens is cut before one of them, or before its end token: there is always something to write.
+        cuts = [int(torch.randint(1, len(row), (), generator=generator)) for row in rows]
+        contexts = [torch.cat([row[1:cut], row[-1:]]) for row, cut in zip(rows, cuts, strict=True)]
+        labels = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
+    arguments = {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True, padding_value=0),
+        "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+    if model.config.is_encoder_decoder:
+        lengths = torch.tensor([len(context) for context in contexts])
+        arguments["attention_mask"] = (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long()
+    loss: Tensor = model(**arguments).loss
+    return loss

@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_itemtok.recommender import Generation
+from llm_itemtok.bundle import Generation
 from llm_itemtok.training.next_token import NextToken
 
-_MERGED = """from transformers import AutoModelForCausalLM, AutoTokenizer
+_MERGED = """from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-model = AutoModelForCausalLM.from_pretrained(FOLDER)"""
+model = {auto}.from_pretrained(FOLDER)"""
 
 _ADAPTER = """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-base = AutoModelForCausalLM.from_pretrained("{base}")
-base.resize_token_embeddings(max(base.config.vocab_size, len(tokenizer)), mean_resizing=False)
+base = {auto}.from_pretrained("{base}")
+{untie}base.resize_token_embeddings(max(base.config.vocab_size, len(tokenizer)), mean_resizing=False)
 model = PeftModel.from_pretrained(base, FOLDER)"""
 
 _CARD = """---
@@ -49,8 +49,8 @@ Without that package, the model and its tokenizer load as usual:
 {plain}
 ```
 
-`items.jsonl` gives the item tokens of every item. A prompt is the start token followed by the item tokens of the
-history; only paths of existing items are answers, so decode with a constraint.
+`items.jsonl` gives the item tokens of every item. {prompt}; only paths of existing items are answers, so decode with a
+constraint.
 
 ## Measured
 
@@ -69,7 +69,16 @@ Intervals are 95 % by bootstrap over users. Trained on {interactions:,} interact
 """
 
 
-def card(metrics: Mapping[str, Any], generation: Generation, *, levels: int, spelling: str) -> str:
+_PROMPTS = {
+    False: "A prompt is the start token followed by the item tokens of the\nhistory",
+    True: "The encoder reads the item tokens of the history and the end\ntoken",
+}
+"""By whether the model has an encoder."""
+
+
+def card(
+    metrics: Mapping[str, Any], generation: Generation, *, levels: int, spelling: str, encoder: bool, tied: bool
+) -> str:
     """Write the card.
 
     Args:
@@ -77,17 +86,24 @@ def card(metrics: Mapping[str, Any], generation: Generation, *, levels: int, spe
         generation: of the bundle.
         levels: tokens an item has.
         spelling: item tokens of some item.
+        encoder: whether the model is an encoder–decoder.
+        tied: whether its head is its input table.
     """
     protocol, counts = metrics["protocol"], metrics["protocol"]["counts"]
     on_hub = generation.base is not None and not Path(generation.base).exists()
     base = generation.base if on_hub else "BASE"
-    plain = _ADAPTER.replace("{base}", str(base)) if generation.layout == "adapter" else _MERGED
+    # The library takes every T5's head for tied, and without this would make it so where the table grows.
+    untie = "base.config.tie_word_embeddings = False\n" if encoder and not tied else ""
+    plain = (_ADAPTER if generation.layout == "adapter" else _MERGED).format(
+        base=base, untie=untie, auto="AutoModelForSeq2SeqLM" if encoder else "AutoModelForCausalLM"
+    )
     return _CARD.format(
         front=f"base_model: {generation.base}\n" if on_hub else "",
         items=counts["items"],
         levels=levels,
         spelling=spelling,
         plain=plain,
+        prompt=_PROMPTS[encoder],
         split=protocol["split"],
         k_core=protocol["k_core"],
         history=protocol["history_length"],

@@ -5,19 +5,24 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from datasets import Dataset as ExampleTable
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.describe import describe, describe_text
 from llm_itemtok.errors import CollisionError, DataError, ItemTokError, UnsupportedModelError
-from llm_itemtok.items import vectors
-from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, refuse_unsupported
+from llm_itemtok.items import collisions, vectors
+from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.files import read_codes
+from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, of_encoder, refuse_unsupported
+from llm_itemtok.model.load import auto_class
 from llm_itemtok.model.rows import input_table
 from llm_itemtok.model.scratch import train_tokenizer
-from llm_itemtok.pipeline.fit import count_steps, make_examples, refuse_long_histories
-from llm_itemtok.pipeline.prepare import load_data, refuse_textless, scratch_model
-from llm_itemtok.settings import FileVectors, SentenceTransformersVectors
+from llm_itemtok.pipeline.fit import count_steps, make_examples, refuse_model
+from llm_itemtok.pipeline.prepare import Dataset, load_data, refuse_textless, scratch_model
+from llm_itemtok.pipeline.vectors import needs_vectors
+from llm_itemtok.settings import CollaborativeVectors, FileTokenizer, FileVectors, SentenceTransformersVectors
 from llm_itemtok.training.arguments import build_arguments, check_settings
 
 
@@ -34,12 +39,15 @@ def check(config: RunConfig) -> str:
     refuse_textless(config, data.catalog)
     _refuse_codes(config, data.catalog)
     table = make_examples(config, data)
+    lm = _empty_model(config)
     check_settings(config.trainer)
     arguments = _arguments(config)
     steps, total = count_steps(arguments, len(table))
-    tokens = sum(table["length"]) * _levels(config)
+    sizes = code_sizes(config, data.catalog)
+    tokens = sum(table["length"]) * len(sizes)
     lines = [
         describe_text(describe(data.raw, data.split)),
+        *_vector_lines(config, data),
         "",
         "training",
         f"  {len(table):,} examples, about {tokens:,} item tokens an epoch, {steps:,} steps an epoch",
@@ -50,12 +58,12 @@ def check(config: RunConfig) -> str:
             f"  warning: no `trainer.learning_rate`; the library's {arguments.learning_rate:g} suits pre-trained "
             "models, a `scratch` model wants about 2.0e-3"
         )
-    lm = _empty_model(config)
     if lm is None:
         lines.append(f"  `{config.model.name}` cannot be reached from here, so its size and memory are not known")
     else:
-        refuse_long_histories(config, lm, _levels(config))
-        lines += _cost(config, lm, tokens * total / max(1, steps), arguments.device.type)
+        refuse_model(config, lm, len(sizes))
+        work = _work(config, lm, table, len(sizes)) * total / max(1, steps)
+        lines += _cost(config, lm, sum(sizes), work, arguments.device.type)
     return "\n".join(lines)
 
 
@@ -64,14 +72,37 @@ def estimate_seconds(config: RunConfig) -> float | None:
     lm = _empty_model(config)
     if lm is None:
         return None
-    table = make_examples(config, load_data(config.data, config.seed, {}))
+    data = load_data(config.data, config.seed, {})
+    table = make_examples(config, data)
     steps, total = count_steps(_arguments(config), len(table))
-    tokens = sum(table["length"]) * _levels(config) * total / max(1, steps)
+    work = _work(config, lm, table, len(code_sizes(config, data.catalog))) * total / max(1, steps)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = _seconds(_work(config, lm, tokens))
+    seconds = _seconds(work)
     torch.set_num_threads(threads)
     return seconds
+
+
+def _vector_lines(config: RunConfig, data: Dataset) -> list[str]:
+    """Lines on item vectors that are made of interactions; the others take their model's time."""
+    lines = []
+    for source in config.vector_sources.values():
+        if not isinstance(source, CollaborativeVectors) or not needs_vectors(config):
+            continue
+        cold = int((data.split.item_counts() == 0).sum())
+        lines.append(
+            f"  {source.source} of {len(data.split.train_items):,} training interactions, {source.dimensions} "
+            f"dimensions; {cold:,} of {len(data.catalog):,} items have none and get zeros"
+        )
+        if source.source == "sasrec":
+            # Two layers of 12 squares of the width, and a softmax over about as many drawn items as there are targets.
+            work = 6 * 1024 * (24 * source.dimensions**2 + 1024 * source.dimensions) * source.steps
+            lines.append(f"  at most {source.steps:,} steps, which would take {_minutes(_seconds(work))} here on a CPU")
+    return ["", "item vectors", *lines] if lines else []
+
+
+def _minutes(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} minutes" if seconds >= 60 else "less than a minute"
 
 
 def _arguments(config: RunConfig) -> TrainingArguments:
@@ -85,9 +116,14 @@ def _body(lm: PreTrainedModel) -> int:
     return sum(p.numel() for p in lm.parameters()) - input_table(lm).weight.numel()
 
 
-def _work(config: RunConfig, lm: PreTrainedModel, tokens: float) -> float:
-    """Floating-point operations of training on a number of tokens."""
-    return tokens * (4 if config.model.adapter == "lora" else 6) * _body(lm)
+def _work(config: RunConfig, lm: PreTrainedModel, table: ExampleTable, levels: int) -> float:
+    """Floating-point operations of training on every example once; text is left out."""
+    each, tokens = 4 if config.model.adapter == "lora" else 6, sum(table["length"]) * levels
+    if not lm.config.is_encoder_decoder:
+        return float(tokens * each * _body(lm))
+    answers = len(table) * levels  # the decoder writes one item an example, the encoder reads all before it
+    read = sum(p.numel() for name, p in lm.named_parameters() if of_encoder(name))
+    return float(each * ((tokens - answers) * read + answers * (_body(lm) - read)))
 
 
 def _seconds(work: float) -> float:
@@ -96,24 +132,44 @@ def _seconds(work: float) -> float:
     return work / _matmul_rate() * 2
 
 
-def _levels(config: RunConfig) -> int:
-    return config.tokenizer.levels + (config.tokenizer.collisions == "extra-level")
+def code_sizes(config: RunConfig, catalog: Catalog) -> tuple[int, ...]:
+    """Codewords of each level, as far as that is known before codes are made: an extra level may need more."""
+    chosen = config.tokenizer
+    if isinstance(chosen, FileTokenizer):
+        sizes = _codes_of_file(chosen, catalog).sizes
+    else:
+        sizes = (chosen.codebook_size,) * chosen.levels
+    return (*sizes, sizes[-1]) if chosen.collisions == "extra-level" else sizes
+
+
+def _codes_of_file(chosen: FileTokenizer, catalog: Catalog) -> ItemCodes:
+    sizes = chosen.sizes or None
+    return read_codes(chosen.path, catalog.item_ids, sizes=sizes, unknown_items=chosen.unknown_items)
 
 
 def _refuse_codes(config: RunConfig, catalog: Catalog) -> None:
     """Raise what the stage `items` would raise, as far as it can be known beforehand."""
-    if isinstance(config.vectors, FileVectors):
-        vectors.from_file(config.vectors.path, catalog)
-    if isinstance(config.vectors, SentenceTransformersVectors):
-        path = config.vectors.model
-        if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-            raise DataError(f"`vectors.model` must be a folder or a Hub id, but there is no folder {path}")
-    capacity = config.tokenizer.codebook_size**config.tokenizer.levels
-    if config.tokenizer.collisions != "extra-level" and capacity < len(catalog):
+    for name, source in config.vector_sources.items():
+        if isinstance(source, FileVectors):
+            vectors.from_file(source.path, catalog)
+        if isinstance(source, SentenceTransformersVectors):
+            path = source.model
+            if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+                raise DataError(f"`{name}.model` must be a folder or a Hub id, but there is no folder {path}")
+    chosen = config.tokenizer
+    if isinstance(chosen, FileTokenizer):
+        codes = _codes_of_file(chosen, catalog)
+        if chosen.collisions == "forbid":
+            collisions.forbid(codes, catalog.item_ids)
+        levels, capacity = f"{codes.num_levels} levels of {codes.sizes}", codes.capacity
+    else:
+        levels = f"{chosen.levels} levels of {chosen.codebook_size}"
+        capacity = chosen.codebook_size**chosen.levels
+    if chosen.collisions != "extra-level" and capacity < len(catalog):
         raise CollisionError(
-            f"every item needs a code of its own, but {config.tokenizer.levels} levels of "
-            f"{config.tokenizer.codebook_size} codewords make {capacity:,} codes for {len(catalog):,} items; raise "
-            "`tokenizer.levels` or `tokenizer.codebook_size`, or use `collisions: extra-level`"
+            f"every item needs a code of its own, but {levels} codewords make {capacity:,} codes for "
+            f"{len(catalog):,} items; raise `tokenizer.levels` or `tokenizer.codebook_size`, or use "
+            "`collisions: extra-level`"
         )
 
 
@@ -137,17 +193,17 @@ def _empty_model(config: RunConfig) -> PreTrainedModel | None:
             f"`model.name: {model.name}` is of type {found.model_type}; tested are {', '.join(SUPPORTED_FAMILIES)}"
         )
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(found)
+        lm: PreTrainedModel = auto_class(found).from_config(found)
     refuse_unsupported(lm)
     return lm
 
 
-def _cost(config: RunConfig, lm: PreTrainedModel, tokens: float, device: str) -> list[str]:
-    """Lines on parameters, memory and time of training on a number of tokens."""
+def _cost(config: RunConfig, lm: PreTrainedModel, codewords: int, work: float, device: str) -> list[str]:
+    """Lines on parameters, memory and time of that much work in training, with that many codewords in all."""
     width = input_table(lm).embedding_dim
     words = config.model.scratch.vocab_size if config.model.name == "scratch" else input_table(lm).num_embeddings
     body = _body(lm)
-    rows = _levels(config) * config.tokenizer.codebook_size * width * (1 if lm.config.tie_word_embeddings else 2)
+    rows = codewords * width * (1 if lm.config.tie_word_embeddings else 2)
     lora = config.model.adapter == "lora"
     if lora:
         matrices = [
@@ -158,19 +214,13 @@ def _cost(config: RunConfig, lm: PreTrainedModel, tokens: float, device: str) ->
         trained = rows + body + words * width
     size = 2 if config.model.dtype == "bfloat16" else 4
     memory = (body + words * width) * size + trained * (size + 8)  # weights; gradients and two moments
-    work = _work(config, lm, tokens)
     lines = [
         f"  base model: about {_scaled(body + words * width)}parameters; trained: about {_scaled(trained)}",
         f"  memory for weights, gradients and optimiser: about {_scaled(memory)}B, activations besides",
         f"  work: {_scaled(work)}FLOP",
     ]
     if device == "cpu":
-        minutes = _seconds(work) / 60
-        lines.append(
-            "  time here: "
-            + (f"about {minutes:.0f} minutes" if minutes >= 1 else "less than a minute")
-            + ", and validation"
-        )
+        lines.append(f"  time here: {_minutes(_seconds(work))}, and validation")
     return lines
 
 

@@ -29,6 +29,7 @@ from llm_itemtok.artifacts import (
     write_json,
     write_text,
 )
+from llm_itemtok.bundle import CARD
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.splits import Cases
@@ -41,7 +42,7 @@ from llm_itemtok.items.quality import quality
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.pipeline.card import card
 from llm_itemtok.pipeline.prepare import Dataset, Log, load_data, progress_lines
-from llm_itemtok.recommender import CARD, Recommender
+from llm_itemtok.recommender import Recommender
 from llm_itemtok.settings import Data, Evaluation, Filter, ItemOrderSegments, Segments
 from llm_itemtok.vocab.trie import ItemTrie
 
@@ -52,7 +53,7 @@ def rank(recommender: Recommender, cases: Cases, *, batch_size: int, log: Log, w
     return rank_cases(
         recommender.model,
         ItemTrie(recommender.model.vocab.codes),
-        Prompts(recommender.tokenizer, recommender.model.vocab),
+        Prompts(recommender.tokenizer, recommender.model.vocab, answer_start=recommender.model.answer_start),
         cases,
         beam=generation.beam,
         history_length=generation.history_length,
@@ -226,8 +227,15 @@ def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
     write_predictions(folder / PREDICTIONS, ranking, test, recommender.item_ids, config.evaluation.k)
     write_categories(folder / CATEGORIES, data.catalog)
     write_json(folder / EXAMPLES, _examples(ranking, test, recommender))
-    vocab = recommender.model.vocab
-    text = card(metrics, recommender.generation, levels=vocab.num_levels, spelling=vocab.spell(0))
+    model = recommender.model
+    text = card(
+        metrics,
+        recommender.generation,
+        levels=model.vocab.num_levels,
+        spelling=model.vocab.spell(0),
+        encoder=model.answer_start is not None,
+        tied=model.rows.output_rows is None,
+    )
     write_text(folder / MODEL / CARD, text)
     write_json(folder / METRICS, metrics)
     log(table(metrics))

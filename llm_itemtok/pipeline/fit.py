@@ -24,7 +24,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from llm_itemtok.artifacts import METRICS_LOG, MODEL, TRAINING, read_json, write_json
-from llm_itemtok.config import RunConfig
+from llm_itemtok.bundle import Generation
+from llm_itemtok.config import ALL_POSITIONS_REASON, RunConfig
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import DecodeNormaliser
 from llm_itemtok.errors import DataError, RecipeError
@@ -36,7 +37,7 @@ from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, read_vocab
 from llm_itemtok.pipeline.stages import environment
-from llm_itemtok.recommender import Generation, Recommender
+from llm_itemtok.recommender import Recommender
 from llm_itemtok.training import examples
 from llm_itemtok.training.arguments import build_arguments
 from llm_itemtok.training.callbacks import MetricsLog, Progress, StopOnSignal
@@ -72,7 +73,7 @@ def make_model(
 ) -> tuple[ItemTokenModel, PreTrainedTokenizerBase, PeftModel | None]:
     """Base model with item tokens, as training begins; PEFT's view of it when it has LoRA."""
     lm, tokenizer = base_model(config, data.catalog, folder, log)
-    refuse_long_histories(config, lm, codes.num_levels)
+    refuse_model(config, lm, codes.num_levels)
     peft_model = None
     if config.model.adapter == "lora":
         lora = config.model.lora
@@ -93,10 +94,13 @@ def make_model(
     return model, tokenizer, peft_model
 
 
-def refuse_long_histories(config: RunConfig, lm: PreTrainedModel, levels: int) -> None:
-    """Raise `RecipeError` if a history and a path after it do not fit into the model's positions."""
-    needed, positions = 1 + (config.examples.history_length + 1) * levels, lm.config.max_position_embeddings
-    if needed > positions:
+def refuse_model(config: RunConfig, lm: PreTrainedModel, levels: int) -> None:
+    """Raise `RecipeError` if the model cannot take the recipe's examples: their kind, or their length."""
+    if lm.config.is_encoder_decoder and config.examples.kind == "all-positions":
+        raise RecipeError(f"{ALL_POSITIONS_REASON}; `model.name: {config.model.name}` is an encoder–decoder")
+    needed = 1 + (config.examples.history_length + 1) * levels
+    positions = getattr(lm.config, "max_position_embeddings", None)  # T5 has none: it goes by distances
+    if positions is not None and needed > positions:
         raise RecipeError(
             f"`examples.history_length: {config.examples.history_length}` needs {needed:,} positions at {levels} "
             f"tokens an item, but the model has {positions:,}; shorten the histories or choose another model"
@@ -181,10 +185,12 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
     log(
         f"  best validation NDCG@10 {state.best_metric:.4f} at step {state.best_global_step:,} of {state.global_step:,}"
     )
-    validate = _validation(config, model, Prompts(tokenizer, model.vocab), data.split.validation, everybody=True)
+    prompts = Prompts(tokenizer, model.vocab, answer_start=model.answer_start)
+    validate = _validation(config, model, prompts, data.split.validation, everybody=True)
     validation = validate()  # every process: they share the cases
     if arguments.should_save:
-        facts = _took(trainer, training_flops(model, trainer.effort.positions), trainable)
+        effort = trainer.effort
+        facts = _took(trainer, training_flops(model, effort.positions, effort.context_positions), trainable)
         write_json(folder / TRAINING, {**facts, "validation": validation})
         bundle(config, data, model, tokenizer, peft_model).save_pretrained(folder / MODEL)
 
@@ -201,6 +207,7 @@ def _took(trainer: ItemTokenTrainer, flops: float, trainable: int) -> dict[str, 
         "seconds": round(effort.seconds, 1),
         "peak_mb": round(effort.peak_mb),
         "parameters": trainable,
+        "kind": "decoder" if trainer.effort.context_positions == 0 else "encoder-decoder",
         "made_by": environment(),
         "curve": [[line["step"], line[key]] for line in state.log_history if key in line],
     }
@@ -231,7 +238,8 @@ def _trainer(
 ) -> ItemTokenTrainer:
     """The trainer of a recipe, ready to run."""
     tasks = [task for task, weight in config.examples.tasks.items() if weight > 0]
-    prompts = Prompts(tokenizer, model.vocab, data.catalog.titles if set(tasks) - {"next-item"} else ())
+    texts = data.catalog.titles if set(tasks) - {"next-item"} else ()
+    prompts = Prompts(tokenizer, model.vocab, texts, answer_start=model.answer_start)
     if config.evaluation.patience:
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.evaluation.patience)]
     trainer = ItemTokenTrainer(

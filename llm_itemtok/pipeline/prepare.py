@@ -5,42 +5,44 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_itemtok import settings
-from llm_itemtok.artifacts import CODES, QUALITY, atomic_folder, cache_folder, read_json, sha256_of_arrays, write_json
+from llm_itemtok.artifacts import CODES, QUALITY, atomic_folder, read_json, sha256_of_arrays, write_json
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data import splits, synthetic
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.interactions import Interactions
 from llm_itemtok.data.readers import RawData, read
 from llm_itemtok.errors import ArtifactError, DataError
-from llm_itemtok.items import collisions, vectors
-from llm_itemtok.items.base import ItemTokenizer
+from llm_itemtok.items import collisions
+from llm_itemtok.items.base import ItemTokenizer, Quantizer
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.quality import quality
+from llm_itemtok.items.collaborative import co_occurrence, near_pairs
+from llm_itemtok.items.doctor import as_json, examine, findings
+from llm_itemtok.items.files import read_codes
+from llm_itemtok.items.hierarchical import HierarchicalCodes
+from llm_itemtok.items.product import ProductKMeans
+from llm_itemtok.items.quality import NEIGHBOURS, quality, reconstruction_error, vector_pairs
 from llm_itemtok.items.random_codes import RandomCodes
 from llm_itemtok.items.residual_kmeans import ResidualKMeans
 from llm_itemtok.items.rqvae import RQVAE
 from llm_itemtok.model import scratch
-from llm_itemtok.model.load import load_base
+from llm_itemtok.model.load import load_base, load_lm
 from llm_itemtok.model.prompts import encode_text
 from llm_itemtok.model.rows import input_table
-from llm_itemtok.pipeline.stages import input_hashes
+from llm_itemtok.pipeline.vectors import Log, Sources, needs_vectors, text_sources
 from llm_itemtok.vocab import init
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
 BASE, VOCAB = "base", "vocab"
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,15 @@ def refuse_textless(config: RunConfig, catalog: Catalog) -> None:
     if catalog.has_text:
         return
     needs = []
-    from_text = not isinstance(config.vectors, settings.FileVectors)
-    if from_text and not isinstance(config.tokenizer, settings.RandomTokenizer):
-        needs.append(f"`vectors.kind: {config.vectors.kind}` (use `file`, or `tokenizer.kind: random`)")
+    sources = text_sources(config)
+    if sources and needs_vectors(config):
+        needs += [f"`{source}` (use `collaborative` or `file`, or `tokenizer.kind: random`)" for source in sources]
     if config.vocab.init == "text-mean":
         needs.append("`vocab.init: text-mean` (use `codebook` or `normal`)")
-    if config.vocab.init == "codebook" and from_text:
-        needs.append("`vocab.init: codebook` on text vectors (use `vectors.kind: file`, or `normal`)")
+    if config.vocab.init == "codebook" and sources:
+        needs.append(
+            "`vocab.init: codebook` on text vectors (use `vectors.kind: collaborative` or `file`, or `normal`)"
+        )
     if needs:
         raise DataError("no item of the catalogue has any text, but the recipe needs it:\n  " + "\n  ".join(needs))
 
@@ -172,8 +176,8 @@ def base_model(
             lm.save_pretrained(new)
             tokenizer.save_pretrained(new)
             write_json(new / "key.json", key)
-    dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(place, dtype=dtype), AutoTokenizer.from_pretrained(place)
+    dtype = "bfloat16" if model.dtype == "bfloat16" else "float32"
+    return load_lm(place, AutoConfig.from_pretrained(place), dtype=dtype), AutoTokenizer.from_pretrained(place)
 
 
 def scratch_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -185,17 +189,12 @@ def scratch_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         layers=sizes.layers,
         width=sizes.width,
         heads=sizes.heads,
+        decoder_layers=sizes.decoder_layers,
+        head_dim=sizes.head_dim,
+        inner=sizes.inner,
         dropout=sizes.dropout,
         seed=config.seed,
     )
-
-
-def sentence_transformers_version() -> str:
-    """Version of the optional package, or what stands for its absence until it is asked for."""
-    try:
-        return version("sentence-transformers")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def scratch_version() -> str:
@@ -211,51 +210,19 @@ def _every_fifth(log: Log, what: str) -> Callable[[int, int, float], None]:
     return report
 
 
-def item_vectors(config: RunConfig, catalog: Catalog, folder: Path, log: Log) -> np.ndarray | None:
-    """Vectors float32 `[N, D]`, cached by content; None for random codes that need none."""
-    kind = config.vectors
-    if isinstance(config.tokenizer, settings.RandomTokenizer) and config.vocab.init != "codebook":
-        return None
-    if isinstance(kind, settings.FileVectors):
-        return vectors.from_file(kind.path, catalog)
-    texts = catalog.texts()
-    without = vectors.num_without_text(texts)
-    if without:
-        log(f"  {without:,} of {len(texts):,} items have no text; their vectors are zero")
-    key: dict[str, Any] = {
-        "texts": catalog.sha256,
-        "settings": config.to_dict()["vectors"],
-        "inputs": input_hashes(config),
-    }
-    compute: Callable[[], np.ndarray]
-    if isinstance(kind, settings.TfidfSvdVectors):
-        key |= {"seed": config.seed, "scikit-learn": version("scikit-learn")}
+def item_vectors(config: RunConfig, data: Dataset, folder: Path, log: Log) -> np.ndarray | None:
+    """Vectors float32 `[N, D]`, cached by content; None for codes that need none."""
+    return _sources(config, data, folder, log).make(log) if needs_vectors(config) else None
 
-        def compute() -> np.ndarray:
-            return vectors.tfidf_svd(
-                texts, dimensions=kind.dimensions, max_features=kind.max_features, seed=config.seed
-            )
-    elif isinstance(kind, settings.SentenceTransformersVectors):
-        key["versions"] = sentence_transformers_version()
 
-        def compute() -> np.ndarray:
-            return vectors.sentence_transformers(
-                texts, model=kind.model, batch_size=kind.batch_size, progress=progress_lines(log, "item vectors")
-            )
-    else:
-        key |= {"seed": config.seed, "model": config.to_dict()["model"], "transformers": version("transformers")}
-
-        def compute() -> np.ndarray:
-            lm, tokenizer = base_model(config, catalog, folder, log)
-            return vectors.language_model(
-                texts,
-                model=lm.to(PartialState().device),
-                tokenizer=tokenizer,
-                batch_size=kind.batch_size,
-                progress=progress_lines(log, "item vectors"),
-            )
-
-    return vectors.cached(key, cache_folder() / "vectors", compute)
+def _sources(config: RunConfig, data: Dataset, folder: Path, log: Log) -> Sources:
+    return Sources(
+        config,
+        data.catalog,
+        data.split,
+        base_model=lambda: base_model(config, data.catalog, folder, log),
+        progress=progress_lines(log, "item vectors"),
+    )
 
 
 def progress_lines(log: Log, what: str) -> Callable[[int, int], None]:
@@ -271,14 +238,32 @@ def progress_lines(log: Log, what: str) -> Callable[[int, int], None]:
     return report
 
 
-def item_tokenizer(config: RunConfig, log: Log) -> ItemTokenizer:
-    """The tokenizer that the recipe names."""
+def item_tokenizer(config: RunConfig, data: Dataset, folder: Path, log: Log) -> ItemTokenizer:
+    """The tokenizer that the recipe names; of interactions it sees those of training only."""
     chosen = config.tokenizer
+    assert not isinstance(chosen, settings.FileTokenizer)  # those codes are read
     shape = {"levels": chosen.levels, "codebook_size": chosen.codebook_size, "seed": config.seed}
     if isinstance(chosen, settings.RandomTokenizer):
         return RandomCodes(**shape)
     if isinstance(chosen, settings.ResidualKMeansTokenizer):
-        return ResidualKMeans(iterations=chosen.iterations, components=chosen.components or None, **shape)
+        return ResidualKMeans(
+            iterations=chosen.iterations,
+            components=chosen.components or None,
+            balance=chosen.balance,
+            sample=chosen.sample or None,
+            **shape,
+        )
+    if isinstance(chosen, settings.ProductTokenizer):
+        components = chosen.components or None
+        return ProductKMeans(iterations=chosen.iterations, rotation=chosen.rotation, components=components, **shape)
+    if isinstance(chosen, settings.HierarchicalTokenizer):
+        together, split = None, data.split
+        if chosen.source == "co-occurrence":
+            together = co_occurrence(
+                split.train_items, split.train_offsets, num_items=split.num_items, window=chosen.window
+            )
+        return HierarchicalCodes(together=together, iterations=chosen.iterations, **shape)
+    aligned = _sources(config, data, folder, log).aligned(chosen.collaborative, log) if chosen.alignment else None
     return RQVAE(
         widths=chosen.hidden,
         latent_dimensions=chosen.latent,
@@ -286,35 +271,73 @@ def item_tokenizer(config: RunConfig, log: Log) -> ItemTokenizer:
         batch_size=chosen.batch_size,
         learning_rate=chosen.learning_rate,
         commitment=chosen.commitment,
+        revive_every=chosen.revive or None,
+        estimator=chosen.estimator,
+        collaborative=aligned,
+        alignment_weight=chosen.alignment,
+        diversity_weight=chosen.diversity,
         progress=progress_lines(log, "RQ-VAE epochs"),
         **shape,
     )
 
 
 def make_codes(config: RunConfig, data: Dataset, folder: Path, log: Log) -> ItemCodes:
-    """Fit the tokenizer, resolve collisions, write `codes/v0` with its quality and its quantizer."""
-    matrix = item_vectors(config, data.catalog, folder, log)
-    tokenizer = item_tokenizer(config, log)
-    if isinstance(tokenizer, RandomCodes):
-        codes = tokenizer.deal(len(data.catalog))
-    else:
-        assert matrix is not None  # only random codes do without
-        codes = tokenizer.fit(matrix)
+    """Make codes, resolve collisions, write `codes/v0` with its quality and its quantizer."""
+    matrix = item_vectors(config, data, folder, log)
+    codes, quantizer = fit_codes(config, data, matrix, folder, log)
     log(f"  {config.tokenizer.kind}: {codes.collision_rate:.1%} of the items share their code before resolution")
-    figures = quality(codes, matrix, quantizer=tokenizer.quantizer)
+    figures = quality(codes, matrix, quantizer=quantizer)
     policy = config.tokenizer.collisions
     if policy == "forbid":
         unique = collisions.forbid(codes, data.catalog.item_ids)
     elif policy == "extra-level":
         unique = collisions.extra_level(codes)
     else:
-        unique = collisions.reassign(codes, matrix, quantizer=tokenizer.quantizer)
+        moves = {"sinkhorn": collisions.sinkhorn, "reassign": collisions.reassign, "matching": collisions.matching}
+        unique = moves[policy](codes, matrix, quantizer=quantizer)
     with atomic_folder(folder / CODES / "v0") as new:
         unique.save(new)
-        if tokenizer.quantizer is not None:
-            tokenizer.quantizer.save(new)
-        write_json(new / QUALITY, {**figures, "resolved": quality(unique, matrix)})
+        if quantizer is not None:
+            quantizer.save(new)
+        resolved = quality(unique, matrix)
+        facts = doctor_facts(unique, data, matrix, quantizer)
+        if "reconstruction_error" in figures:
+            facts["reconstruction_error"] |= {"before": figures["reconstruction_error"]}
+        facts["findings"] = as_json(findings(resolved, facts))
+        write_json(new / QUALITY, {**figures, "resolved": resolved, "doctor": facts})
     return unique
+
+
+def fit_codes(
+    config: RunConfig, data: Dataset, matrix: np.ndarray | None, folder: Path, log: Log
+) -> tuple[ItemCodes, Quantizer | None]:
+    """Codes as the tokenizer of the recipe makes them, collisions not yet resolved, and what it learned."""
+    chosen = config.tokenizer
+    if isinstance(chosen, settings.FileTokenizer):
+        sizes = chosen.sizes or None
+        codes = read_codes(chosen.path, data.catalog.item_ids, sizes=sizes, unknown_items=chosen.unknown_items)
+        return codes, None
+    tokenizer = item_tokenizer(config, data, folder, log)
+    if isinstance(tokenizer, RandomCodes):
+        return tokenizer.deal(len(data.catalog)), None
+    assert matrix is not None  # only codes that are not fitted do without
+    codes = tokenizer.fit(matrix)
+    return codes, tokenizer.quantizer
+
+
+def doctor_facts(
+    codes: ItemCodes, data: Dataset, matrix: np.ndarray | None, quantizer: Quantizer | None
+) -> dict[str, Any]:
+    """What the item-token doctor finds in codes that are in use; of interactions it sees those of training only."""
+    split = data.split
+    counts = co_occurrence(split.train_items, split.train_offsets, num_items=split.num_items)
+    near = {"training": near_pairs(counts, NEIGHBOURS)}
+    if matrix is not None:
+        near = {"vectors": vector_pairs(matrix), **near}
+    facts = examine(codes, near=near, item_counts=split.item_counts(), categories=data.catalog.categories)
+    if quantizer is not None and matrix is not None:
+        facts["reconstruction_error"] = {"after": reconstruction_error(codes, matrix, quantizer)}
+    return facts
 
 
 def make_vocab(config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path, log: Log) -> None:
@@ -325,7 +348,7 @@ def make_vocab(config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path,
     if config.vocab.init == "text-mean":
         rows = init.text_mean(vocab, table, encode_text(tokenizer, data.catalog.texts()), seed=config.seed)
     elif config.vocab.init == "codebook":
-        matrix = item_vectors(config, data.catalog, folder, log)
+        matrix = item_vectors(config, data, folder, log)
         assert matrix is not None
         rows = init.codebook(vocab, table, matrix, seed=config.seed)
     else:

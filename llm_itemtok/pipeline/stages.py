@@ -142,9 +142,10 @@ def _sorted(value: Any) -> Any:
 def input_hashes(config: RunConfig) -> dict[str, str]:
     """Hash local files and folders that the recipe names, other than the data, by recipe key."""
     settings = config.to_dict()
-    paths = {
-        "vectors.path": settings["vectors"].get("path"),
-        "vectors.model": settings["vectors"].get("model"),
+    sources = {"vectors": settings["vectors"]}
+    sources |= {f"vectors.parts.{place}": part for place, part in enumerate(settings["vectors"].get("parts", ()))}
+    paths = {f"{name}.{key}": source.get(key) for name, source in sources.items() for key in ("path", "model")} | {
+        "tokenizer.path": settings["tokenizer"].get("path"),
         "model.name": None if settings["model"]["name"] == "scratch" else settings["model"]["name"],
     }
     return {key: _hash_path(Path(path)) for key, path in paths.items() if path and Path(path).exists()}
@@ -198,8 +199,11 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
 def _without_paths(text: str) -> Any:
     """A resolved recipe without the settings that may name a local path."""
     recipe = yaml.safe_load(text)
-    for section, name in (("data", "path"), ("vectors", "path"), ("vectors", "model"), ("model", "name")):
-        recipe.get(section, {}).pop(name, None)
+    names = {"data": ("path",), "vectors": ("path", "model"), "tokenizer": ("path",), "model": ("name",)}
+    for section, keys in names.items():
+        for part in (recipe.get(section, {}), *recipe.get(section, {}).get("parts", ())):
+            for key in keys:
+                part.pop(key, None)
     return recipe
 
 

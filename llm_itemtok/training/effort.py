@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import ExportableState
 
-from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.item_lm import ItemTokenModel, of_encoder
 from llm_itemtok.model.rows import output_head
 
 
@@ -27,7 +27,8 @@ class Effort(TrainerCallback, ExportableState):
 
     Attributes:
         targets: items that were a target, over all epochs and processes; an item of L tokens counts once.
-        positions: token positions that the model computed, padding included.
+        positions: token positions that the model computed, padding included; of an encoder–decoder, its decoder.
+        context_positions: those that its encoder read; 0 for a decoder-only model.
         seconds_before: of the parts of this training that ended in a checkpoint.
         peak_mb_before: most memory that a process of those parts held, in 2**20 bytes.
     """
@@ -36,6 +37,7 @@ class Effort(TrainerCallback, ExportableState):
         """Begin at nothing."""
         self.targets = 0
         self.positions = 0
+        self.context_positions = 0
         self.seconds_before = 0.0
         self.peak_mb_before = 0.0
         self._began: float | None = None
@@ -52,18 +54,21 @@ class Effort(TrainerCallback, ExportableState):
         return max(self.peak_mb_before, peak_megabytes())
 
     def add(self, counts: Tensor) -> None:
-        """Count a step: int64 `[2]`, targets and positions of all processes."""
+        """Count a step: int64 `[3]`, targets and positions of both kinds, of all processes."""
         self._unread = counts if self._unread is None else self._unread + counts
 
     def _read(self) -> None:
         if self._unread is not None:
-            targets, positions = self._unread.tolist()
-            self.targets, self.positions, self._unread = self.targets + targets, self.positions + positions, None
+            targets, positions, context_positions = self._unread.tolist()
+            self.targets += targets
+            self.positions += positions
+            self.context_positions += context_positions
+            self._unread = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
         self._read()
-        counts = {"targets": self.targets, "positions": self.positions}
+        counts = {name: getattr(self, name) for name in ("targets", "positions", "context_positions")}
         return {"args": {}, "attributes": counts | {"seconds_before": self.seconds, "peak_mb_before": self.peak_mb}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -71,19 +76,21 @@ class Effort(TrainerCallback, ExportableState):
         self._began = time.monotonic()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Have `targets` and `positions` up to date."""
+        """Have the counts up to date."""
         self._read()
 
 
 def batch_counts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """Targets and positions of some micro-batches, at least one: int64 `[2]` on their device."""
-    targets = [(batch["levels"] == 0).sum() for batch in batches]
-    positions = [torch.full_like(targets[0], batch["input_ids"].numel()) for batch in batches]
-    return torch.stack([torch.stack(targets).sum(), torch.stack(positions).sum()])
+    """Targets, positions and context positions of some micro-batches, at least one: int64 `[3]` on their device."""
+    targets = torch.stack([(batch["levels"] == 0).sum() for batch in batches]).sum()
+    positions, contexts = (
+        sum(batch[name].numel() for batch in batches if name in batch) for name in ("input_ids", "context_ids")
+    )
+    return torch.stack([targets, torch.full_like(targets, positions), torch.full_like(targets, contexts)])
 
 
-def training_flops(model: ItemTokenModel, positions: int) -> float:
-    """Floating-point operations of training on a number of positions, estimated.
+def training_flops(model: ItemTokenModel, positions: int, context_positions: int = 0) -> float:
+    """Floating-point operations of training on a number of positions, and of context positions, estimated.
 
     Two a weight of each linear layer and position for the forward pass, two for the gradient of its input, two more
     for its own gradient where it is trained (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Left out, and small
@@ -91,11 +98,12 @@ def training_flops(model: ItemTokenModel, positions: int) -> float:
     left out with them: item tokens do not pass through it.
     """
     head = output_head(model.lm)
-    total = 0
-    for module in model.modules():
+    total = 0.0
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            total += module.weight.numel() * (6 if module.weight.requires_grad else 4)
-    return float(total) * positions
+            work = module.weight.numel() * (6 if module.weight.requires_grad else 4)
+            total += work * (context_positions if of_encoder(name) else positions)
+    return total
 
 
 def peak_megabytes() -> float:

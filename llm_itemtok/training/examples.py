@@ -7,6 +7,9 @@ the current `ItemVocab`, so a new version of the item tokens re-renders nothing 
 log-probabilities as one example per target, at a fraction of the cost. A history longer than a row is cut into chunks
 that overlap, so that every training interaction is a target exactly once. `windows` has one example per target and
 `last` only each user's last target; they change the training distribution, which is why all three exist.
+
+An encoder–decoder takes `windows` or `last`: its encoder looks both ways, so within one row every target but the last
+would be read before it is predicted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

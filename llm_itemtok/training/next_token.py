@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from llm_itemtok.training.examples import TASKS
 
+MODEL_INPUTS = ("input_ids", "labels", "levels", "context_ids", "context_seen")
+"""What a model takes of a batch; the last two come with an encoder."""
+
 
 @final
 class NextToken:
@@ -38,6 +41,6 @@ class NextToken:
         self, model: nn.Module, batch: Mapping[str, Tensor], totals: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Weighted negative log-likelihood in nats, one term per task."""
-        nll = model(input_ids=batch["input_ids"], labels=batch["labels"], levels=batch["levels"])
+        nll = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
         by_row = (nll * batch["loss_weights"]).sum(1) / totals["weight"]
         return {task: by_row[batch["tasks"] == TASKS.index(task)].sum() for task in self.tasks}

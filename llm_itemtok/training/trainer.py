@@ -101,7 +101,7 @@ class ItemTokenTrainer(Trainer):
         if not batch_samples:
             return None
         counts = batch_counts(batch_samples).to(device)
-        self.effort.add(self.accelerator.gather(counts).view(-1, 2).sum(0))
+        self.effort.add(self.accelerator.gather(counts).view(-1, len(counts)).sum(0))
         totals: dict[str, Tensor] = {}
         for batch in batch_samples:
             for name, value in self.objective.denominators(batch).items():

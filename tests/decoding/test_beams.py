@@ -1,6 +1,5 @@
 """Beams are the right items in the right order, for every supported family."""
 
-import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_itemtok.decoding.beams import Beams, beam_search
+from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.scoring import score_items
 from llm_itemtok.decoding.tree import TreeDecoder, TreeState
 from llm_itemtok.errors import DataError
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.model.export import fold_rows
 from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
-from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.vocab.trie import ItemTrie
 from tests.code_tables import code_tables
-from tests.tiny import FAMILIES, tiny_codes, tiny_item_model
+from tests.decoding.test_decoders import generated
+from tests.tiny import FAMILIES, KINDS, states, tiny_codes, tiny_item_model, tiny_prompts
 
 HISTORIES = [np.array([3, 7, 1, 9, 22]), np.array([5]), np.array([], dtype=int), np.arange(12)]
 
@@ -28,9 +27,9 @@ HISTORIES = [np.array([3, 7, 1, 9, 22]), np.array([5]), np.array([], dtype=int),
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beams_as_wide_as_the_catalogue_rank_as_exact_scoring_does(family: str, normaliser: str) -> None:
     model, tokenizer = tiny_item_model(family)
-    trie, prompts = ItemTrie(model.vocab.codes), Prompts(tokenizer, model.vocab)
+    trie, prompts = ItemTrie(model.vocab.codes), tiny_prompts(model, tokenizer)
     rendered = [prompts.history(history) for history in HISTORIES]
-    beams = beam_search(TreeDecoder(model), trie, rendered, beam=trie.num_items, normaliser=normaliser)
+    beams = beam_search(decoder_for(model), trie, rendered, beam=trie.num_items, normaliser=normaliser)
     everything = [np.arange(trie.num_items)] * len(rendered)
     exact = np.stack(score_items(model, trie, rendered, everything, normaliser=normaliser))
     np.testing.assert_array_equal(beams.items, np.argsort(-exact, axis=1))
@@ -42,44 +41,24 @@ def test_beams_as_wide_as_the_catalogue_rank_as_exact_scoring_does(family: str, 
 def test_beams_of_20_rank_as_generate_with_a_prefix_function_does(family: str, padding: int) -> None:
     """`padding`: item ids may fall beyond the base table, astride its end, or wholly into its padding."""
     model, tokenizer = tiny_item_model(family, padding=padding, normaliser="vocab")
-    trie, prompts = ItemTrie(model.vocab.codes), Prompts(tokenizer, model.vocab)
-    merged = fold_rows(copy.deepcopy(model.lm), model)
-    paths = model.vocab.paths.tolist()
+    trie, prompts = ItemTrie(model.vocab.codes), tiny_prompts(model, tokenizer)
     for history in HISTORIES:
         prompt = prompts.history(history)
-        ours = beam_search(TreeDecoder(model), trie, [prompt], beam=20, normaliser="vocab")
-
-        def legal(_batch: int, ids: torch.Tensor, done: int = len(prompt)) -> list[int]:
-            prefix = ids.tolist()[done:]
-            return sorted({path[len(prefix)] for path in paths if path[: len(prefix)] == prefix}) or [2]
-
-        theirs = merged.generate(
-            torch.from_numpy(prompt)[None],
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            num_beams=20,
-            num_return_sequences=20,
-            max_new_tokens=3,
-            min_new_tokens=3,
-            do_sample=False,
-            length_penalty=0.0,
-            early_stopping=False,
-            prefix_allowed_tokens_fn=legal,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
-        items = [paths.index(path) for path in theirs.sequences[:, len(prompt) :].tolist()]
+        ours = beam_search(decoder_for(model), trie, [prompt], beam=20, normaliser="vocab")
+        items, scores = generated(model, prompt, 20)
         assert ours.items[0].tolist() == items
-        np.testing.assert_allclose(ours.scores[0], theirs.sequences_scores.numpy(), atol=2e-4)
+        np.testing.assert_allclose(ours.scores[0], scores, atol=2e-4)
 
 
 @pytest.mark.parametrize("sizes", [(60,), (1, 1, 60), (2, 2, 2, 2, 4), (6, 5, 4)])
-def test_every_recommendation_is_an_existing_item_and_comes_once(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("family", KINDS)
+def test_every_recommendation_is_an_existing_item_and_comes_once(family: str, sizes: tuple[int, ...]) -> None:
     codes = tiny_codes(min(55, int(np.prod(sizes))), sizes)
-    model, tokenizer = tiny_item_model(codes=codes)
-    trie, prompts = ItemTrie(codes), Prompts(tokenizer, model.vocab)
+    model, tokenizer = tiny_item_model(family, codes=codes)
+    trie, prompts = ItemTrie(codes), tiny_prompts(model, tokenizer)
     rng = np.random.default_rng(1)
     rendered = [prompts.history(rng.integers(0, codes.num_items, size=rng.integers(0, 9))) for _ in range(50)]
-    beams = beam_search(TreeDecoder(model), trie, rendered, beam=20)
+    beams = beam_search(decoder_for(model), trie, rendered, beam=20)
     assert beams.items.min() >= 0
     assert beams.items.max() < codes.num_items
     assert all(len(set(row)) == 20 for row in beams.items.tolist())
@@ -89,17 +68,17 @@ def test_every_recommendation_is_an_existing_item_and_comes_once(sizes: tuple[in
 def test_a_catalogue_smaller_than_the_beam_comes_out_whole() -> None:
     codes = tiny_codes(3)
     model, tokenizer = tiny_item_model(codes=codes)
-    prompt = Prompts(tokenizer, model.vocab).history([0, 1])
-    beams = beam_search(TreeDecoder(model), ItemTrie(codes), [prompt], beam=20)
+    prompt = tiny_prompts(model, tokenizer).history([0, 1])
+    beams = beam_search(decoder_for(model), ItemTrie(codes), [prompt], beam=20)
     assert sorted(beams.items[0].tolist()) == [0, 1, 2]
 
 
 def test_excluded_items_never_come_out_and_the_rest_keep_their_order() -> None:
     model, tokenizer = tiny_item_model()
-    trie, prompt = ItemTrie(model.vocab.codes), Prompts(tokenizer, model.vocab).history([4, 8])
-    free = beam_search(TreeDecoder(model), trie, [prompt], beam=60).items[0]
+    trie, prompt = ItemTrie(model.vocab.codes), tiny_prompts(model, tokenizer).history([4, 8])
+    free = beam_search(decoder_for(model), trie, [prompt], beam=60).items[0]
     banned = free[[0, 2, 5]]
-    kept = beam_search(TreeDecoder(model), trie, [prompt], beam=60, excluded=[banned]).items[0]
+    kept = beam_search(decoder_for(model), trie, [prompt], beam=60, excluded=[banned]).items[0]
     assert kept[:57].tolist() == [item for item in free.tolist() if item not in banned]
     assert kept[57:].tolist() == [-1, -1, -1]
 
@@ -108,8 +87,7 @@ def test_excluded_items_never_come_out_and_the_rest_keep_their_order() -> None:
 def one_by_one(model: ItemTokenModel, prompt: np.ndarray, normaliser: str) -> np.ndarray:
     """Log-probability `[N]` of every item from plain forward passes over whole paths; no cache, tree or trie."""
     codes, paths = model.vocab.codes, model.vocab.paths
-    ids = torch.cat([torch.from_numpy(prompt).expand(len(paths), -1), paths[:, :-1]], dim=1)
-    hidden = model.hidden(ids, use_cache=False).last_hidden_state[:, len(prompt) - 1 :]
+    hidden = states(model, [prompt] * len(paths), paths)
     total = torch.zeros(len(paths))
     for level in range(codes.num_levels):
         log_probs = model.level_log_probs(hidden[:, level], level, "level" if normaliser == "children" else normaliser)
@@ -132,7 +110,7 @@ class Case:
     truth: list[np.ndarray]
 
     def search(self, **changes) -> Beams:
-        return beam_search(TreeDecoder(self.model), self.trie, self.prompts, normaliser=self.normaliser, **changes)
+        return beam_search(decoder_for(self.model), self.trie, self.prompts, normaliser=self.normaliser, **changes)
 
 
 @st.composite
@@ -141,7 +119,7 @@ def cases(draw: st.DrawFn, family: str) -> Case:
     normaliser = draw(st.sampled_from(["level", "items", "vocab", "children"]))
     model, tokenizer = tiny_item_model(family, codes=codes, normaliser="level", seed=draw(st.integers(0, 3)))
     histories = draw(st.lists(st.lists(st.integers(0, len(codes) - 1), max_size=4), min_size=1, max_size=3))
-    prompts = [Prompts(tokenizer, model.vocab).history(history) for history in histories]
+    prompts = [tiny_prompts(model, tokenizer).history(history) for history in histories]
     truth = [one_by_one(model, prompt, normaliser) for prompt in prompts]
     return Case(model, ItemTrie(codes), prompts, normaliser, truth)
 
@@ -221,39 +199,40 @@ def test_a_large_sweep(family: str, check, data: st.DataObject) -> None:
 
 def test_only_allowed_items_come_out_however_improbable() -> None:
     model, tokenizer = tiny_item_model()
-    trie, prompt = ItemTrie(model.vocab.codes), Prompts(tokenizer, model.vocab).history([4, 8])
-    free = beam_search(TreeDecoder(model), trie, [prompt], beam=60).items[0]
+    trie, prompt = ItemTrie(model.vocab.codes), tiny_prompts(model, tokenizer).history([4, 8])
+    free = beam_search(decoder_for(model), trie, [prompt], beam=60).items[0]
     last = free[-5:]
-    beams = beam_search(TreeDecoder(model), trie, [prompt], beam=20, allowed=[np.tile(last[::-1], 2)])
+    beams = beam_search(decoder_for(model), trie, [prompt], beam=20, allowed=[np.tile(last[::-1], 2)])
     assert beams.items[0].tolist() == [*last.tolist(), *[-1] * 15]
     assert np.isneginf(beams.scores[0, 5:]).all()
-    beams = beam_search(TreeDecoder(model), trie, [prompt], beam=20, allowed=[last], excluded=[last[1:3]])
+    beams = beam_search(decoder_for(model), trie, [prompt], beam=20, allowed=[last], excluded=[last[1:3]])
     assert beams.items[0].tolist() == [last[0], *last[3:].tolist(), *[-1] * 17]
 
 
-def test_users_with_and_without_lists_share_a_batch() -> None:
-    model, tokenizer = tiny_item_model()
-    trie, prompts = ItemTrie(model.vocab.codes), Prompts(tokenizer, model.vocab)
+@pytest.mark.parametrize("family", KINDS)
+def test_users_with_and_without_lists_share_a_batch(family: str) -> None:
+    model, tokenizer = tiny_item_model(family)
+    trie, prompts = ItemTrie(model.vocab.codes), tiny_prompts(model, tokenizer)
     rendered = [prompts.history(history) for history in HISTORIES]
     some = np.arange(0, 60, 7)
     lists = {"allowed": [some, None, np.array([], dtype=int), some], "excluded": [None, some, some, np.array([7])]}
-    beams = beam_search(TreeDecoder(model), trie, rendered, beam=20, **lists)
+    beams = beam_search(decoder_for(model), trie, rendered, beam=20, **lists)
     assert (beams.items[2] == -1).all()
     for user, prompt in enumerate(rendered):
         own = {name: [rows[user]] for name, rows in lists.items()}
-        alone = beam_search(TreeDecoder(model), trie, [prompt], beam=20, **own)
+        alone = beam_search(decoder_for(model), trie, [prompt], beam=20, **own)
         assert beams.items[user].tolist() == alone.items[0].tolist()
-    everywhere = beam_search(TreeDecoder(model), trie, rendered, beam=20, allowed=[some] * 4)
-    copies = beam_search(TreeDecoder(model), trie, rendered, beam=20, allowed=[some.copy() for _ in range(4)])
+    everywhere = beam_search(decoder_for(model), trie, rendered, beam=20, allowed=[some] * 4)
+    copies = beam_search(decoder_for(model), trie, rendered, beam=20, allowed=[some.copy() for _ in range(4)])
     np.testing.assert_array_equal(everywhere.items, copies.items)
 
 
 def test_lists_that_restrict_nothing_change_nothing() -> None:
     model, tokenizer = tiny_item_model()
-    trie, prompt = ItemTrie(model.vocab.codes), Prompts(tokenizer, model.vocab).history([4, 8])
-    free = beam_search(TreeDecoder(model), trie, [prompt], beam=20)
+    trie, prompt = ItemTrie(model.vocab.codes), tiny_prompts(model, tokenizer).history([4, 8])
+    free = beam_search(decoder_for(model), trie, [prompt], beam=20)
     for lists in ({"allowed": [None]}, {"excluded": [None]}, {"excluded": [[]]}, {"allowed": [np.arange(60)]}):
-        beams = beam_search(TreeDecoder(model), trie, [prompt], beam=20, **lists)
+        beams = beam_search(decoder_for(model), trie, [prompt], beam=20, **lists)
         np.testing.assert_array_equal(beams.items, free.items)
         np.testing.assert_array_equal(beams.scores, free.scores)
 
@@ -295,7 +274,7 @@ class Widths(TreeDecoder):
 def test_no_beam_is_spent_where_no_legal_path_is_left(lists: dict, widths: list[int]) -> None:
     """Six codewords at the first level; then no more beams than items that may come out, and no work for none."""
     model, tokenizer = tiny_item_model()
-    prompt, decoder = Prompts(tokenizer, model.vocab).history([2]), Widths(model)
+    prompt, decoder = tiny_prompts(model, tokenizer).history([2]), Widths(model)
     beam_search(decoder, ItemTrie(model.vocab.codes), [prompt], beam=20, **lists)
     assert decoder.seen == widths
 
@@ -311,24 +290,25 @@ def test_no_beam_is_spent_where_no_legal_path_is_left(lists: dict, widths: list[
 )
 def test_lists_that_do_not_fit_are_refused(lists: dict, message: str) -> None:
     model, tokenizer = tiny_item_model()
-    prompt = Prompts(tokenizer, model.vocab).history([2])
+    prompt = tiny_prompts(model, tokenizer).history([2])
     with pytest.raises(DataError, match=message):
-        beam_search(TreeDecoder(model), ItemTrie(model.vocab.codes), [prompt], beam=20, **lists)
+        beam_search(decoder_for(model), ItemTrie(model.vocab.codes), [prompt], beam=20, **lists)
 
 
-def test_users_of_a_batch_do_not_see_each_other() -> None:
-    model, tokenizer = tiny_item_model("gemma3")
-    trie, prompts = ItemTrie(model.vocab.codes), Prompts(tokenizer, model.vocab)
+@pytest.mark.parametrize("family", ["gemma3", "t5"])
+def test_users_of_a_batch_do_not_see_each_other(family: str) -> None:
+    model, tokenizer = tiny_item_model(family)
+    trie, prompts = ItemTrie(model.vocab.codes), tiny_prompts(model, tokenizer)
     rendered = [prompts.history(history) for history in HISTORIES]
-    together = beam_search(TreeDecoder(model), trie, rendered, beam=20)
+    together = beam_search(decoder_for(model), trie, rendered, beam=20)
     for row, prompt in enumerate(rendered):
-        alone = beam_search(TreeDecoder(model), trie, [prompt], beam=20)
+        alone = beam_search(decoder_for(model), trie, [prompt], beam=20)
         assert alone.items[0].tolist() == together.items[row].tolist()
 
 
 def test_children_log_probabilities_of_the_whole_catalogue_sum_to_one() -> None:
     codes = ItemCodes(np.array([[0, 0], [0, 1], [1, 0]], dtype=np.int32), (2, 2), provenance={})
     model, tokenizer = tiny_item_model(codes=codes)
-    prompt = Prompts(tokenizer, model.vocab).history([2])
-    beams = beam_search(TreeDecoder(model), ItemTrie(codes), [prompt], beam=3, normaliser="children")
+    prompt = tiny_prompts(model, tokenizer).history([2])
+    beams = beam_search(decoder_for(model), ItemTrie(codes), [prompt], beam=3, normaliser="children")
     assert np.exp(beams.scores).sum() == pytest.approx(1.0, abs=1e-5)

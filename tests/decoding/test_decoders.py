@@ -16,9 +16,17 @@ from llm_itemtok.decoding.replicated import ReplicatedDecoder, decoder_for
 from llm_itemtok.decoding.tree import TreeDecoder, takes_tree_masks
 from llm_itemtok.model.export import fold_rows
 from llm_itemtok.model.item_lm import ItemTokenModel
-from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.vocab.trie import ItemTrie
-from tests.tiny import ALL_FAMILIES, MOST_SLOWLY, tiny_codes, tiny_item_model
+from tests.tiny import (
+    ALL_FAMILIES,
+    DECODERS,
+    ENCODER_DECODERS,
+    slowly,
+    states,
+    tiny_codes,
+    tiny_item_model,
+    tiny_prompts,
+)
 
 # Item tokens: 3 an item. The longest history goes far beyond the windows of 6 tokens, the others end before or inside.
 HISTORIES = [np.array([3, 7, 1, 9, 22]), np.array([5]), np.array([], dtype=int), np.arange(12)]
@@ -28,7 +36,7 @@ WITHOUT_TREES = ("bloom", "falcon-alibi")
 
 def subject(family: str, sizes: tuple[int, ...] = (6, 5, 4), **changes: object):
     model, tokenizer = tiny_item_model(family, codes=tiny_codes(min(60, int(np.prod(sizes))), sizes), **changes)
-    prompts = Prompts(tokenizer, model.vocab)
+    prompts = tiny_prompts(model, tokenizer)
     return model, ItemTrie(model.vocab.codes), [prompts.history(history) for history in HISTORIES]
 
 
@@ -38,8 +46,7 @@ def plain_scores(model: ItemTokenModel, prompts: list[np.ndarray], normaliser: s
     paths, codes = model.vocab.paths, torch.from_numpy(np.asarray(model.vocab.codes.table, dtype=np.int64))
     scores = []
     for prompt in prompts:
-        ids = torch.cat([torch.from_numpy(prompt).expand(len(paths), -1), paths[:, :-1]], dim=1)
-        hidden = model.hidden(ids, use_cache=False).last_hidden_state[:, len(prompt) - 1 :]
+        hidden = states(model, [prompt] * len(paths), paths)
         scores.append(sum(
             model.level_log_probs(hidden[:, level], level, normaliser).gather(1, codes[:, level : level + 1])
             for level in range(codes.shape[1])
@@ -52,9 +59,10 @@ def generated(model: ItemTokenModel, prompt: np.ndarray, beam: int) -> tuple[lis
     """Items and scores of plain `generate` with a prefix function."""
     merged = fold_rows(copy.deepcopy(model.lm), model)
     paths = model.vocab.paths.tolist()
+    before = len(prompt) if model.answer_start is None else 1
 
     def legal(_batch: int, ids: torch.Tensor) -> list[int]:
-        prefix = ids.tolist()[len(prompt) :]
+        prefix = ids.tolist()[before:]
         return sorted({path[len(prefix)] for path in paths if path[: len(prefix)] == prefix}) or [2]
 
     found = merged.generate(
@@ -62,8 +70,13 @@ def generated(model: ItemTokenModel, prompt: np.ndarray, beam: int) -> tuple[lis
         num_return_sequences=beam, max_new_tokens=3, min_new_tokens=3, do_sample=False, length_penalty=0.0,
         early_stopping=False, prefix_allowed_tokens_fn=legal, return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
-    items = [paths.index(path) for path in found.sequences[:, len(prompt) :].tolist()]
+    items = [paths.index(path) for path in found.sequences[:, before:].tolist()]
     return items, found.sequences_scores.numpy()
+
+
+def ways(family: str, model: ItemTokenModel) -> list:
+    """The decoders of a model: of decoder-only ones also the one that never fails, which knows no encoder."""
+    return [decoder_for(model)] if family in ENCODER_DECODERS else [decoder_for(model), ReplicatedDecoder(model)]
 
 
 def assert_same_ranking(family_scores: np.ndarray, items: np.ndarray, scores: np.ndarray) -> None:
@@ -74,7 +87,8 @@ def assert_same_ranking(family_scores: np.ndarray, items: np.ndarray, scores: np
 @EVERY_FAMILY
 def test_each_family_decodes_in_the_way_its_attention_allows(family):
     model, _, _ = subject(family)
-    assert decoder_for(model).name == ("replicated" if family in WITHOUT_TREES else "tree")
+    others = dict.fromkeys(WITHOUT_TREES, "replicated") | dict.fromkeys(ENCODER_DECODERS, "encoder-decoder tree")
+    assert decoder_for(model).name == others.get(family, "tree")
 
 
 @EVERY_FAMILY
@@ -94,8 +108,7 @@ def test_ranks_as_generate_with_a_prefix_function_does(family):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_ranks_as_generate_does_wherever_the_item_tokens_fall(family, padding, tied):
     model, trie, prompts = subject(family, padding=padding, tied=tied, seed=1)
-    decoders = (decoder_for(model), ReplicatedDecoder(model))
-    both = [beam_search(decoder, trie, prompts, beam=20, normaliser="vocab") for decoder in decoders]
+    both = [beam_search(decoder, trie, prompts, beam=20, normaliser="vocab") for decoder in ways(family, model)]
     for place, prompt in enumerate(prompts):
         items, scores = generated(model, prompt, 20)
         for found in both:
@@ -108,7 +121,7 @@ def test_either_way_ranks_the_catalogue_as_plain_paths_do(family):
     """Prompts of unlike lengths in one batch: neither padding nor neighbours may be seen."""
     model, trie, prompts = subject(family)
     expected = plain_scores(model, prompts, "level")
-    for decoder in (decoder_for(model), ReplicatedDecoder(model)):
+    for decoder in ways(family, model):
         found = beam_search(decoder, trie, prompts, beam=trie.num_items)
         assert_same_ranking(expected, found.items, found.scores)
 
@@ -120,13 +133,13 @@ def test_either_way_ranks_the_catalogue_as_plain_paths_do(family):
 def test_either_way_ranks_as_plain_paths_do_for_codes_of_any_depth(family, sizes, normaliser):
     model, trie, prompts = subject(family, sizes)
     expected = plain_scores(model, prompts, normaliser)
-    for decoder in (decoder_for(model), ReplicatedDecoder(model)):
+    for decoder in ways(family, model):
         found = beam_search(decoder, trie, prompts, beam=trie.num_items, normaliser=normaliser)
         assert_same_ranking(expected, found.items, found.scores)
 
 
 @pytest.mark.parametrize("beam", [1, 4, 20])
-@pytest.mark.parametrize("family", MOST_SLOWLY)
+@pytest.mark.parametrize("family", slowly(DECODERS))
 def test_narrow_beams_are_the_same_either_way(family, beam):
     """Beams change their number from level to level, or keep it, and change their parents either way."""
     model, trie, prompts = subject(family, (3, 3, 3, 3))
@@ -139,6 +152,34 @@ def test_narrow_beams_are_the_same_either_way(family, beam):
     found = beam_search(ReplicatedDecoder(model), trie, prompts, beam=beam)
     np.testing.assert_array_equal(found.items, expected[0])
     np.testing.assert_allclose(found.scores, expected[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("sizes", [(60,), (3, 3, 3, 3), (2, 2, 2, 2, 2, 2)])
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_distances_in_a_decoders_tree_are_those_of_its_paths(family, sizes, implementation):
+    """Deeper than the buckets of T5's bias are fine, in trees wider than its longest distance."""
+    model, trie, prompts = subject(family, sizes)
+    model.lm.set_attn_implementation(implementation)
+    with torch.no_grad():
+        model.lm.get_decoder().block[0].layer[0].SelfAttention.relative_attention_bias.weight.mul_(5)
+    found = beam_search(decoder_for(model), trie, prompts, beam=trie.num_items)
+    assert_same_ranking(plain_scores(model, prompts, "level"), found.items, found.scores)
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_an_encoder_reads_each_history_once_and_no_beam_makes_its_keys_again(family):
+    model, trie, prompts = subject(family)
+    read = []
+    encoder, keys = model.lm.get_encoder(), model.lm.get_decoder().block[-1].layer[1].EncDecAttention.k
+    hooks = [
+        part.register_forward_hook(lambda *_call, name=name: read.append(name))
+        for name, part in {"encoder": encoder, "keys": keys}.items()
+    ]
+    beam_search(decoder_for(model), trie, prompts, beam=20)
+    assert read == ["encoder", "keys"]
+    for hook in hooks:
+        hook.remove()
 
 
 def two_d_attention(module, query, key, value, attention_mask, **kwargs):

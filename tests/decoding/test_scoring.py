@@ -13,9 +13,8 @@ from llm_itemtok.decoding.scoring import score_catalog, score_items
 from llm_itemtok.decoding.tree import takes_tree_masks
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.export import fold_rows
-from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.vocab.trie import ItemTrie
-from tests.tiny import FAMILIES, MOST_SLOWLY, tiny_codes, tiny_item_model
+from tests.tiny import FAMILIES, KINDS, MOST_SLOWLY, states, tiny_codes, tiny_item_model, tiny_prompts
 
 HISTORIES = [np.array([3, 7, 1]), np.array([], dtype=int), np.arange(9)]
 ITEMS = [np.array([5, 2, 59]), np.array([], dtype=int), np.array([0])]
@@ -36,12 +35,11 @@ def one_by_one(model, trie, prompt, items) -> dict[str, list[float]]:
     found = {normaliser: [] for normaliser in NORMALISERS}
     table = model.vocab.codes.table
     for item in items:
-        ids = torch.cat([torch.from_numpy(prompt), model.vocab.paths[item, :-1]])
-        hidden = model.hidden(ids[None], use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
+        hidden = states(model, [prompt], model.vocab.paths[item : item + 1])[0]
         for normaliser in NORMALISERS:
             total = 0.0
-            for level, states in enumerate(hidden):
-                log_probs = model.level_log_probs(states, level, "level" if normaliser == "children" else normaliser)
+            for level, state in enumerate(hidden):
+                log_probs = model.level_log_probs(state, level, "level" if normaliser == "children" else normaliser)
                 total += float(log_probs[table[item, level]])
                 if normaliser == "children":
                     siblings = np.unique(table[(table[:, :level] == table[item, :level]).all(1), level])
@@ -52,7 +50,7 @@ def one_by_one(model, trie, prompt, items) -> dict[str, list[float]]:
 
 def prepared(family: str = "llama", codes: ItemCodes | None = None, histories=HISTORIES, **changes):
     model, tokenizer = tiny_item_model(family, codes=codes, **changes)
-    prompts, size = Prompts(tokenizer, model.vocab), model.vocab.codes.num_items
+    prompts, size = tiny_prompts(model, tokenizer), model.vocab.codes.num_items
     rendered = [prompts.history(np.asarray(history, dtype=int) % size) for history in histories]
     return model, ItemTrie(model.vocab.codes), rendered
 
@@ -66,9 +64,14 @@ def test_scores_are_the_log_probabilities_of_the_plain_model(family):
     for prompt, items, scores in zip(rendered, ITEMS, found, strict=True):
         for item, score in zip(items, scores, strict=True):
             path = model.vocab.paths[item]
-            ids = torch.cat([torch.from_numpy(prompt), path])
-            log_probs = plain(input_ids=ids[None]).logits[0].log_softmax(-1)
-            expected = sum(float(log_probs[len(prompt) - 1 + level, path[level]]) for level in range(3))
+            context = torch.from_numpy(prompt)[None]
+            if family == "t5":
+                ids = torch.tensor([[model.answer_start, *path]])
+                log_probs = plain(input_ids=context, decoder_input_ids=ids).logits[0].log_softmax(-1)
+            else:
+                log_probs = plain(input_ids=torch.cat([context, path[None]], dim=1)).logits[0].log_softmax(-1)
+            first = len(log_probs) - 1 - len(path)
+            expected = sum(float(log_probs[first + level, path[level]]) for level in range(3))
             assert float(score) == pytest.approx(expected, abs=1e-4)
 
 
@@ -84,9 +87,10 @@ def test_the_catalogue_is_scored_as_each_item_by_itself_is(family):
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_trees_of_any_shape_are_scored_as_their_items_are(table):
+@pytest.mark.parametrize("family", KINDS)
+def test_trees_of_any_shape_are_scored_as_their_items_are(family, table):
     """Also in passes that hold less than one path."""
-    model, trie, rendered = prepared(codes=TABLES[table], histories=[[4, 0, 3], []])
+    model, trie, rendered = prepared(family, codes=TABLES[table], histories=[[4, 0, 3], []])
     oracle = [one_by_one(model, trie, prompt, range(trie.num_items)) for prompt in rendered]
     for normaliser, size in zip(NORMALISERS, (1, 3, 7, 1024), strict=True):
         found = score_catalog(model, trie, rendered, normaliser=normaliser, nodes_per_pass=size)
@@ -97,7 +101,7 @@ def test_trees_of_any_shape_are_scored_as_their_items_are(table):
 @given(
     items=st.lists(st.lists(st.integers(0, 59), max_size=12), min_size=3, max_size=3),
     normaliser=st.sampled_from(NORMALISERS),
-    family=st.sampled_from(["llama", "gemma3"]),
+    family=st.sampled_from(["llama", "gemma3", "t5"]),
     size=st.one_of(st.integers(1, 7), st.integers(8, 200)),
 )
 def test_any_items_in_any_order_get_the_scores_they_have_in_the_catalogue(items, normaliser, family, size):
@@ -114,10 +118,11 @@ def test_any_items_in_any_order_get_the_scores_they_have_in_the_catalogue(items,
 
 
 @pytest.mark.parametrize("positions", [7, 40, 10_000])
-def test_users_of_a_batch_do_not_see_each_other(positions):
+@pytest.mark.parametrize("family", ["gemma3", "t5"])
+def test_users_of_a_batch_do_not_see_each_other(family, positions):
     """Uneven lengths, in no order; all in one group, few, or each alone."""
     histories = [np.arange(5), [], np.arange(11), [7], np.arange(3, 9), [1, 1, 1]]
-    model, trie, rendered = prepared("gemma3", histories=histories)
+    model, trie, rendered = prepared(family, histories=histories)
     together = score_catalog(model, trie, rendered, nodes_per_pass=positions)
     for prompt, scores in zip(rendered, together, strict=True):
         np.testing.assert_allclose(scores, score_catalog(model, trie, [prompt])[0], atol=1e-5)

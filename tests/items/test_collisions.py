@@ -1,14 +1,17 @@
 """Resolving collisions: rows become unique, rows that were unique stay as they are."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from llm_itemtok.errors import CollisionError, DataError
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.collisions import extra_level, forbid, reassign
+from llm_itemtok.items.collisions import extra_level, forbid, matching, reassign, sinkhorn
 from llm_itemtok.items.residual_kmeans import ResidualKMeans, ResidualKMeansQuantizer
 
+MOVING = pytest.mark.parametrize("move", [reassign, sinkhorn, matching])
 CODES = ItemCodes([[0, 1], [1, 1], [0, 1], [0, 0], [0, 1]], (2, 3))
 
 
@@ -47,12 +50,13 @@ def test_a_second_extra_level_gets_a_name_of_its_own():
 
 
 @pytest.mark.parametrize("estimate", [False, True])
-def test_after_resolution_rows_are_unique_and_unshared_rows_are_unchanged(estimate):
+@MOVING
+def test_after_resolution_rows_are_unique_and_unshared_rows_are_unchanged(move, estimate):
     codes, vectors, quantizer = crowded()
     kept = unshared(codes)
     assert codes.collision_rate > 0.9
     longer = extra_level(codes)
-    moved = reassign(codes, vectors, None if estimate else quantizer)
+    moved = move(codes, vectors, None if estimate else quantizer)
     assert longer.is_injective
     assert moved.is_injective
     np.testing.assert_array_equal(longer.table[:, :3], codes.table)
@@ -64,11 +68,12 @@ def test_after_resolution_rows_are_unique_and_unshared_rows_are_unchanged(estima
     assert record["items_moved"] == (moved.table != codes.table).any(axis=1).sum()
 
 
-def test_unique_codes_are_left_alone():
+@MOVING
+def test_unique_codes_are_left_alone(move):
     codes = ItemCodes([[0, 0], [1, 2]], (2, 3))
-    vectors = np.eye(2, dtype=np.float32)
-    assert reassign(codes, vectors) == codes
-    assert reassign(codes, vectors).provenance["collisions"]["items_moved"] == 0
+    for vectors in (np.eye(2, dtype=np.float32), None):
+        assert move(codes, vectors) == codes
+        assert move(codes, vectors).provenance["collisions"]["items_moved"] == 0
     assert forbid(codes, ("a", "b")) == codes
 
 
@@ -92,52 +97,133 @@ def test_reassign_by_hand():
     assert record["squared_error_after"] == pytest.approx((0.08**2 + 0.88**2 + 0.7**2) / 3, rel=1e-4)
 
 
-def test_reassign_leaves_a_prefix_only_when_it_is_full():
+def test_matching_by_hand():
+    """All are nearest to 1. One by one, 1.2 keeps it, 1.3 takes 2 and leaves 0 to 1.4; together, 1.2 goes to 0."""
+    vectors = np.array([[1.2], [1.3], [1.4]], dtype=np.float32)
+    codes = ItemCodes([[0, 1]] * 3, (3, 3))
+    one_by_one, together = (move(codes, vectors, line_quantizer()) for move in (reassign, matching))
+    assert one_by_one.table[:, 1].tolist() == [1, 2, 0]
+    assert together.table[:, 1].tolist() == [0, 1, 2]
+    record = together.provenance["collisions"]
+    assert record["squared_error_after"] == pytest.approx((1.2**2 + 0.3**2 + 0.6**2) / 3, rel=1e-5)
+    assert (record["policy"], record["items_moved"], record["candidates"]) == ("matching", 2, 9)
+
+
+def test_sinkhorn_by_hand():
+    """As in matching by hand: three items on three codewords have no other even assignment that costs as little."""
+    vectors = np.array([[1.2], [1.3], [1.4]], dtype=np.float32)
+    moved = sinkhorn(ItemCodes([[0, 1]] * 3, (3, 3)), vectors, line_quantizer())
+    assert moved.table[:, 1].tolist() == [0, 1, 2]
+    assert moved.provenance["collisions"]["nearest_free"] == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_matching_costs_no_more_than_the_others(seed):
+    """It takes the best assignment of candidates that hold those of `reassign`, also where prefixes are full."""
+    codes, vectors, quantizer = crowded(num=160 + 10 * seed, seed=seed)
+    costs = {
+        move.__name__: move(codes, vectors, quantizer).provenance["collisions"]["squared_error_after"]
+        for move in (reassign, sinkhorn, matching)
+    }
+    assert costs["matching"] <= costs["reassign"] * (1 + 1e-6)
+    full = codes.prefix_counts(2)[1].max() > codes.sizes[-1]
+    assert full or costs["matching"] <= costs["sinkhorn"] * (1 + 1e-6)
+
+
+def test_matching_is_the_best_there_is_under_a_prefix():
+    """Against all permutations of six items over the seven codewords that are free."""
+    rng = np.random.default_rng(0)
+    quantizer = ResidualKMeansQuantizer(levels=1, codebook_size=8, dimensions=2)
+    quantizer.codebooks.data = torch.from_numpy(rng.normal(size=(1, 8, 2)).astype(np.float32))
+    vectors = rng.normal(size=(7, 2)).astype(np.float32)
+    codes = ItemCodes([[3]] * 6 + [[5]], (8,))
+    moved = matching(codes, vectors, quantizer)
+    distances = np.square(vectors[:6, None] - quantizer.codebooks.detach().numpy()).sum(axis=2)
+    free = [word for word in range(8) if word != 5]
+    best = min(sum(distances[row, word] for row, word in enumerate(words)) for words in itertools.permutations(free, 6))
+    assert distances[np.arange(6), moved.table[:6, 0]].sum() == pytest.approx(best, rel=1e-5)
+    assert moved.table[6].tolist() == [5]
+
+
+def test_sinkhorn_keeps_prefixes_and_is_nearly_as_cheap_as_matching():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(400, 8)).astype(np.float32)
+    tokenizer = ResidualKMeans(levels=2, codebook_size=32)
+    codes = tokenizer.fit(vectors)
+    spread, best = (move(codes, vectors, tokenizer.quantizer) for move in (sinkhorn, matching))
+    np.testing.assert_array_equal(spread.table[:, 0], codes.table[:, 0])
+    before, after, least = (
+        spread.provenance["collisions"]["squared_error_before"],
+        *(found.provenance["collisions"]["squared_error_after"] for found in (spread, best)),
+    )
+    assert after - before <= 1.3 * (least - before)
+
+
+def test_items_that_are_the_same_are_told_apart_by_sinkhorn():
+    """Their shares are equal, so each round only one of them is settled; after the rounds the nearest free code is."""
+    vectors = np.full((30, 1), 1.0, dtype=np.float32)
+    quantizer = ResidualKMeansQuantizer(levels=2, codebook_size=32, dimensions=1)
+    codes = ItemCodes([[0, 1]] * 30, (32, 32))
+    moved = sinkhorn(codes, vectors, quantizer)
+    assert moved.is_injective
+    assert (moved.table[:, 0] == 0).all()
+    assert moved.provenance["collisions"]["rounds"] == 20
+    assert moved.provenance["collisions"]["nearest_free"] == 10
+
+
+@MOVING
+def test_a_prefix_is_left_only_when_it_is_full(move):
     """Five items at 1 fill the three codes around 0; the other two go on to 10, the next nearest: 10, then 11."""
     vectors = np.full((5, 1), 1.0, dtype=np.float32)
     codes = ItemCodes([[0, 1]] * 5, (3, 3))
-    moved = reassign(codes, vectors, line_quantizer())
-    assert moved.table.tolist() == [[0, 1], [0, 0], [0, 2], [1, 0], [1, 1]]
+    moved = move(codes, vectors, line_quantizer())
+    assert sorted(moved.table.tolist()) == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
 
 
-def test_reassign_fills_every_code_when_there_are_as_many_items():
+@MOVING
+def test_every_code_is_filled_when_there_are_as_many_items(move):
     vectors = np.random.default_rng(0).normal(size=(27, 2)).astype(np.float32)
-    moved = reassign(ItemCodes(np.zeros((27, 3), int), (3, 3, 3)), vectors)
+    moved = move(ItemCodes(np.zeros((27, 3), int), (3, 3, 3)), vectors)
     assert moved.is_injective
     assert moved.num_items == moved.capacity
 
 
-def test_reassign_respects_levels_of_different_sizes():
+@MOVING
+def test_levels_of_different_sizes_are_respected(move):
     vectors = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
-    moved = reassign(ItemCodes(np.zeros((8, 2), int), (4, 2)), vectors)
+    moved = move(ItemCodes(np.zeros((8, 2), int), (4, 2)), vectors)
     assert moved.is_injective
     assert moved.sizes == (4, 2)
 
 
-def test_reassign_repeats_itself():
+@MOVING
+def test_moves_repeat_themselves(move):
     codes, vectors, quantizer = crowded()
-    assert reassign(codes, vectors, quantizer) == reassign(codes, vectors, quantizer)
+    assert move(codes, vectors, quantizer) == move(codes, vectors, quantizer)
 
 
-def test_reassign_refuses_more_items_than_codes():
+@MOVING
+def test_more_items_than_codes_are_refused(move):
     codes = ItemCodes([[0, 0]] * 5, (2, 2))
     with pytest.raises(CollisionError, match=r"5 items cannot have a code each.*only 4 codes"):
-        reassign(codes, np.zeros((5, 1), np.float32))
+        move(codes, np.zeros((5, 1), np.float32))
 
 
-def test_reassign_needs_vectors_only_when_there_is_something_to_move():
+@MOVING
+def test_vectors_are_needed_only_when_there_is_something_to_move(move):
     unique = ItemCodes([[0], [1]], (2,))
-    assert reassign(unique, None) == unique
-    with pytest.raises(DataError, match="needs item vectors"):
-        reassign(ItemCodes([[0], [0]], (2,)), None)
+    assert move(unique, None) == unique
+    with pytest.raises(DataError, match=f"`collisions: {move.__name__}` needs item vectors"):
+        move(ItemCodes([[0], [0]], (2,)), None)
 
 
-def test_reassign_refuses_what_does_not_fit_together():
+@MOVING
+def test_what_does_not_fit_together_is_refused(move):
     codes, vectors, quantizer = crowded()
     with pytest.raises(DataError, match="one vector a code, 200 of them, was: 199"):
-        reassign(codes, vectors[1:], quantizer)
+        move(codes, vectors[1:], quantizer)
     with pytest.raises(DataError, match=r"same levels, was: \(6, 6, 6, .*\) and \(6, 6, 6\)"):
-        reassign(extra_level(codes), vectors, quantizer)
+        move(extra_level(codes), vectors, quantizer)
 
 
 def test_forbid_says_how_bad_it_is_and_what_to_do():

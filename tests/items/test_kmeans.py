@@ -58,11 +58,12 @@ def test_fewer_distinct_points_than_clusters_are_all_met_exactly():
 
 def test_an_empty_cluster_takes_the_worst_served_point():
     points = np.array([[0.0], [1.0], [9.0]], dtype=np.float32)
-    labels, errors, sums = module._assign(points, np.array([[0.0], [50.0]], dtype=np.float32))
+    centres = np.array([[0.0], [50.0]], dtype=np.float32)
+    labels, sums = module._assign(points, centres)
     assert labels.tolist() == [0, 0, 0]
-    assert errors.tolist() == [0.0, 1.0, 81.0]
+    assert module.squared_errors(points, centres, labels).tolist() == [0.0, 1.0, 81.0]
     assert sums.tolist() == [[10.0], [0.0]]
-    moved = module._update(points, np.array([[0.0], [50.0]], dtype=np.float32), labels, errors, sums)
+    moved = module._update(points, centres, labels, sums)
     assert moved.tolist() == [[0.5], [9.0]]
 
 

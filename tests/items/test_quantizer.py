@@ -10,6 +10,7 @@ import torch
 
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.items.base import QUANTIZER_FILE
+from llm_itemtok.items.product import ProductQuantizer
 from llm_itemtok.items.quantizers import load_quantizer
 from llm_itemtok.items.residual_kmeans import ResidualKMeansQuantizer
 from llm_itemtok.items.rqvae import RQVAEQuantizer
@@ -31,6 +32,21 @@ def residual_kmeans_quantizer_on_components():
     return quantizer
 
 
+def residual_kmeans_quantizer_with_prices():
+    quantizer = ResidualKMeansQuantizer(**SHAPE, balanced=True)
+    torch.nn.init.normal_(quantizer.codebooks)
+    torch.nn.init.normal_(quantizer.price_table, std=3.0)
+    return quantizer
+
+
+def product_quantizer():
+    quantizer = ProductQuantizer(**SHAPE, latent_dimensions=5)
+    torch.nn.init.normal_(quantizer.codebooks)
+    torch.nn.init.normal_(quantizer.mean)
+    quantizer.turn.copy_(torch.linalg.qr(torch.randn(6, 5))[0])
+    return quantizer
+
+
 def rqvae_quantizer():
     quantizer = RQVAEQuantizer(**SHAPE, widths=(8,), latent_dimensions=5)
     torch.nn.init.normal_(quantizer.codebooks)
@@ -39,7 +55,16 @@ def rqvae_quantizer():
     return quantizer
 
 
-@pytest.fixture(params=[residual_kmeans_quantizer, residual_kmeans_quantizer_on_components, rqvae_quantizer])
+KINDS = [
+    residual_kmeans_quantizer,
+    residual_kmeans_quantizer_on_components,
+    residual_kmeans_quantizer_with_prices,
+    product_quantizer,
+    rqvae_quantizer,
+]
+
+
+@pytest.fixture(params=KINDS)
 def quantizer(request):
     torch.manual_seed(0)
     return request.param()
@@ -147,7 +172,10 @@ def test_save_then_load_is_the_identity_and_bytes_repeat(quantizer, x, tmp_path)
     [
         ({"format": "other"}, "not of a quantizer"),
         ({"format_version": 7}, "format version 7"),
-        ({"class": "Sphere"}, "unknown kind of quantizer 'Sphere'; known: ResidualKMeansQuantizer, RQVAEQuantizer"),
+        (
+            {"class": "Sphere"},
+            "unknown kind of quantizer 'Sphere'; known: ResidualKMeansQuantizer, RQVAEQuantizer",
+        ),
         ({"settings": {"levels": 3}}, "contradicts its own settings"),
         ({"settings": {"levels": 2, "codebook_size": 4, "dimensions": 6}}, "contradicts its own settings"),
         ({"settings": {"levels": 0, "codebook_size": 4, "dimensions": 6}}, "contradicts its own settings"),

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from llm_itemtok.errors import DataError
+from llm_itemtok.items.codebooks import revive, start_codebooks
+from llm_itemtok.items.product import ProductKMeans
 from llm_itemtok.items.random_codes import RandomCodes
 from llm_itemtok.items.residual_kmeans import ResidualKMeans, principal_components
-from llm_itemtok.items.rqvae import RQVAE, RQVAEQuantizer, revive, start_codebooks
+from llm_itemtok.items.rqvae import RQVAE, RQVAEQuantizer
 
 
 def vectors(num=120, dimensions=8, groups=6, seed=0):
@@ -27,7 +29,21 @@ MAKERS = {
     "residual-kmeans on components": lambda **changes: ResidualKMeans(
         **({"levels": 2, "codebook_size": 8, "components": 5, "seed": 3} | changes)
     ),
+    "residual-kmeans of balanced clusters": lambda **changes: ResidualKMeans(
+        **({"levels": 2, "codebook_size": 8, "balance": True, "seed": 3} | changes)
+    ),
+    "residual-kmeans on a sample": lambda **changes: ResidualKMeans(
+        **({"levels": 2, "codebook_size": 8, "sample": 100, "seed": 3} | changes)
+    ),
+    "product": lambda **changes: ProductKMeans(**({"levels": 2, "codebook_size": 8, "seed": 3} | changes)),
+    "product by opq": lambda **changes: ProductKMeans(
+        **({"levels": 2, "codebook_size": 8, "rotation": "opq", "components": 6, "seed": 3} | changes)
+    ),
     "rqvae": rqvae,
+    "rqvae with everything": lambda **changes: rqvae(
+        **({"estimator": "rotation", "revive_every": 3, "diversity_weight": 0.1} | changes)
+    ),
+    "rqvae by draws": lambda **changes: rqvae(**({"estimator": "gumbel"} | changes)),
     "random": lambda **changes: RandomCodes(**({"levels": 2, "codebook_size": 8, "seed": 3} | changes)),
 }
 

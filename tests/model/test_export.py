@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.model import export
 from tests.model.test_load import lora_model
-from tests.tiny import MOST_SLOWLY, tiny_item_model, tiny_lm, tiny_tokenizer
+from tests.tiny import MOST_SLOWLY, hidden, logits, plain_class, tiny_item_model, tiny_lm, tiny_tokenizer
 
 EVERY_FAMILY = pytest.mark.parametrize("family", MOST_SLOWLY)
 EVERY_TIE = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -27,10 +27,6 @@ def stirred(family: str, tied: bool):
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.eval(), tokenizer, peft_model
-
-
-def logits(model, ids):
-    return model.vocab_logits(model.hidden(ids).last_hidden_state)
 
 
 IDS = torch.randint(0, 36, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -48,10 +44,11 @@ def test_plain_peft_loads_an_adapter_with_equal_logits(family, tied, tmp_path):
     tokenizer.save_pretrained(folder)
 
     plain_tokenizer = AutoTokenizer.from_pretrained(folder)
-    plain = AutoModelForCausalLM.from_pretrained(base)
+    plain = plain_class(family).from_pretrained(base)
+    plain.config.tie_word_embeddings = tied  # the configurations of T5 say tied whatever the checkpoint holds
     plain.resize_token_embeddings(len(plain_tokenizer), mean_resizing=False)
     plain = PeftModel.from_pretrained(plain, folder).eval()
-    assert torch.allclose(plain(input_ids=IDS).logits, logits(model, IDS), atol=1e-6, rtol=1e-6)
+    assert torch.allclose(logits(plain, IDS), model.vocab_logits(hidden(model, IDS)), atol=1e-6, rtol=1e-6)
 
 
 @EVERY_TIE
@@ -61,9 +58,9 @@ def test_plain_transformers_loads_a_merged_model_with_equal_logits(family, tied,
     model, tokenizer, peft_model = stirred(family, tied)
     export.merged(model, peft_model).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.allclose(plain(input_ids=IDS).logits, logits(model, IDS), atol=1e-5, rtol=1e-5)
-    assert bool(plain.config.tie_word_embeddings) is tied
+    plain = plain_class(family).from_pretrained(tmp_path)
+    assert torch.allclose(logits(plain, IDS), model.vocab_logits(hidden(model, IDS)), atol=1e-5, rtol=1e-5)
+    assert (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight) is tied
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == 36
 
 

@@ -10,14 +10,32 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, StableLmC
 from llm_itemtok.errors import UnsupportedModelError
 from llm_itemtok.model import item_lm
 from llm_itemtok.model.export import fold_rows
-from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, ItemTokenModel, refuse_unsupported
+from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, ItemTokenModel, of_encoder, refuse_unsupported
 from llm_itemtok.model.rows import input_table
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import build
-from tests.tiny import ALL_FAMILIES, MOST_SLOWLY, WORDS, tiny_codes, tiny_item_model, tiny_lm, tiny_prompts
+from llm_itemtok.training.next_token import MODEL_INPUTS
+from tests.tiny import (
+    ALL_FAMILIES,
+    DECODERS,
+    ENCODER_DECODERS,
+    KINDS,
+    MOST_SLOWLY,
+    WORDS,
+    context,
+    hidden,
+    logits,
+    slowly,
+    tiny_codes,
+    tiny_item_model,
+    tiny_lm,
+    tiny_prompts,
+)
 
 NUM_TEXT = 3 + len(WORDS)
 EVERY_FAMILY = pytest.mark.parametrize("family", MOST_SLOWLY)
+EVERY_DECODER = pytest.mark.parametrize("family", slowly(DECODERS))
+EVERY_KIND = pytest.mark.parametrize("family", KINDS)
 EVERY_TIE = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 EVERY_PADDING = pytest.mark.parametrize("padding", [0, 7, 40])
 NORMALISERS = pytest.mark.parametrize("normaliser", ["level", "items", "vocab"])
@@ -40,8 +58,8 @@ def test_adding_item_tokens_changes_no_old_logit(family, tied, padding):
     model, _ = tiny_item_model(family, tied=tied, padding=padding)
     base = tiny_lm(family, tied=tied, padding=padding)
     ids = torch.randint(0, NUM_TEXT, (2, 12), generator=torch.Generator().manual_seed(1))
-    ours = model.vocab_logits(model.hidden(ids).last_hidden_state)
-    theirs = base(input_ids=ids).logits
+    ours = model.vocab_logits(hidden(model, ids))
+    theirs = logits(base, ids)
     assert ours.shape[-1] == max(NUM_TEXT + padding, model.vocab.first_id + model.vocab.num_tokens)
     assert torch.equal(ours[..., :NUM_TEXT], theirs[..., :NUM_TEXT])
     after = model.vocab.first_id + model.vocab.num_tokens
@@ -58,8 +76,8 @@ def test_logits_are_those_of_the_plain_model_with_the_rows_in_its_table(family, 
         model.rows.output_rows.copy_(torch.randn_like(model.rows.output_rows))
     plain = fold_rows(copy.deepcopy(model.lm), model)
     ids = mixed_ids(model)
-    ours = model.vocab_logits(model.hidden(ids).last_hidden_state)
-    assert torch.allclose(ours, plain(input_ids=ids).logits, atol=1e-5)
+    ours = model.vocab_logits(hidden(model, ids))
+    assert torch.allclose(ours, logits(plain, ids), atol=1e-5)
     assert bool(plain.config.tie_word_embeddings) is tied
 
 
@@ -73,8 +91,8 @@ def test_losses_and_gradients_are_those_of_the_plain_model(family):
     ids = mixed_ids(model)
     after = torch.cat([ids[:, 1:], ids[:, :1]], dim=1)
     text = after < model.vocab.first_id
-    nll = model(ids, after, torch.where(text, model.vocab.num_levels, 0))
-    expected = F.cross_entropy(plain(input_ids=ids, use_cache=False).logits.transpose(1, 2), after, reduction="none")
+    nll = model(ids, after, torch.where(text, model.vocab.num_levels, 0), **context(model.lm, ids))
+    expected = F.cross_entropy(logits(plain, ids).transpose(1, 2), after, reduction="none")
     assert torch.allclose(nll, expected, atol=1e-5)
     nll.sum().backward()
     expected.sum().backward()
@@ -88,17 +106,17 @@ def test_losses_and_gradients_are_those_of_the_plain_model(family):
 
 @pytest.mark.parametrize("extra", [0, 2], ids=["", "a tokenizer with more tokens"])
 @EVERY_PADDING
-@pytest.mark.parametrize("family", ["llama", "granite", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma2", "t5"])
 @torch.no_grad()
 def test_the_vocabulary_is_summed_in_pieces_as_it_is_at_once(family, padding, extra, monkeypatch):
     """Item tokens beyond the table, astride its end, or inside it; pieces that do not divide the vocabulary."""
     model, _ = tiny_item_model(family, padding=padding, extra_tokens=extra)
-    hidden = model.hidden(mixed_ids(model)).last_hidden_state
-    logits = model.vocab_logits(hidden)
-    expected = model.item_logits(hidden, 1) - logits.logsumexp(-1, keepdim=True)
+    states = hidden(model, mixed_ids(model))
+    everything = model.vocab_logits(states)
+    expected = model.item_logits(states, 1) - everything.logsumexp(-1, keepdim=True)
     for size in (1, 5, 1000):
         monkeypatch.setattr(item_lm, "CACHED_PIECE", size)
-        assert torch.allclose(model.level_log_probs(hidden, 1, "vocab"), expected, atol=1e-6, rtol=1e-6)
+        assert torch.allclose(model.level_log_probs(states, 1, "vocab"), expected, atol=1e-6, rtol=1e-6)
 
 
 @EVERY_TIE
@@ -110,11 +128,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_shifts_nothing(fam
     assert (model.vocab.first_id, input_table(model.lm).num_embeddings) == (NUM_TEXT + 2, NUM_TEXT)
     plain = fold_rows(copy.deepcopy(model.lm), model)
     ids = mixed_ids(model)
-    hidden = model.hidden(ids).last_hidden_state
-    ours = model.vocab_logits(hidden)
+    states = hidden(model, ids)
+    ours = model.vocab_logits(states)
     assert ours.shape[-1] == NUM_TEXT + 2 + model.vocab.num_tokens
-    assert torch.allclose(ours, plain(input_ids=ids).logits, atol=1e-5)
-    assert torch.equal(ours[..., model.vocab.first_id :], model.item_logits(hidden))
+    assert torch.allclose(ours, logits(plain, ids), atol=1e-5)
+    assert torch.equal(ours[..., model.vocab.first_id :], model.item_logits(states))
 
 
 @NORMALISERS
@@ -122,8 +140,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_shifts_nothing(fam
 @torch.no_grad()
 def test_probabilities_sum_to_one_over_what_they_are_normalised_over(family, normaliser):
     model, _ = tiny_item_model(family, tied=False, padding=7)
-    hidden = model.hidden(mixed_ids(model)).last_hidden_state
-    levels = [model.level_log_probs(hidden, level, normaliser) for level in range(3)]
+    states = hidden(model, mixed_ids(model))
+    levels = [model.level_log_probs(states, level, normaliser) for level in range(3)]
     assert [part.shape[-1] for part in levels] == [6, 5, 4]
     sums = torch.stack([part.exp().sum(-1) for part in levels], dim=-1)
     if normaliser == "level":
@@ -132,23 +150,24 @@ def test_probabilities_sum_to_one_over_what_they_are_normalised_over(family, nor
         assert torch.allclose(sums.sum(-1), torch.ones(()), atol=1e-5)
     else:
         first, after = model.vocab.first_id, model.vocab.first_id + model.vocab.num_tokens
-        everything = model.vocab_logits(hidden).log_softmax(-1)
+        everything = model.vocab_logits(states).log_softmax(-1)
         assert torch.allclose(torch.cat(levels, dim=-1), everything[..., first:after], atol=1e-5)
         text = everything.exp()[..., :first].sum(-1) + everything.exp()[..., after:].sum(-1)
         assert torch.allclose(sums.sum(-1) + text, torch.ones(()), atol=1e-5)
 
 
 @NORMALISERS
+@EVERY_KIND
 @torch.no_grad()
-def test_the_nll_of_a_target_is_its_negative_log_probability(normaliser):
-    model, _ = tiny_item_model(normaliser=normaliser)
+def test_the_nll_of_a_target_is_its_negative_log_probability(family, normaliser):
+    model, _ = tiny_item_model(family, normaliser=normaliser)
     ids = mixed_ids(model)
-    hidden = model.hidden(ids).last_hidden_state
+    states = hidden(model, ids)
     levels = torch.tensor([[-1, 0, 1, 2, 3, -1, 0, 2, 1, 3, 3]]).expand(2, -1)
     codes = torch.arange(11).expand(2, -1) % 4
     starts = torch.tensor([*model.vocab.level_starts, 0, 0])
     labels = torch.where(levels == 3, codes, codes + model.vocab.first_id + starts[levels])
-    nll = model(ids, labels, levels)
+    nll = model(ids, labels, levels, **context(model.lm, ids))
     assert nll.dtype == torch.float32
     for row in range(2):
         for place in range(11):
@@ -156,9 +175,9 @@ def test_the_nll_of_a_target_is_its_negative_log_probability(normaliser):
             if level == -1:
                 expected = 0.0
             elif level == 3:  # text
-                expected = -float(model.vocab_logits(hidden[row, place]).log_softmax(-1)[code])
+                expected = -float(model.vocab_logits(states[row, place]).log_softmax(-1)[code])
             else:
-                expected = -float(model.level_log_probs(hidden[row, place], level, normaliser)[code])
+                expected = -float(model.level_log_probs(states[row, place], level, normaliser)[code])
             assert float(nll[row, place]) == pytest.approx(expected, abs=1e-5)
 
 
@@ -167,7 +186,7 @@ def test_label_smoothing_spreads_its_share_over_the_normalisers_tokens():
     model, _ = tiny_item_model()
     model.label_smoothing = 0.3
     ids = mixed_ids(model)
-    log_probs = model.level_log_probs(model.hidden(ids).last_hidden_state, 1, "level")
+    log_probs = model.level_log_probs(hidden(model, ids), 1, "level")
     labels = torch.full_like(ids, model.vocab.first_id + model.vocab.level_starts[1] + 2)
     expected = -(0.7 * log_probs[..., 2] + 0.3 * log_probs.mean(-1))
     assert torch.allclose(model(ids, labels, torch.ones_like(ids)), expected, atol=1e-5)
@@ -178,23 +197,29 @@ def test_label_smoothing_spreads_its_share_over_the_normalisers_tokens():
 @torch.no_grad()
 def test_more_padding_changes_no_loss(family, normaliser):
     model, tokenizer = tiny_item_model(family, normaliser=normaliser)
-    table = build([torch.arange(n).numpy() for n in (2, 9, 5)], kind="all-positions", history_length=20,
+    kind = "last" if family in ENCODER_DECODERS else "all-positions"
+    table = build([torch.arange(n).numpy() for n in (2, 9, 5)], kind=kind, history_length=20,
                   tasks={"next-item": 1.0}, text_rows=torch.arange(0).numpy())  # fmt: skip
     batch = Collator(tiny_prompts(model, tokenizer), 3)(list(table))
-    arguments = {name: batch[name] for name in ("input_ids", "labels", "levels")}
+    arguments = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     nll = model(**arguments)
-    wider = {name: F.pad(value, (0, 8), value=-1 if name == "levels" else 2) for name, value in arguments.items()}
+    fill = {"levels": -1, "context_seen": 0}
+    wider = {name: F.pad(value, (0, 8), value=fill.get(name, 2)) for name, value in arguments.items()}
     more = model(**wider)
     assert torch.allclose(more[:, : nll.shape[1]], nll, atol=1e-5)
     assert not more[:, nll.shape[1] :].any()
-    shortest = {name: value[:1, :6] for name, value in arguments.items()}
+    # The first row alone: of two items, six tokens behind the start token, or one item read and the other written.
+    shortest = {name: value[:1, : 4 if name.startswith("context") else 6] for name, value in arguments.items()}
     assert torch.allclose(model(**shortest), nll[:1, :6], atol=1e-5)
 
 
-@EVERY_FAMILY
+@EVERY_DECODER
 @torch.no_grad()
 def test_one_row_for_all_targets_gives_the_losses_of_one_row_a_target(family):
-    """Also where histories are longer than a chunk: a target's loss is that of its own context."""
+    """Also where histories are longer than a chunk: a target's loss is that of its own context.
+
+    Of decoder-only models: an encoder reads a row both ways, so no row of one holds more than one target.
+    """
     model, tokenizer = tiny_item_model(family)
     collate = Collator(tiny_prompts(model, tokenizer), 3)
     sequences = [torch.randperm(60, generator=torch.Generator().manual_seed(n))[:n].numpy() for n in (2, 5, 11)]
@@ -234,7 +259,7 @@ def test_item_rows_pass_through_the_scale_of_the_models_own_embedding(family, dt
 def test_checkpoints_hold_what_is_trained_once_and_load_without_missing_keys(family, tied):
     model, _ = tiny_item_model(family, tied=tied)
     for name, parameter in model.lm.named_parameters():
-        parameter.requires_grad_("mlp" in name or ".fc" in name)
+        parameter.requires_grad_("mlp" in name or ".fc" in name or ".wi" in name)
     state = model.state_dict()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert set(state) == trained
@@ -242,17 +267,19 @@ def test_checkpoints_hold_what_is_trained_once_and_load_without_missing_keys(fam
     assert 1 < len(trained) < 15
     other, _ = tiny_item_model(family, tied=tied, seed=1)
     for name, parameter in other.lm.named_parameters():
-        parameter.requires_grad_("mlp" in name or ".fc" in name)
+        parameter.requires_grad_("mlp" in name or ".fc" in name or ".wi" in name)
     result = other.load_state_dict(state, strict=True)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
     assert all(torch.equal(other.state_dict()[name], value) for name, value in state.items())
 
 
 @EVERY_TIE
-def test_checkpoints_of_full_training_hold_a_tied_table_once(tied):
-    model, _ = tiny_item_model(tied=tied)
+@EVERY_KIND
+def test_checkpoints_of_full_training_hold_a_tied_table_once(family, tied):
+    model, _ = tiny_item_model(family, tied=tied)
     state = model.state_dict()
-    assert "lm.model.embed_tokens.weight" in state
+    assert ("lm.shared.weight" if family == "t5" else "lm.model.embed_tokens.weight") in state
+    assert not any("coder.embed_tokens" in name for name in state)
     assert ("lm.lm_head.weight" in state) is not tied
     assert len({value.data_ptr() for value in state.values()}) == len(state)
 
@@ -266,12 +293,13 @@ def test_a_checkpoint_that_lacks_something_trained_is_refused():
 
 
 @EVERY_TIE
-def test_input_and_output_rows_train_on_their_own_only_where_the_base_has_them_apart(tied):
-    model, _ = tiny_item_model(tied=tied)
+@EVERY_KIND
+def test_input_and_output_rows_train_on_their_own_only_where_the_base_has_them_apart(family, tied):
+    model, _ = tiny_item_model(family, tied=tied)
     assert len(model.rows) == model.vocab.num_tokens
     ids = mixed_ids(model)
     labels = torch.full_like(ids, model.vocab.first_id)
-    model(ids, labels, torch.zeros_like(ids)).sum().backward()
+    model(ids, labels, torch.zeros_like(ids), **context(model.lm, ids)).sum().backward()
     assert model.rows.input_rows.grad.any()
     if tied:
         assert model.rows.output_rows is None
@@ -287,9 +315,10 @@ def test_dropout_acts_in_training_alone(family):
     ids = mixed_ids(model)
     inputs = (ids, torch.full_like(ids, model.vocab.first_id), torch.zeros_like(ids))
     with torch.no_grad():
-        assert torch.equal(model(*inputs), model(*inputs))
+        read = context(model.lm, ids)
+        assert torch.equal(model(*inputs, **read), model(*inputs, **read))
         model.train()
-        assert not torch.equal(model(*inputs), model(*inputs))
+        assert not torch.equal(model(*inputs, **read), model(*inputs, **read))
 
 
 @EVERY_FAMILY
@@ -301,9 +330,13 @@ def test_activation_checkpointing_changes_no_gradient(family):
         if checkpointing:
             model.activation_checkpointing_enable()
         ids = mixed_ids(model)
-        model(ids, torch.full_like(ids, model.vocab.first_id), torch.zeros_like(ids)).sum().backward()
+        targets = (torch.full_like(ids, model.vocab.first_id), torch.zeros_like(ids))
+        model(ids, *targets, **context(model.lm, ids)).sum().backward()
         gradients.append(model.rows.input_rows.grad)
-    assert torch.equal(*gradients)
+    if family in ENCODER_DECODERS:  # all layers share one bias, whose gradient is then summed in another order
+        assert torch.allclose(*gradients, atol=1e-6)
+    else:
+        assert torch.equal(*gradients)
 
 
 def test_new_codes_over_the_same_tokens_need_no_new_model():
@@ -320,7 +353,7 @@ def test_new_codes_over_the_same_tokens_need_no_new_model():
 ])  # fmt: skip
 def test_other_families_are_refused_by_name(config):
     lm = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UnsupportedModelError, match=f"tested decoder-only families llama, .*was: {config.model_type};"):
+    with pytest.raises(UnsupportedModelError, match=f"tested families llama, .*was: {config.model_type};"):
         refuse_unsupported(lm)
 
 
@@ -334,10 +367,27 @@ def test_every_supported_family_is_among_the_tested_ones():
 def test_capped_logits_are_capped_as_the_plain_model_caps_them(family):
     model, _ = tiny_item_model(family, final_logit_softcapping=2.0)
     ids = mixed_ids(model)
-    logits = model.vocab_logits(model.hidden(ids).last_hidden_state)
-    assert logits.abs().max() < 2
+    ours = model.vocab_logits(hidden(model, ids))
+    assert ours.abs().max() < 2
     plain = fold_rows(copy.deepcopy(model.lm), model)
-    assert torch.allclose(logits, plain(input_ids=ids).logits, atol=1e-5)
+    assert torch.allclose(ours, logits(plain, ids), atol=1e-5)
+
+
+def test_a_decoder_without_what_its_encoder_read_is_our_mistake():
+    """The library would pass its cross-attention over and say nothing."""
+    model, _ = tiny_item_model("t5")
+    with pytest.raises(AssertionError):
+        model.hidden(mixed_ids(model))
+
+
+def test_what_works_on_the_context_is_the_encoder_and_what_makes_keys_and_values_of_it():
+    model, _ = tiny_item_model("mt5")
+    names = {name for name, _ in model.named_parameters() if "shared" not in name and "rows" not in name}
+    read = {name for name in names if of_encoder(name)}
+    assert {name for name in read if ".decoder." in name} == {
+        f"lm.decoder.block.{block}.layer.1.EncDecAttention.{part}.weight" for block in range(2) for part in "kv"
+    }
+    assert read >= {name for name in names if ".encoder." in name}
 
 
 def test_a_head_with_a_bias_is_refused():

@@ -8,7 +8,17 @@ import torch
 from llm_itemtok.errors import ItemTokError, UnsupportedModelError
 from llm_itemtok.model.load import add_lora, load_base, with_item_tokens
 from llm_itemtok.vocab import init
-from tests.tiny import MOST_SLOWLY, tiny_codes, tiny_lm, tiny_tokenizer
+from tests.tiny import (
+    ENCODER_DECODERS,
+    MOST_SLOWLY,
+    context,
+    hidden,
+    logits,
+    slowly,
+    tiny_codes,
+    tiny_lm,
+    tiny_tokenizer,
+)
 
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "rslora": False, "seed": 0}
 EVERY_FAMILY = pytest.mark.parametrize("family", MOST_SLOWLY)
@@ -30,7 +40,7 @@ def test_with_lora_only_lora_and_item_rows_are_trained_and_the_base_stays_bit_id
         set() if tied else {"rows.output_rows"}
     )
     assert sum("lora_A" in name for name in trained) == sum("lora_B" in name for name in trained) >= 8
-    assert not any("embed" in name or "wte" in name or "lm_head" in name for name in trained)
+    assert not any(part in name for name in trained for part in ("embed", "wte", "shared", "relative", "lm_head"))
     assert set(model.state_dict()) == trained
 
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -39,7 +49,7 @@ def test_with_lora_only_lora_and_item_rows_are_trained_and_the_base_stays_bit_id
     for _ in range(3):
         ids = torch.randint(model.vocab.first_id, model.vocab.first_id + 15, (4, 9), generator=generator)
         labels = torch.randint(model.vocab.first_id, model.vocab.first_id + 6, (4, 9), generator=generator)
-        model(ids, labels, torch.zeros_like(ids)).mean().backward()
+        model(ids, labels, torch.zeros_like(ids), **context(model.lm, ids)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
@@ -53,10 +63,10 @@ def test_lora_begins_as_the_base_model(family):
     model, _, _ = lora_model(family)
     base = tiny_lm(family, padding=7)
     ids = torch.randint(0, 21, (2, 9), generator=torch.Generator().manual_seed(0))
-    ours = model.vocab_logits(model.hidden(ids).last_hidden_state)
-    assert torch.equal(ours[..., :21], base(input_ids=ids).logits[..., :21])
+    ours = model.vocab_logits(hidden(model, ids))
+    assert torch.equal(ours[..., :21], logits(base, ids)[..., :21])
     model.rows.input_rows.mul_(7)
-    assert torch.equal(model.vocab_logits(model.hidden(ids).last_hidden_state)[..., :21], ours[..., :21])
+    assert torch.equal(model.vocab_logits(hidden(model, ids))[..., :21], ours[..., :21])
 
 
 def test_lora_is_the_same_for_the_same_seed():
@@ -77,10 +87,28 @@ def test_a_model_and_its_tokenizer_come_back_from_a_folder(family, tmp_path):
     assert load_base(tmp_path, dtype="auto")[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["t5", "gptj", "cohere", "bert"])
+@pytest.mark.parametrize("family", slowly(ENCODER_DECODERS))
+@torch.no_grad()
+def test_an_encoder_decoder_keeps_the_head_of_its_own_that_its_configuration_denies(family, tmp_path):
+    """As Flan-T5 and mT5 have it; the library would tie it to the input table where the table grows."""
+    for tied in (True, False):
+        lm = tiny_lm(family, tied=tied)
+        lm.save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+        loaded, _ = load_base(tmp_path)
+        assert loaded.config.tie_word_embeddings is tied
+        ids = torch.randint(0, 21, (2, 9), generator=torch.Generator().manual_seed(0))
+        before = logits(loaded, ids)
+        assert torch.allclose(before, logits(lm, ids), atol=1e-5)
+        loaded.resize_token_embeddings(40, mean_resizing=False)
+        assert (loaded.lm_head.weight is loaded.shared.weight) is tied
+        assert torch.allclose(logits(loaded, ids)[..., :21], before, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bart", "umt5", "gptj", "cohere", "bert"])
 def test_other_families_are_refused_before_their_weights_are_read(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(UnsupportedModelError, match=f"tested decoder-only families .*is of type {kind}; choose"):
+    with pytest.raises(UnsupportedModelError, match=f"tested families .*is of type {kind}; choose"):
         load_base(tmp_path)
 
 

@@ -13,10 +13,10 @@ from tests.tiny import tiny_tokenizer
 CODES = ItemCodes(np.array([[0, 1], [1, 0], [1, 1]]), (2, 2))
 
 
-def make(texts=()):
+def make(texts=(), **settings):
     tokenizer = tiny_tokenizer()
     vocab = ItemVocab.add_to(tokenizer, CODES)
-    return Prompts(tokenizer, vocab, texts), tokenizer
+    return Prompts(tokenizer, vocab, texts, **settings), tokenizer
 
 
 def words(tokenizer, ids) -> str:
@@ -38,21 +38,43 @@ def test_an_empty_history_is_the_start_token_alone(empty):
 
 def test_text_tasks_say_what_they_show_and_how_much_of_it_is_the_target():
     prompts, tokenizer = make(["red lamp", "blue", "old chair table"])
-    ids, targets = prompts.title_to_item(0)
+    prompt, targets = prompts.title_to_item(0)
     # `Title` and `Item` with a capital are not among the words of this tokenizer.
-    assert words(tokenizer, ids) == "<s> <unk> <unk> red lamp <unk> <unk> <a_0> <b_1>"
-    assert (targets, ids.dtype) == (2, np.int64)
-    ids, targets = prompts.item_to_title(2)
-    assert words(tokenizer, ids) == "<s> <unk> <unk> <a_1> <b_1> <unk> <unk> old chair table </s>"
-    assert (targets, ids.dtype) == (4, np.int64)
+    assert words(tokenizer, prompt) == "<s> <unk> <unk> red lamp <unk> <unk>"
+    assert words(tokenizer, targets) == "<a_0> <b_1>"
+    assert (prompt.dtype, targets.dtype) == (np.int64, np.int64)
+    prompt, targets = prompts.item_to_title(2)
+    assert words(tokenizer, prompt) == "<s> <unk> <unk> <a_1> <b_1> <unk> <unk>"
+    assert words(tokenizer, targets) == "old chair table </s>"
+    assert (prompt.dtype, targets.dtype) == (np.int64, np.int64)
+
+
+def test_what_an_encoder_reads_ends_with_the_end_token_and_its_answer_begins_with_the_decoders_own():
+    prompts, tokenizer = make(["red lamp", "blue", "old chair table"], answer_start=0)
+    assert (prompts.encoded, prompts.start, prompts.history([]).tolist()) == (True, 0, [2])
+    assert words(tokenizer, prompts.history([1, 0])) == "<a_1> <b_0> <a_0> <b_1> </s>"
+    prompt, targets = prompts.title_to_item(0)
+    assert words(tokenizer, prompt) == "<unk> <unk> red lamp <unk> <unk> </s>"
+    assert words(tokenizer, targets) == "<a_0> <b_1>"
+    prompt, targets = prompts.item_to_title(2)
+    assert words(tokenizer, prompt) == "<unk> <unk> <a_1> <b_1> <unk> <unk> </s>"
+    assert words(tokenizer, targets) == "old chair table </s>"
+
+
+def test_an_encoder_needs_an_end_token():
+    tokenizer = tiny_tokenizer()
+    vocab = ItemVocab.add_to(tokenizer, CODES)
+    tokenizer.eos_token = None
+    with pytest.raises(ItemTokError, match="must have an EOS token to end a prompt with, but it has none"):
+        Prompts(tokenizer, vocab, answer_start=0)
 
 
 def test_without_an_end_token_a_text_ends_with_its_last_word():
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     vocab = ItemVocab.add_to(tokenizer, CODES)
-    ids, targets = Prompts(tokenizer, vocab, ["red", "blue", "old lamp"]).item_to_title(2)
-    assert (words(tokenizer, ids[-targets:]), targets) == ("old lamp", 2)
+    _, targets = Prompts(tokenizer, vocab, ["red", "blue", "old lamp"]).item_to_title(2)
+    assert words(tokenizer, targets) == "old lamp"
 
 
 def test_texts_are_cut_and_get_no_special_tokens():

@@ -18,7 +18,7 @@ from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import build
 from llm_itemtok.training.next_token import NextToken
 from llm_itemtok.training.trainer import ItemTokenTrainer
-from tests.tiny import tiny_item_model, tiny_prompts
+from tests.tiny import ENCODER_DECODERS, tiny_item_model, tiny_prompts
 
 TASKS = {"next-item": 1.0, "title-to-item": 0.3, "item-to-title": 0.1}
 
@@ -36,16 +36,18 @@ def make_trainer(
     callbacks: tuple = (),
     tied: bool = True,
     model: ItemTokenModel | None = None,
+    family: str = "llama",
     **settings: object,
 ) -> ItemTokenTrainer:
-    """A trainer over 46 examples of unequal length and weight in a fixed order; validates and saves `every` steps."""
-    own, tokenizer = tiny_item_model(tied=tied)
+    """A trainer over 40 examples of unequal length and weight in a fixed order; validates and saves `every` steps."""
+    own, tokenizer = tiny_item_model(family, tied=tied)
     model = own if model is None else model
     model.input_dropout.p = dropout
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 60, size=rng.integers(1, 12)) for _ in range(22)]
-    table = build(sequences, kind="all-positions", history_length=9, tasks=TASKS, text_rows=np.arange(1, 9))
-    table = table.select(rng.permutation(len(table)))
+    kind = "windows" if family in ENCODER_DECODERS else "all-positions"
+    table = build(sequences, kind=kind, history_length=9, tasks=TASKS, text_rows=np.arange(1, 9))
+    table = table.select(rng.permutation(len(table))[:40])
     arguments = build_arguments(
         {
             "optim": "sgd",
@@ -94,7 +96,8 @@ def weights(trainer: ItemTokenTrainer) -> dict[str, torch.Tensor]:
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    run = make_trainer(target, batch=int(sys.argv[2]), accumulation=int(sys.argv[3]), steps=3, every=2, tied=False)
+    cut = {"batch": int(sys.argv[2]), "accumulation": int(sys.argv[3])}
+    run = make_trainer(target, **cut, steps=3, every=2, tied=False, family=sys.argv[4])
     run.train()
     if run.args.should_save:
         save_file(weights(run), target / "weights.safetensors")

@@ -16,11 +16,11 @@ A, B = 21, 24  # token ids of <a_0> and <b_0>
 RED, LAMP, OLD, UNK, START, END = 3, 10, 6, 0, 1, 2
 
 
-def collator() -> Collator:
+def collator(answer_start: int | None = None) -> Collator:
     tokenizer = tiny_tokenizer()
     vocab = ItemVocab.add_to(tokenizer, CODES)
     assert vocab.first_id == A
-    return Collator(Prompts(tokenizer, vocab, ["red lamp", "", "old"]), 2)
+    return Collator(Prompts(tokenizer, vocab, ["red lamp", "", "old"], answer_start=answer_start), 2)
 
 
 def example(task: int, items: list[int], first: int = 0, weight: float = 1.0) -> dict:
@@ -57,6 +57,32 @@ def test_item_to_title():
     assert batch["labels"].tolist() == [[UNK, UNK, A, B + 1, UNK, UNK, RED, LAMP, END]]
     assert batch["levels"].tolist() == [[-1, -1, -1, -1, -1, -1, 2, 2, 2]]
     assert batch["loss_weights"].tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 1]]
+
+
+def test_for_an_encoder_decoder_what_is_read_and_what_is_written_are_rows_of_their_own():
+    examples = [
+        example(0, [2, 1, 0], first=2, weight=0.5),
+        example(0, [1, 2], first=1),
+        example(1, [2]),
+        example(2, [0]),
+    ]
+    batch = collator(answer_start=UNK)(examples)
+    assert batch["context_ids"].tolist() == [
+        [A + 2, B + 1, A + 1, B, END, 0, 0],
+        [A + 1, B, END, 0, 0, 0, 0],
+        [UNK, UNK, OLD, UNK, UNK, END, 0],
+        [UNK, UNK, A, B + 1, UNK, UNK, END],
+    ]
+    assert batch["context_seen"].sum(1).tolist() == [5, 3, 6, 7]
+    assert batch["input_ids"].tolist() == [[UNK, A, 0], [UNK, A + 2, 0], [UNK, A + 2, 0], [UNK, RED, LAMP]]
+    assert batch["labels"].tolist() == [[A, B + 1, 0], [A + 2, B + 1, 0], [A + 2, B + 1, 0], [RED, LAMP, END]]
+    assert batch["levels"].tolist() == [[0, 1, -1], [0, 1, -1], [0, 1, -1], [2, 2, 2]]
+    assert batch["loss_weights"].tolist() == [[0.5, 0.5, 0], [1, 1, 0], [1, 1, 0], [1, 1, 1]]
+
+
+def test_an_encoder_never_reads_a_target():
+    with pytest.raises(AssertionError):
+        collator(answer_start=UNK)([example(0, [2, 0])])
 
 
 def test_shorter_rows_are_padded_on_the_right_without_targets():

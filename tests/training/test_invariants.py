@@ -17,8 +17,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.training.callbacks import StopOnSignal, read_log
+from llm_itemtok.training.next_token import MODEL_INPUTS
 from llm_itemtok.vocab import init
-from tests.tiny import tiny_codes, tiny_lm, tiny_tokenizer
+from tests.tiny import KINDS, tiny_codes, tiny_lm, tiny_tokenizer
 from tests.training.runs import TASKS, make_trainer, weights
 
 TERMS = [f"loss/{task}" for task in TASKS]
@@ -38,13 +39,17 @@ def assert_close(ours, theirs, **tolerance):
         torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, at=name: f"{at}: {text}", **tolerance)
 
 
+EVERY_KIND = pytest.mark.parametrize("family", KINDS)
+
+
 @pytest.mark.parametrize("steps", [2, 6])
-def test_eight_accumulated_batches_of_one_are_one_batch_of_eight(tmp_path, steps):
-    """Also where an epoch ends with fewer: 46 examples are 5 full steps and one of 6."""
+@EVERY_KIND
+def test_eight_accumulated_batches_of_one_are_one_batch_of_eight(tmp_path, family, steps):
+    """Also beyond an epoch, which has 40 examples."""
     runs = {}
     for batch, accumulation in ((8, 1), (1, 8), (2, 4)):
         folder = tmp_path / f"{batch}x{accumulation}"
-        trainer = make_trainer(folder, batch=batch, accumulation=accumulation, steps=steps)
+        trainer = make_trainer(folder, batch=batch, accumulation=accumulation, steps=steps, family=family)
         before = weights(trainer)
         trainer.train()
         runs[batch] = weights(trainer), training_lines(folder)
@@ -55,13 +60,14 @@ def test_eight_accumulated_batches_of_one_are_one_batch_of_eight(tmp_path, steps
             assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_the_logged_loss_is_the_weighted_mean_over_the_step(tmp_path):
-    trainer = make_trainer(tmp_path, batch=3, accumulation=2, steps=1)
+@EVERY_KIND
+def test_the_logged_loss_is_the_weighted_mean_over_the_step(tmp_path, family):
+    trainer = make_trainer(tmp_path, batch=3, accumulation=2, steps=1, family=family)
     batches = [trainer.data_collator([trainer.train_dataset[i] for i in rows]) for rows in (range(3), range(3, 6))]
     total, weight = 0.0, 0.0
     with torch.no_grad():
         for batch in batches:
-            nll = trainer.model(batch["input_ids"], batch["labels"], batch["levels"])
+            nll = trainer.model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
             total += float((nll * batch["loss_weights"]).sum())
             weight += float(batch["loss_weights"].sum())
     trainer.train()
@@ -99,9 +105,17 @@ def test_every_line_of_the_log_has_a_step_and_validation_stands_under_its_own_na
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
-def test_a_resumed_run_is_the_straight_run(tmp_path, optim):
+@EVERY_KIND
+def test_a_resumed_run_is_the_straight_run(tmp_path, family, optim):
     """Weights, log, dropout and the order of a second epoch: bit by bit."""
-    settings = {"steps": 16, "every": 7, "dropout": 0.2, "optim": optim, "train_sampling_strategy": "random"}
+    settings = {
+        "family": family,
+        "steps": 16,
+        "every": 7,
+        "dropout": 0.2,
+        "optim": optim,
+        "train_sampling_strategy": "random",
+    }
     straight = make_trainer(tmp_path / "straight", **settings)
     straight.train()
     folder = tmp_path / "resumed"
@@ -116,16 +130,17 @@ def test_a_resumed_run_is_the_straight_run(tmp_path, optim):
     assert without_times(folder) == without_times(tmp_path / "straight")
 
 
-def test_a_resumed_run_with_lora_is_the_straight_run(tmp_path):
+@pytest.mark.parametrize("family", ["qwen3", "t5"])
+def test_a_resumed_run_with_lora_is_the_straight_run(tmp_path, family):
     def model():
-        lm, _ = add_lora(tiny_lm("qwen3"), rank=2, alpha=4, dropout=0.1, rslora=False, seed=0)
+        lm, _ = add_lora(tiny_lm(family), rank=2, alpha=4, dropout=0.1, rslora=False, seed=0)
         return with_item_tokens(lm, tiny_tokenizer(), tiny_codes(), lambda v, t: init.normal(v, t, seed=0))
 
-    straight = make_trainer(tmp_path, model=model(), steps=4, every=2)
+    straight = make_trainer(tmp_path, model=model(), family=family, steps=4, every=2)
     straight.train()
     held = load_file(tmp_path / "checkpoints" / "checkpoint-2" / "model.safetensors")
     assert all("lora_" in name or name == "rows.input_rows" for name in held)
-    resumed = make_trainer(tmp_path, model=model(), steps=4, every=2)
+    resumed = make_trainer(tmp_path, model=model(), family=family, steps=4, every=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-2"))
     assert_close(weights(resumed), weights(straight), atol=0, rtol=0)
 
@@ -183,10 +198,13 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_run_can_go_on(tmp_pa
     assert ["train_runtime" in line for line in read_log(folder / "metrics.jsonl")].index(True) == 8
 
 
-def test_activation_checkpointing_trains_the_same(tmp_path):
+@EVERY_KIND
+def test_activation_checkpointing_trains_the_same(tmp_path, family):
     runs = []
     for checkpointing in (False, True):
-        trainer = make_trainer(tmp_path / str(checkpointing), steps=2, activation_checkpointing=checkpointing)
+        trainer = make_trainer(
+            tmp_path / str(checkpointing), steps=2, activation_checkpointing=checkpointing, family=family
+        )
         trainer.train()
         runs.append(weights(trainer))
     assert_close(*runs, atol=1e-7, rtol=0)
@@ -199,7 +217,8 @@ def test_rows_of_like_length_can_be_batched_together(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
+@EVERY_KIND
+def test_two_processes_train_as_one(tmp_path, family):
     """gloo on the loopback; an untied model, whose base head gets no gradient."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -208,7 +227,7 @@ def test_two_processes_train_as_one(tmp_path):
     pair = alone | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.training.runs", str(tmp_path / name), batch, "2"],
+            [sys.executable, "-m", "tests.training.runs", str(tmp_path / name), batch, "2", family],
             env={**os.environ, **settings},
             stderr=subprocess.PIPE,
             text=True,

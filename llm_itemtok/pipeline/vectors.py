@@ -1,0 +1,183 @@
+"""Item vectors as a recipe asks for them: which source, from what, and where they are kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_itemtok import settings
+from llm_itemtok.artifacts import cache_folder, sha256_of_arrays
+from llm_itemtok.config import RunConfig
+from llm_itemtok.data.catalog import Catalog
+from llm_itemtok.data.splits import Split
+from llm_itemtok.errors import DataError
+from llm_itemtok.items import collaborative, vectors
+from llm_itemtok.items.base import Progress
+from llm_itemtok.pipeline.stages import input_hashes
+
+Log = Callable[[str], None]
+Vectors = Callable[[], np.ndarray]
+
+MOVING = ("sinkhorn", "reassign", "matching")
+"""Collision policies that need vectors."""
+
+
+def needs_vectors(config: RunConfig) -> bool:
+    """Tell whether a run cannot do without item vectors."""
+    if config.vocab.init == "codebook":
+        return True
+    if isinstance(config.tokenizer, settings.FileTokenizer):
+        return config.tokenizer.collisions in MOVING
+    return not isinstance(config.tokenizer, settings.RandomTokenizer)
+
+
+def text_sources(config: RunConfig) -> list[str]:
+    """The sources of the item vectors that need item text, as `vectors.kind: tfidf-svd`."""
+    textless = settings.FileVectors | settings.CollaborativeVectors
+    sources = config.vector_sources.items()
+    return [f"{name}.kind: {source.kind}" for name, source in sources if not isinstance(source, textless)]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What item vectors can be made of.
+
+    Attributes:
+        config: the recipe.
+        catalog: N items.
+        split: whose training part alone is looked at.
+        base_model: loads the language model of the recipe and its tokenizer, when it is needed.
+        progress: called with (done, in all).
+    """
+
+    config: RunConfig
+    catalog: Catalog
+    split: Split
+    base_model: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+    progress: Progress
+
+    def make(self, log: Log) -> np.ndarray:
+        """Make item vectors, float32 `[N, D]`, each source cached by its content.
+
+        Raises:
+            DataError: if a source cannot be made of what there is.
+        """
+        chosen = self.config.vectors
+        if text_sources(self.config):
+            texts = self.catalog.texts()
+            without = vectors.num_without_text(texts)
+            if without:
+                log(f"  {without:,} of {len(texts):,} items have no text; their vectors are zero")
+        plain = self.config.to_dict()["vectors"]
+        if not isinstance(chosen, settings.ConcatVectors):
+            return self._source("vectors", chosen, plain, log)
+        parts = [
+            self._source(name, source, own, log)
+            for (name, source), own in zip(self.config.vector_sources.items(), plain["parts"], strict=True)
+        ]
+        weights = chosen.weights or (1.0,) * len(parts)
+        return vectors.concatenate(parts, weights, components=chosen.components)
+
+    def aligned(self, source: settings.CollaborativeVectors, log: Log) -> np.ndarray:
+        """Make the collaborative vectors that a tokenizer aligns its codes with, float32 `[N, C]`, cached."""
+        plain = self.config.to_dict()["tokenizer"]["collaborative"]
+        return self._source("tokenizer.collaborative", source, plain, log)
+
+    def _source(self, name: str, source: settings.VectorSource, plain: dict[str, Any], log: Log) -> np.ndarray:
+        """Vectors of one source, whose dotted setting is `name` and which the recipe describes as `plain`."""
+        if isinstance(source, settings.FileVectors):
+            return vectors.from_file(source.path, self.catalog)
+        inputs = {
+            key.replace(name, "vectors", 1): content
+            for key, content in input_hashes(self.config).items()
+            if key.startswith((f"{name}.", "model."))
+        }
+        key: dict[str, Any] = {"settings": plain, "inputs": inputs}
+        if isinstance(source, settings.CollaborativeVectors):
+            more, compute = self._collaborative(source)
+        else:
+            more, compute = self._from_text(source)
+        found = vectors.cached(key | more, cache_folder() / "vectors", compute)
+        if isinstance(source, settings.CollaborativeVectors):
+            unknown = int((~found.any(axis=1)).sum())
+            if unknown:
+                log(f"  {unknown:,} of {len(found):,} items have no vector from training sequences; theirs are zero")
+        return found
+
+    def _from_text(
+        self,
+        source: settings.TfidfSvdVectors | settings.SentenceTransformersVectors | settings.LlmVectors,
+    ) -> tuple[dict[str, Any], Vectors]:
+        """What the vectors depend on beside the settings of their source, and what makes them."""
+        seed, texts = self.config.seed, self.catalog.texts()
+        key: dict[str, Any] = {"texts": self.catalog.sha256}
+        if isinstance(source, settings.TfidfSvdVectors):
+            return (
+                key | {"seed": seed, "scikit-learn": version("scikit-learn")},
+                lambda: vectors.tfidf_svd(
+                    texts, dimensions=source.dimensions, max_features=source.max_features, seed=seed
+                ),
+            )
+        if isinstance(source, settings.SentenceTransformersVectors):
+            return (
+                key | {"versions": sentence_transformers_version()},
+                lambda: vectors.sentence_transformers(
+                    texts, model=source.model, batch_size=source.batch_size, progress=self.progress
+                ),
+            )
+
+        def states() -> np.ndarray:
+            lm, tokenizer = self.base_model()
+            return vectors.language_model(
+                texts,
+                model=lm.to(PartialState().device),
+                tokenizer=tokenizer,
+                batch_size=source.batch_size,
+                progress=self.progress,
+            )
+
+        model = self.config.to_dict()["model"]
+        return key | {"seed": seed, "model": model, "transformers": version("transformers")}, states
+
+    def _collaborative(self, source: settings.CollaborativeVectors) -> tuple[dict[str, Any], Vectors]:
+        """What the vectors depend on beside the settings of their source, and what makes them."""
+        split, seed = self.split, self.config.seed
+        if not len(split.train_items):
+            raise DataError("`vectors.kind: collaborative` needs training interactions, and the split leaves none")
+        key = {"seed": seed, "training": sha256_of_arrays(split.train_offsets, split.train_items), "method": 1}
+        if source.source == "sasrec":
+            return (
+                key | {"items": split.num_items, "torch": version("torch")},
+                lambda: collaborative.sasrec_vectors(
+                    split.train_sequences(),
+                    num_items=split.num_items,
+                    dimensions=source.dimensions,
+                    steps=source.steps,
+                    seed=seed,
+                    device=str(PartialState().device),
+                    progress=self.progress,
+                ),
+            )
+        return (
+            key | {"items": split.num_items, "scikit-learn": version("scikit-learn")},
+            lambda: collaborative.ppmi_vectors(
+                collaborative.co_occurrence(
+                    split.train_items, split.train_offsets, num_items=split.num_items, window=source.window
+                ),
+                dimensions=source.dimensions,
+                shift=source.shift,
+                seed=seed,
+            ),
+        )
+
+
+def sentence_transformers_version() -> str:
+    """Version of the optional package, or what stands for its absence until it is asked for."""
+    try:
+        return version("sentence-transformers")
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,60 @@
+"""Two tables of codes: what moved, counted, and told apart from another numbering."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llm_itemtok.errors import ArtifactError
+from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.compare import compare_codes, comparison_text
+
+OLD = ItemCodes([[0, 0], [0, 1], [1, 0], [1, 1], [2, 2]], (4, 4))
+
+
+def test_moves_by_hand():
+    new = ItemCodes([[0, 0], [0, 2], [3, 0], [2, 3], [2, 2]], (4, 4))
+    found = compare_codes(OLD, new)
+    assert (found["items"], found["moved"], found["kept"]) == (5, 3, [2, 1, 2])
+    assert [level["churn"] for level in found["levels"]] == [0.4, 0.4]
+    assert found["movers"] == [3, 2, 1]  # both levels, the first level, the second
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_same_codes_moved_nothing():
+    found = compare_codes(OLD, OLD)
+    assert (found["moved"], found["movers"], found["kept"]) == (0, [], [0, 0, 5])
+    assert [level["together"] for level in found["levels"]] == [1.0, 1.0]
+    assert "Moved most" not in comparison_text(found, OLD, OLD, list("abcde"))
+
+
+def test_another_numbering_moves_every_item_and_keeps_them_together():
+    other = ItemCodes((OLD.table + 1) % 4, (4, 4))
+    found = compare_codes(OLD, other)
+    assert found["moved"] == 5
+    assert found["levels"][0] == {"name": "level-0", "churn": 1.0, "together": 1.0}
+
+
+def test_codes_dealt_at_random_agree_by_chance_only():
+    rng = np.random.default_rng(0)
+    one, two = (ItemCodes(rng.integers(0, 8, (2000, 2)), (8, 8)) for _ in range(2))
+    assert compare_codes(one, two)["levels"][0]["together"] == pytest.approx(0.0, abs=0.01)
+
+
+def test_tables_of_other_depths_are_compared_as_far_as_both_go():
+    found = compare_codes(OLD, ItemCodes(OLD.table[:, :1], (4,)))
+    assert (found["moved"], len(found["levels"])) == (0, 1)
+
+
+def test_the_text_names_the_biggest_movers():
+    new = ItemCodes([[0, 0], [0, 2], [3, 0], [2, 3], [2, 2]], (4, 4))
+    text = comparison_text(compare_codes(OLD, new), OLD, new, ["A", "B", "C", "D", "E"])
+    assert "Items with the same code in both: 60.0% to level 1, 40.0% to level 2." in text
+    assert "Items that moved: 3 of 5 (60.0%)." in text
+    assert "2 keep 0, 1 keep 1" in text
+    assert text.splitlines()[-3:] == ["  D: 1 1 → 2 3", "  C: 1 0 → 3 0", "  B: 0 1 → 0 2"]
+
+
+def test_other_numbers_of_items_are_refused():
+    with pytest.raises(ArtifactError, match="5 items and 1"):
+        compare_codes(OLD, ItemCodes([[0, 0]], (4, 4)))
