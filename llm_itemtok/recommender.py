@@ -167,7 +167,7 @@ class Recommender:
         Raises:
             DataError: if it is a text, whose letters would be read as ids.
         """
-        ids = _ids(history)
+        ids = item_id_list(history)
         return [self._rows[i] for i in ids if i in self._rows], [i for i in ids if i not in self._rows]
 
     def recommend(
@@ -186,8 +186,8 @@ class Recommender:
         Returns:
             Items, best first, each once.
         """
-        history, deny = _ids(history), _ids(deny)
-        allow = None if allow is None else _ids(allow)
+        history, deny = item_id_list(history), item_id_list(deny)
+        allow = None if allow is None else item_id_list(allow)
         self._warn_of_unknown({"the history": history, "`allow`": allow or [], "`deny`": deny})
         return self.recommend_batch([history], k, allow=[allow], deny=[deny])[0]
 
@@ -219,7 +219,7 @@ class Recommender:
             return []
         if self.generation.mask_seen:
             excluded = [
-                np.asarray(seen if denied is None else [*seen, *denied], dtype=np.int64)
+                np.concatenate([np.asarray(seen, dtype=np.int64), [] if denied is None else denied]).astype(np.int64)
                 for seen, denied in zip(rows, excluded, strict=True)
             ]
         beams = beam_search(
@@ -306,7 +306,12 @@ class Recommender:
         )
 
 
-def _ids(given: Iterable[str]) -> list[str]:
+def item_id_list(given: Iterable[str]) -> list[str]:
+    """Item ids as texts; a text itself is refused, because it would be taken for a list of letters.
+
+    Raises:
+        DataError: if `given` is a text.
+    """
     if isinstance(given, str):
         raise DataError(f"a history, `allow` or `deny` must be a list of item ids, was: the text {given[:40]!r}")
     return [str(item_id) for item_id in given]

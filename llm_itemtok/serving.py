@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llm_itemtok.errors import DataError
-from llm_itemtok.recommender import Recommendation, Recommender
+from llm_itemtok.recommender import Recommendation, Recommender, item_id_list
 
 BATCH = 32
 """Requests answered at a time when all of them are there already, as in a file."""
@@ -67,7 +67,7 @@ def answer_lines(
     Raises:
         DataError: for a line that is no request, naming it; the requests before it are answered first.
     """
-    lists = (None if allow is None else frozenset(allow), frozenset(deny))
+    lists = (None if allow is None else frozenset(item_id_list(allow)), frozenset(item_id_list(deny)))
     waiting: list[Request] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

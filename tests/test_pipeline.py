@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from transformers import LlamaConfig, Phi3Config, T5Config
 
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data import synthetic
@@ -18,6 +19,7 @@ from llm_itemtok.evaluation.metrics import metrics_from_ranks
 from llm_itemtok.pipeline import stages
 from llm_itemtok.pipeline.check import check
 from llm_itemtok.pipeline.evaluate import evaluate_path
+from llm_itemtok.pipeline.fit import most_positions
 from llm_itemtok.pipeline.inspect import inspect
 from llm_itemtok.pipeline.run import alone_in, run
 from llm_itemtok.pipeline.stages import input_hashes
@@ -455,3 +457,17 @@ def test_two_processes_measure_as_one_and_neither_outlives_an_error_of_the_main_
     assert main == 2
     assert "training.json:1: not JSON" in says
     assert other != 0
+
+
+def test_models_are_not_read_beyond_where_they_are_themselves() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [1.0] * 4, "short_factor": [1.0] * 4}
+    long = Phi3Config(
+        hidden_size=16,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_parameters=rope,
+    )
+    assert most_positions(long) == 16
+    assert most_positions(LlamaConfig(max_position_embeddings=64)) == 64
+    assert most_positions(T5Config()) is None

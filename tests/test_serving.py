@@ -137,3 +137,9 @@ def test_a_reply_without_unknown_ids_says_nothing_of_them():
     }  # fmt: skip
     assert answer(None, [], ["x"]) == {"user": None, "items": [], "unknown": ["x"]}
     assert answer(None, [], unknown_deny=["x"]) == {"user": None, "items": [], "unknown_deny": ["x"]}
+
+
+@pytest.mark.parametrize("lists", [{"allow": "item-3"}, {"deny": "item-3"}])
+def test_a_text_is_no_list(lists):
+    with pytest.raises(DataError, match="must be a list of item ids, was: the text 'item-3'"):
+        list(answer_lines(RECOMMENDER, ['{"history": []}'], 3, **lists))

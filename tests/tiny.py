@@ -76,6 +76,14 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
     "mistral-window": (MistralConfig, {**_GROUPED_8, "sliding_window": 6}),
     "mixtral": (MixtralConfig, {**_EXPERTS, "num_local_experts": 4}),
     "qwen3-moe": (Qwen3MoeConfig, {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16}),
+    "mixtral-window": (MixtralConfig, {**_EXPERTS, "num_local_experts": 4, "sliding_window": 6}),
+    "qwen3-moe-window": (
+        Qwen3MoeConfig,
+        {
+            **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16,
+            "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0,
+        },
+    ),
     "gemma": (GemmaConfig, _GROUPED_8),
     # Caps low enough for tiny logits to feel them.
     "gemma2": (

@@ -74,8 +74,10 @@ def beam_search(
         Lists of `beam` items, or of the whole catalogue where that has fewer.
 
     Raises:
-        DataError: if a list names a row that the catalogue does not have.
+        DataError: if `beam` is below 1, or a list is not of item rows of the catalogue.
     """
+    if beam < 1:
+        raise DataError(f"`beam` must be at least 1, was: {beam}")
     width = min(beam, trie.num_items)
     lists = _read_lists(trie, len(prompts), allowed, excluded)
     longest = trie.num_items if lists is None else lists.longest
@@ -189,6 +191,8 @@ def _tidy(
     tidy: dict[int, np.ndarray] = {}
     for rows in lists:
         if rows is not None and id(rows) not in tidy:
+            if len(rows) and not np.issubdtype(np.asarray(rows).dtype, np.integer):
+                raise DataError(f"`{name}` must hold item rows, whole numbers, was: {np.asarray(rows).dtype}")
             ordered = np.sort(np.asarray(rows, dtype=np.int64))  # `np.unique` takes 15 times as long for a million
             tidy[id(rows)] = ordered = ordered[np.diff(ordered, prepend=np.iinfo(np.int64).min) != 0]
             if len(ordered) and (ordered[0] < 0 or ordered[-1] >= num_items):

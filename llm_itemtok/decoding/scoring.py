@@ -23,6 +23,7 @@ from llm_itemtok.decoding.beams import DecodeNormaliser
 from llm_itemtok.decoding.blocks import Blocks, cut, join
 from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.tree import TreeDecoder, TreeState
+from llm_itemtok.errors import DataError
 from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
 from llm_itemtok.vocab.trie import ItemTrie
 
@@ -56,12 +57,21 @@ def score_items(
         items: B arrays of item rows, of any lengths; an item may come more than once.
         normaliser: as in `beam_search`.
         nodes_per_pass: positions fed at a time, at least 1. Memory beside the model and the scores is that of this many
-            positions (or of one prompt, or of one path, if that is longer), of the keys and values of about as many
-            more, and of `LOGITS_AT_ONCE` logits, whatever the number of users, items and tokens.
+            positions (or of one prompt, or of one path, if that is longer) with a level's log-probabilities for each,
+            of the keys and values of about as many more, and of `LOGITS_AT_ONCE` logits: however many users, items and
+            text tokens there are, but the more the wider a level is.
 
     Returns:
         B float32 arrays of log-probabilities, beside `items`.
+
+    Raises:
+        DataError: if there are not as many lists as prompts, or a row is not in the catalogue.
     """
+    if len(items) != len(prompts):
+        raise DataError(f"there must be one list of items per prompt, {len(prompts)}, was: {len(items)}")
+    for rows in items:
+        if len(rows) and not 0 <= np.min(rows) <= np.max(rows) < trie.num_items:
+            raise DataError(f"items must be rows in [0, {trie.num_items}), was: {np.min(rows)} to {np.max(rows)}")
     distinct = [np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True) for rows in items]
     scores = [np.empty(len(rows), dtype=np.float32) for rows, _ in distinct]
     _Scoring(model, trie, normaliser, nodes_per_pass).fill(prompts, [rows for rows, _ in distinct], scores)

@@ -189,8 +189,9 @@ def takes_tree_masks(model: ItemTokenModel) -> bool:
     implementation = str(model.config._attn_implementation)
     key = (implementation, model.lm.dtype)
     if key not in model.tree_masks:
-        # FlashAttention's kernels know no such mask: given one, they would read beyond their tables.
-        model.tree_masks[key] = "flash" not in implementation and _tree_equals_paths(model)
+        # FlashAttention's kernels know no such mask and would read beyond their tables; FlexAttention takes functions.
+        compiled = "flash" in implementation or "flex" in implementation
+        model.tree_masks[key] = not compiled and _tree_equals_paths(model)
         found = "share one row" if model.tree_masks[key] else "are rows of their own, because it takes no tree masks"
         _log.info("%s with %s attention: beams of a user %s", model.config.model_type, implementation, found)
     return model.tree_masks[key]
@@ -209,7 +210,7 @@ def _tree_equals_paths(model: ItemTokenModel) -> bool:
         for module, training in modes:
             module.training = training
     difference = (tree - paths).float().norm(dim=-1) / paths.float().norm(dim=-1)
-    return bool((difference < TOLERANCE[model.lm.dtype]).all())  # False for what is not a number, too
+    return bool((difference < TOLERANCE.get(model.lm.dtype, 1e-3)).all())  # False for what is not a number, too
 
 
 def _small_tree(model: ItemTokenModel) -> tuple[Tensor, Tensor]:

@@ -37,12 +37,14 @@ class Ranking:
         ranks: float64 `[C]`, rank of each target, 0 where it is not in the list.
         model_seconds: how long this process was inside the model, body and head; None on an accelerator, which works on
             while the process goes ahead, so that only waiting for it at every step would tell.
+        decoder: how the beams of a user were decoded: `tree` or `encoder-decoder tree` in one row, or `replicated`.
     """
 
     items: np.ndarray
     scores: np.ndarray
     ranks: np.ndarray
     model_seconds: float | None
+    decoder: str
 
 
 def rank_cases(
@@ -105,7 +107,7 @@ def rank_cases(
                 progress(min(start + (processes - place) * batch_size, len(order)), len(order))
     items, scores = _added_up(items, model.device), _added_up(scores, model.device)
     ranks = ranks_from_lists(items, scores, cases.targets)
-    return Ranking(items, scores, ranks, sum(calls) if model.device.type == "cpu" else None)
+    return Ranking(items, scores, ranks, sum(calls) if model.device.type == "cpu" else None, decoder.name)
 
 
 def _together() -> bool:
@@ -136,7 +138,7 @@ def _clocked(model: ItemTokenModel) -> Iterator[list[float]]:
 
         return call
 
-    parts = {"hidden": clocked(model.hidden), "level_log_probs": clocked(model.level_log_probs)}
+    parts = {name: clocked(getattr(model, name)) for name in ("read", "hidden", "level_log_probs")}
     vars(model).update(parts)
     try:
         yield took

@@ -88,6 +88,10 @@ def rank_test(
     ranking = rank(recommender, data.split.test, batch_size=batch_size, log=log, what="test users")
     seconds = time.perf_counter() - started
     speed = {"test_seconds": round(seconds, 3), "users_per_second": round(len(data.split.test) / seconds, 1)}
+    if ranking.decoder == "replicated":
+        log(
+            "  the model's attention takes no tree-shaped masks: every beam keeps a copy of the history, slower by half"
+        )
     if ranking.model_seconds is not None:
         speed["model_share"] = round(ranking.model_seconds / seconds, 3)
     return ranking, speed

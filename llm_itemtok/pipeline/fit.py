@@ -14,6 +14,7 @@ from datasets import Dataset as ExampleTable
 from peft import PeftModel
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -99,12 +100,26 @@ def refuse_model(config: RunConfig, lm: PreTrainedModel, levels: int) -> None:
     if lm.config.is_encoder_decoder and config.examples.kind == "all-positions":
         raise RecipeError(f"{ALL_POSITIONS_REASON}; `model.name: {config.model.name}` is an encoder–decoder")
     needed = 1 + (config.examples.history_length + 1) * levels
-    positions = getattr(lm.config, "max_position_embeddings", None)  # T5 has none: it goes by distances
+    positions = most_positions(lm.config)
     if positions is not None and needed > positions:
         raise RecipeError(
             f"`examples.history_length: {config.examples.history_length}` needs {needed:,} positions at {levels} "
             f"tokens an item, but the model has {positions:,}; shorten the histories or choose another model"
         )
+
+
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """Longest row that a model reads as it should; None for T5, which goes by distances.
+
+    LongRoPE (Phi-3-128k, Phi-4-mini) changes all its frequencies when a row of a batch grows beyond the original
+    length, so there a user's scores would depend on who shares the batch: only what is shorter counts.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings", config.original_max_position_embeddings)
+        return int(original)
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return positions
 
 
 def decode_normaliser(config: RunConfig) -> DecodeNormaliser:

@@ -18,7 +18,7 @@ from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
 from llm_itemtok.vocab.trie import ItemTrie
 from tests.code_tables import code_tables
 from tests.decoding.test_decoders import generated
-from tests.tiny import FAMILIES, KINDS, states, tiny_codes, tiny_item_model, tiny_prompts
+from tests.tiny import ALL_FAMILIES, FAMILIES, KINDS, states, tiny_codes, tiny_item_model, tiny_prompts
 
 HISTORIES = [np.array([3, 7, 1, 9, 22]), np.array([5]), np.array([], dtype=int), np.arange(12)]
 
@@ -190,8 +190,8 @@ def test_many_restrictions_of_one_family(data: st.DataObject) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [check_free_lists, check_restricted_lists])
-@pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=250, deadline=None)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_large_sweep(family: str, check, data: st.DataObject) -> None:
     check(data, family)
@@ -312,3 +312,18 @@ def test_children_log_probabilities_of_the_whole_catalogue_sum_to_one() -> None:
     prompt = tiny_prompts(model, tokenizer).history([2])
     beams = beam_search(decoder_for(model), ItemTrie(codes), [prompt], beam=3, normaliser="children")
     assert np.exp(beams.scores).sum() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"beam": 0}, "`beam` must be at least 1, was: 0"),
+        ({"beam": 5, "allowed": [np.array([True, False])]}, "`allowed` must hold item rows, whole numbers, was: bool"),
+        ({"beam": 5, "excluded": [np.array([1.7])]}, "`excluded` must hold item rows, whole numbers, was: float64"),
+    ],
+)
+def test_what_is_no_beam_and_no_list_is_refused(settings_: dict, message: str) -> None:
+    model, tokenizer = tiny_item_model()
+    prompt = tiny_prompts(model, tokenizer).history([1])
+    with pytest.raises(DataError, match=message):
+        beam_search(decoder_for(model), ItemTrie(model.vocab.codes), [prompt], **settings_)

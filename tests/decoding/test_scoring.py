@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llm_itemtok.decoding import scoring
 from llm_itemtok.decoding.scoring import score_catalog, score_items
 from llm_itemtok.decoding.tree import takes_tree_masks
+from llm_itemtok.errors import DataError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.export import fold_rows
 from llm_itemtok.vocab.trie import ItemTrie
@@ -166,3 +167,14 @@ def test_level_scores_leave_room_for_paths_that_are_no_item():
     (scores,) = score_items(model, trie, rendered, [np.arange(60)])
     # 60 of the 120 paths are items; the others take the rest.
     assert 0 < float(np.exp(scores).sum()) < 1
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [([], "one list of items per prompt, 1, was: 0"), ([[-1]], "was: -1 to -1"), ([[3, 60]], "was: 3 to 60")],
+)
+def test_rows_that_are_not_there_are_refused(items, message):
+    model, tokenizer = tiny_item_model()
+    prompt = tiny_prompts(model, tokenizer).history([1])
+    with pytest.raises(DataError, match=message):
+        score_items(model, ItemTrie(model.vocab.codes), [prompt], [np.array(rows) for rows in items])

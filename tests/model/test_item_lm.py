@@ -11,6 +11,7 @@ from llm_itemtok.errors import UnsupportedModelError
 from llm_itemtok.model import item_lm
 from llm_itemtok.model.export import fold_rows
 from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, ItemTokenModel, of_encoder, refuse_unsupported
+from llm_itemtok.model.load import add_lora
 from llm_itemtok.model.rows import input_table
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import build
@@ -102,6 +103,34 @@ def test_losses_and_gradients_are_those_of_the_plain_model(family):
     assert len(body) > 8
     for name in body:
         assert torch.allclose(model.lm.get_parameter(name).grad, theirs[name].grad, atol=1e-4, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@EVERY_TIE
+@EVERY_FAMILY
+def test_gradients_of_the_item_rows_are_those_of_the_rows_in_a_plain_table(family, tied, lora):
+    model, _ = tiny_item_model(family, tied=tied, normaliser="vocab")
+    with torch.no_grad():
+        if not tied:
+            model.rows.output_rows.add_(torch.randn_like(model.rows.output_rows))
+    plain = fold_rows(copy.deepcopy(model.lm), model)
+    if lora:
+        for lm in (model.lm, plain):  # the same seed: the same adapters, whose second half is zero
+            add_lora(lm, rank=2, alpha=2, dropout=0.0, rslora=False, seed=0)
+        plain.get_input_embeddings().weight.requires_grad_(True)
+        plain.get_output_embeddings().weight.requires_grad_(True)
+    ids = mixed_ids(model)
+    after = torch.cat([ids[:, 1:], ids[:, :1]], dim=1)
+    levels = torch.where(after < model.vocab.first_id, model.vocab.num_levels, 0)
+    model(ids, after, levels, **context(model.lm, ids)).sum().backward()
+    F.cross_entropy(logits(plain, ids).transpose(1, 2), after, reduction="sum").backward()
+    span = slice(model.vocab.first_id, model.vocab.first_id + model.vocab.num_tokens)
+    expected = plain.get_input_embeddings().weight.grad[span]
+    assert expected.abs().sum() > 0
+    assert torch.allclose(model.rows.input_rows.grad, expected, atol=1e-4, rtol=1e-4)
+    if not tied:
+        expected = plain.get_output_embeddings().weight.grad[span]
+        assert torch.allclose(model.rows.output_rows.grad, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("extra", [0, 2], ids=["", "a tokenizer with more tokens"])
