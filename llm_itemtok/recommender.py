@@ -219,7 +219,7 @@ class Recommender:
             return []
         if self.generation.mask_seen:
             excluded = [
-                np.concatenate([np.asarray(seen, dtype=np.int64), [] if denied is None else denied]).astype(np.int64)
+                np.concatenate([np.asarray(part, dtype=np.int64) for part in (seen, denied) if part is not None])
                 for seen, denied in zip(rows, excluded, strict=True)
             ]
         beams = beam_search(

@@ -87,8 +87,8 @@ def evaluate(repeats: int = 2) -> Iterator[Result]:
         run = Evaluation()
         baseline = f"generate, {BATCH} at a time, trie of dictionaries"
         few = run.cases.head(FEW, seed=0)
-        usual_s, _ = cpu_seconds(lambda: run.usual(few), lambda: run.ours(few), repeats=repeats)
-        everybody = cpu_seconds(lambda: run.ours(run.cases), repeats=1)[0]
+        (usual_s,) = cpu_seconds(lambda: run.usual(few), repeats=repeats)
+        (everybody,) = cpu_seconds(lambda: run.ours(run.cases), repeats=1)
         yield _rates("E1", 12, baseline, "users", (len(few), usual_s), (len(run.cases), everybody))
         prompts = subjects.prompts(run.model.vocab, PASS_ITEMS, PASS_TOKENS)
         usual_s, ours_s = cpu_seconds(

@@ -9,8 +9,6 @@ Measured calls are deterministic, on random weights and synthetic data: nothing 
 """
 
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from llm_itemtok.training.effort import resident_peak
 
 GEMM = 1024
 """Side of the square matrices whose product gives the machine's rate."""
@@ -122,7 +122,7 @@ def _growth(prepare: Callable[..., Callable[[], object]], arguments: tuple[objec
     call = prepare(*arguments)
     before = _reset_peak()
     call()
-    return _peak() - before
+    return resident_peak() - before
 
 
 def _reset_peak() -> float:
@@ -130,17 +130,7 @@ def _reset_peak() -> float:
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
-    return _peak()
-
-
-def _peak() -> float:
-    """Most megabytes that were ever resident, or were since `_reset_peak`."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**20 if sys.platform == "darwin" else 1024)
+    return resident_peak()
 
 
 def _rounded(value: Any) -> Any:

@@ -110,6 +110,11 @@ def peak_megabytes() -> float:
     """Most memory this process has held so far: of the accelerator if it has one, else resident; in 2**20 bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    return resident_peak()
+
+
+def resident_peak() -> float:
+    """Most memory this process has had resident, in 2**20 bytes; where the system forgets its peak, since then."""
     status = Path("/proc/self/status")
     if status.exists():  # what `getrusage` says includes the parent's memory before this program began
         (line,) = [line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:")]
