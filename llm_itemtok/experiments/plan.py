@@ -23,6 +23,9 @@ from llm_itemtok.errors import RecipeError
 from llm_itemtok.strict import Within
 
 Seed = Annotated[int, Within(low=0, high=2**32 - 1)]
+VARIANT = "variant"
+"""Name under which a point holds the name of one of an arm's variants; no dotted setting is called so."""
+
 Point = tuple[tuple[str, Any], ...]
 """One combination of a grid: pairs (dotted setting, value)."""
 
@@ -51,8 +54,12 @@ class Arm:
     """What it changes in the recipe, nested as in a recipe."""
     grid: Mapping[str, list[Any]] = field(default_factory=dict)
     """Settings of its own to tune, beside those of `tuning.grid`: dotted setting → values."""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name → settings that belong together, nested as in a recipe, above its own; tuning keeps the best of them."""
     based_on: str = ""
     """Another arm, whose settings it takes over, the tuned ones too, below its own: an ablation, or more training."""
+    variant: str = ""
+    """Of the variants of the arm that it is based on, the one that it takes in place of the chosen one."""
     seeds: tuple[Seed, ...] | None = None
     """Seeds of its confirmation; null takes those of `confirm`."""
     datasets: tuple[str, ...] | None = None
@@ -149,7 +156,7 @@ class LoadedPlan:
         for shared in points(tuning.grid):
             block = ", ".join([tuning.dataset, *map(_short, shared)])
             for arm in [name for name, arm in self.plan.arms.items() if not arm.based_on]:
-                for own in points(self.plan.arms[arm].grid):
+                for own in _own_points(self.plan.arms[arm]):
                     name = " · ".join([block, arm, *map(_short, own), f"seed {tuning.seed}"])
                     config = self._config(tuning.dataset, arm, tuning.seed, (*shared, *own))
                     cells.append(Cell("screen", block, tuning.dataset, arm, (*shared, *own), name, config))
@@ -163,6 +170,8 @@ class LoadedPlan:
             for dataset, (name, arm) in itertools.product(everywhere, self.plan.arms.items()):
                 if seed in (arm.seeds or always) and dataset in (arm.datasets or everywhere):
                     point = chosen.get(arm.based_on or name, ())
+                    if arm.variant:
+                        point = ((VARIANT, arm.variant), *(pair for pair in point if pair[0] != VARIANT))
                     config = self._config(dataset, name, seed, point)
                     cells.append(
                         Cell("confirm", dataset, dataset, name, point, f"{dataset} · {name} · seed {seed}", config)
@@ -172,10 +181,13 @@ class LoadedPlan:
     def _config(self, dataset: str, arm: str, seed: int, point: Point) -> RunConfig:
         planned = self.plan.datasets[dataset]
         given = self.plan.arms[arm]
+        base = self.plan.arms[given.based_on] if given.based_on else given
+        variant = dict(point).get(VARIANT)
         overrides = [
             *_overrides(planned.settings),
-            *_overrides(self.plan.arms[given.based_on].settings if given.based_on else given.settings),
-            *(f"{name}={_yaml(value)}" for name, value in point),
+            *_overrides(base.settings),
+            *(_overrides(base.variants[variant]) if variant else ()),
+            *(f"{name}={_yaml(value)}" for name, value in point if name != VARIANT),
             *(_overrides(given.settings) if given.based_on else ()),
             f"seed={seed}",
         ]
@@ -185,6 +197,11 @@ class LoadedPlan:
 def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
     """Every combination of a grid, the last setting changing fastest; one empty point for an empty grid."""
     return [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _own_points(arm: Arm) -> list[Point]:
+    """What is tuned of an arm beside what all tune: every variant at every point of its own grid."""
+    return points({**({VARIANT: list(arm.variants)} if arm.variants else {}), **arm.grid})
 
 
 def _faults(plan: Plan) -> list[str]:
@@ -219,6 +236,16 @@ def _arm_faults(plan: Plan, name: str, arm: Arm) -> list[str]:
             f"`arms.{name}.based_on` must be an arm that is tuned itself ({', '.join(tuned)}), and leaves no room for "
             f"a `grid`, was: {arm.based_on}"
         )
+    variants = list(plan.arms[arm.based_on].variants) if arm.based_on in tuned else []
+    if arm.based_on and arm.variants:
+        faults.append(f"`arms.{name}.variants` must be empty where an arm is `based_on` another, which is not tuned")
+    if arm.variant and arm.variant not in variants:
+        faults.append(
+            f"`arms.{name}.variant` must be one of the variants of the arm that it is based on "
+            f"({', '.join(variants) or 'none'}), was: {arm.variant}"
+        )
+    if arm.variants and not plan.tuning:
+        faults.append(f"`arms.{name}.variants` need `tuning`, which chooses one of them")
     unknown = [dataset for dataset in arm.datasets or () if dataset not in plan.datasets]
     if unknown:
         faults.append(f"`arms.{name}.datasets` must be of {', '.join(plan.datasets)}, was: {', '.join(unknown)}")
@@ -247,8 +274,10 @@ def _tuning_faults(plan: Plan, tuning: Tuning) -> list[str]:
     grids = {"tuning.grid": tuning.grid, **{f"arms.{name}.grid": arm.grid for name, arm in plan.arms.items()}}
     for where, grid in grids.items():
         for name, values in grid.items():
-            if not values or name == "seed" or any(value in values[:at] for at, value in enumerate(values)):
-                faults.append(f"`{where}.{name}` must list distinct values to try (and not seeds), was: {values}")
+            if not values or name in ("seed", VARIANT) or any(value in values[:at] for at, value in enumerate(values)):
+                faults.append(
+                    f"`{where}.{name}` must list distinct values to try (and not seeds or variants), was: {values}"
+                )
     return faults
 
 

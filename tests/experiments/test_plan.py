@@ -85,6 +85,29 @@ def test_confirm_carries_the_chosen_point_over_and_probes_may_have_fewer_runs(lo
     assert all(cell.block == cell.dataset and cell.stage == "confirm" for cell in cells)
 
 
+def test_variants_are_tuned_as_wholes_and_another_arm_may_take_one_that_was_not_chosen(load):
+    few, many = {"tokenizer": {"kind": "rqvae", "epochs": 5}}, {"tokenizer": {"kind": "product", "levels": 4}}
+    plan = load(
+        arms={
+            "demo": {"variants": {"few": few, "many": many}},
+            "random": {"control": True, "settings": {"tokenizer": {"kind": "random"}}},
+            "next": {"probe": True, "based_on": "demo", "variant": "few", "settings": {"tokenizer": {"levels": 2}}},
+        }
+    )
+    tuned = [cell for cell in plan.tuning_cells() if cell.arm == "demo"]
+    assert [dict(cell.point)["variant"] for cell in tuned] == ["few", "many"] * 2
+    assert {cell.config.tokenizer.kind for cell in tuned if dict(cell.point)["variant"] == "few"} == {"rqvae"}
+
+    chosen = (("trainer.learning_rate", 1e-5), ("variant", "many"))
+    cells = {cell.arm: cell for cell in plan.confirm_cells({"demo": chosen})}
+    assert (cells["demo"].config.tokenizer.kind, cells["demo"].config.tokenizer.levels) == ("product", 4)
+    other = cells["next"]
+    fitted = other.config.tokenizer
+    assert (fitted.kind, fitted.epochs, fitted.levels) == ("rqvae", 5, 2)
+    assert other.config.trainer["learning_rate"] == 1e-5
+    assert dict(other.point)["variant"] == "few"
+
+
 def test_a_grid_gives_every_combination_once():
     assert points({}) == [()]
     assert points({"a": [1, 2], "b": ["x"]}) == [(("a", 1), ("b", "x")), (("a", 2), ("b", "x"))]
@@ -108,6 +131,9 @@ def test_a_grid_gives_every_combination_once():
         ({"arms": {**PLAN["arms"], "other": {"datasets": ["third"]}}}, "must be of first, second, was: third"),
         ({"arms": {**PLAN["arms"], "demo": {"seeds": [1]}}}, "it takes all seeds and data sets"),
         ({"arms": {**PLAN["arms"], "other": {"seeds": []}}}, "distinct and at least one"),
+        ({"arms": {**PLAN["arms"], "other": {"based_on": "demo", "variant": "x"}}}, "based on (none), was: x"),
+        ({"arms": {**PLAN["arms"], "other": {"based_on": "demo", "variants": {"x": {}}}}}, "which is not tuned"),
+        ({"arms": {**PLAN["arms"], "other": {"variants": {"x": {}}}}, "tuning": None}, "need `tuning`"),
     ],
 )
 def test_a_plan_that_cannot_be_right_is_refused_with_the_reason(load, changes, says):
