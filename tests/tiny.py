@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.text_codes import Split, TextCodes
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.load import auto_class, with_item_tokens
 from llm_itemtok.model.prompts import Prompts
@@ -204,6 +205,18 @@ def tiny_codes(num_items: int = 60, sizes: tuple[int, ...] = (6, 5, 4), seed: in
     flat = rng.choice(int(np.prod(sizes)), size=num_items, replace=False)
     table = np.stack(np.unravel_index(flat, sizes), axis=1).astype(np.int32)
     return ItemCodes(table, sizes, provenance={"kind": "test"})
+
+
+def text_codes(titles: Sequence[str], split: Split | None = None) -> ItemCodes:
+    """Titles as identifiers in words of the tiny tokenizer, a word a digit."""
+    digits = dict(zip("0123456789", WORDS[8:], strict=False))
+    tokenizer = tiny_tokenizer()
+
+    def cut(texts: Sequence[str]) -> list[list[str]]:
+        spelt = [" ".join(map(digits.get, text)) if text.isdigit() else text for text in texts]
+        return [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(spelt, add_special_tokens=False)["input_ids"]]
+
+    return TextCodes(split or cut, end="</s>", unknown="<unk>").of_titles(titles, max_tokens=5)
 
 
 def tiny_item_model(

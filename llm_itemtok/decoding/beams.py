@@ -8,6 +8,9 @@ Lists of what may or may not come out for a user leave the trie as it is: the it
 leaves, so the listed ones among them are counted by looking the range's ends up in the sorted list. That takes time by
 the length of the lists, not by the size of the catalogue.
 
+Identifiers in existing words end at unlike levels. Those that have ended hold no beam: as `generate` does it, they go
+to a list of their own, if they are among the K best continuations of their level, and the beams go on without them.
+
 The loop never waits for an accelerator: nothing in it depends on a value that is computed there.
 
 Shape letters: B users, K beams, C widest node, H listed items of all users.
@@ -88,6 +91,7 @@ def beam_search(
     scores = torch.zeros(len(prompts), 1, device=trie.device)
     parents: Tensor | None = None
     codes: Tensor | None = None
+    finished: _Finished | None = None
     for level in range(trie.num_levels):
         model_normaliser: Normaliser = "level" if normaliser == "children" else normaliser
         log_probs = decoder.level_log_probs(state, parents, codes, level, model_normaliser)
@@ -99,15 +103,59 @@ def beam_search(
             legal = legal & lists.leave_open(trie, children, level + 1)
         candidates = torch.where(legal, steps + scores.unsqueeze(-1), -torch.inf).flatten(1)
         keep = min(beam, candidates.shape[1], trie.num_nodes(level + 1), longest)
+        if trie.ended is not None:
+            ended = trie.ended[level][children].flatten(1)
+            leaves = trie.leaf_span(children, level + 1)[0].flatten(1)
+            finished, candidates = _finish(finished, candidates, ended, leaves, keep, width)
         scores, chosen = candidates.topk(keep, dim=1)
         parents = chosen // children.shape[2]
         nodes = children.flatten(1).gather(1, chosen)
         codes = child_codes.flatten(1).gather(1, chosen)
+    if finished is not None:
+        nodes, scores = finished.leaves, finished.scores
     items, found = trie.items(nodes).masked_fill(scores == -torch.inf, -1).cpu().numpy(), scores.cpu().numpy()
     if items.shape[1] < width:
         missing = ((0, 0), (0, width - items.shape[1]))
         items, found = np.pad(items, missing, constant_values=-1), np.pad(found, missing, constant_values=-np.inf)
     return Beams(items, found)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """Items of B users that have ended.
+
+    Attributes:
+        leaves: int64 `[B, n]`, leaves of the trie, best first.
+        scores: float32 `[B, n]`; -inf where there is none.
+    """
+
+    leaves: Tensor
+    scores: Tensor
+
+
+def _finish(
+    before: _Finished | None, candidates: Tensor, ended: Tensor, leaves: Tensor, keep: int, most: int
+) -> tuple[_Finished, Tensor]:
+    """Take the items that end out of the beams.
+
+    Args:
+        before: the items that ended at the levels before, if there were any.
+        candidates: float32 `[B, K * C]`, the score of each continuation.
+        ended: bool `[B, K * C]`, whether the item of a continuation ends with it.
+        leaves: int64 `[B, K * C]`, the first leaf under each continuation: its item, where that ends.
+        keep: how many of the continuations may end: the best ones.
+        most: how many items that have ended are kept.
+
+    Returns:
+        The best items that have ended so far, and the continuations that go on; -inf where they do not.
+    """
+    best, places = candidates.topk(keep, dim=1)
+    scores, ends = torch.where(ended.gather(1, places), best, -torch.inf), leaves.gather(1, places)
+    if before is not None:
+        scores, ends = torch.cat([before.scores, scores], dim=1), torch.cat([before.leaves, ends], dim=1)
+    scores, places = scores.topk(min(most, scores.shape[1]), dim=1)
+    ends = ends.gather(1, places)
+    return _Finished(ends, scores), candidates.masked_fill(ended, -torch.inf)
 
 
 @dataclass(frozen=True)

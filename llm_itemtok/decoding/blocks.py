@@ -4,7 +4,8 @@ A model that has read a history needs one position for each distinct beginning o
 codeword of each item. In the order of the sorted codes a prefix stands behind the prefixes that it continues, so the
 tree may be cut anywhere: a block only has to begin with the ancestors of its first prefix, and then no prefix looks
 beyond its own block. Prefixes of the last depth but one hold the items; none of them is ever repeated, so each item
-ends in exactly one block.
+ends in exactly one block. Codes may be of unlike lengths, if no code begins another one and the last codeword of each
+comes before what may stand in its place.
 
 Works on codes alone, on the host.
 
@@ -28,7 +29,7 @@ class Blocks:
             prefixes of length 1 and for slots that hold none.
         leaf_starts: int64 `[N + 1]`: leaves `[leaf_starts[n], leaf_starts[n + 1])` end in block `n`.
         leaf_slots: int64 `[I]`, the slot of each leaf's longest proper prefix.
-        leaf_codes: int64 `[I]`, its last codeword.
+        leaf_codes: int64 `[I]`, the last codeword of its code.
         leaf_items: int64 `[I]`, which of the given codes it is.
     """
 
@@ -60,19 +61,21 @@ class Blocks:
         )
 
 
-def cut(codes: np.ndarray, width: int) -> Blocks:
+def cut(codes: np.ndarray, width: int, lengths: np.ndarray | None = None) -> Blocks:
     """Cut the prefix tree of codes into blocks.
 
     Args:
         codes: integers `[I, L]`, distinct rows, at least one, of at least two levels.
         width: slots of a block, Q; at least `L - 1`, so that there is room for a prefix behind its ancestors.
+        lengths: int64 `[I]` in `[2, L]`, codewords of each code that count; None where all do.
     """
     num_levels = codes.shape[1]
     assert num_levels > 1
     assert width >= num_levels - 1
     order = np.lexsort(codes.T[::-1])
     codes = codes[order].astype(np.int64)
-    depths, last_codes, parents, above_leaf = _prefixes(codes)
+    lengths = np.full(len(codes), num_levels) if lengths is None else lengths[order]
+    depths, last_codes, parents, above_leaf = _prefixes(codes, lengths)
 
     begins: list[int] = []
     begin = 0
@@ -102,13 +105,13 @@ def cut(codes: np.ndarray, width: int) -> Blocks:
         cut_parents,
         leaf_starts=np.searchsorted(above_leaf, np.append(first, len(depths))),
         leaf_slots=slots[above_leaf],
-        leaf_codes=codes[:, -1],
+        leaf_codes=codes[np.arange(len(codes)), lengths - 1],
         leaf_items=order,
     )
 
 
-def _prefixes(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct proper prefixes of sorted codes `[I, L]`, each before those that continue it.
+def _prefixes(codes: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct proper prefixes of sorted codes `[I, L]` of lengths `[I]`, each before those that continue it.
 
     Returns:
         Lengths `[M]`, last codewords `[M]`, numbers of the prefixes that are one shorter `[M]` (0 at length 1), and for
@@ -116,12 +119,13 @@ def _prefixes(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     """
     new = np.ones((len(codes), codes.shape[1] - 1), dtype=bool)
     new[1:] = np.logical_or.accumulate(codes[1:, :-1] != codes[:-1, :-1], axis=1)
+    new &= np.arange(1, codes.shape[1]) < lengths[:, None]
     rows, levels = np.nonzero(new)
     numbers = np.zeros(new.shape, dtype=np.int64)
     numbers[rows, levels] = np.arange(len(rows))
     numbers = np.maximum.accumulate(numbers, axis=0)  # of the prefix that holds each code at each level
     parents = np.where(levels == 0, 0, numbers[rows, np.maximum(levels - 1, 0)])
-    return levels + 1, codes[rows, levels], parents, numbers[:, -1]
+    return levels + 1, codes[rows, levels], parents, numbers[np.arange(len(codes)), lengths - 2]
 
 
 def join(trees: Sequence[Blocks]) -> Blocks:

@@ -84,7 +84,7 @@ class ReplicatedDecoder:
         _follow(state, parents, history=state.seen.shape[1] - (level - 1))
         state.seen = torch.cat([state.seen, torch.ones_like(state.seen[:, :1])], dim=1)
         hidden = self.model.hidden(
-            (codes + self.model.vocab.first_id + self.model.vocab.level_starts[level - 1]).view(-1, 1),
+            self.model.vocab.token_ids(codes, level - 1).view(-1, 1),
             attention_mask=state.seen.repeat_interleave(num_beams, dim=0),
             position_ids=(state.lengths + level - 1).repeat_interleave(num_beams).unsqueeze(1),
             past_key_values=state.cache,

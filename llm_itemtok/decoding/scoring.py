@@ -130,7 +130,11 @@ class _Scoring:
                 out[:] = known[table[rows, 0]]
             return
         width = max(table.shape[1] - 1, min(self.nodes_per_pass, max(NARROWEST, int(state.lengths.max()))))
-        trees = {key: cut(table[rows], width) for key, rows in {id(rows): rows for rows in items}.items()}
+        lengths = self.model.vocab.lengths
+        trees = {
+            key: cut(table[rows], width, None if lengths is None else lengths[rows])
+            for key, rows in {id(rows): rows for rows in items}.items()
+        }
         starts = dict(zip(trees, np.cumsum([0, *map(len, trees.values())]), strict=False))
         blocks = join(list(trees.values()))
         users = np.repeat(np.arange(len(items)), [len(trees[id(rows)]) for rows in items])
@@ -167,18 +171,19 @@ class _Scoring:
         tops = np.flatnonzero(depths == 1)
         scores = torch.zeros(num_rows * width, device=states.device)
         scores[self._tensor(tops)] = first[self._tensor(users[tops // width]), self._tensor(codes[tops])]
+        found, leaf_depths = torch.zeros(len(leaf_parents), device=states.device), depths[leaf_parents]
         for level in range(1, self.model.vocab.num_levels):
             holders = np.flatnonzero(depths == level)
             at = self._tensor(holders)
             log_probs = self._log_probs(states[at], None if nodes is None else nodes[at], level)
-            last = level == self.model.vocab.num_levels - 1
-            takers = np.flatnonzero(depths == level + 1)
-            heads, next_codes = (leaf_parents, blocks.leaf_codes) if last else (parents[takers], codes[takers])
+            takers, leaves = np.flatnonzero(depths == level + 1), np.flatnonzero(leaf_depths == level)
+            heads = np.concatenate([parents[takers], leaf_parents[leaves]])
+            next_codes = np.concatenate([codes[takers], blocks.leaf_codes[leaves]])
             steps = log_probs[self._tensor(np.searchsorted(holders, heads)), self._tensor(next_codes)]
             reached = scores[self._tensor(heads)] + steps
-            if not last:
-                scores[self._tensor(takers)] = reached
-        return reached
+            scores[self._tensor(takers)] = reached[: len(takers)]
+            found[self._tensor(leaves)] = reached[len(takers) :]
+        return found
 
     def _states(self, decoder: TreeDecoder, state: TreeState, blocks: Blocks) -> Tensor:
         """The model's states `[R * Q, D]` at the slots of R blocks, each behind what its row has read."""
@@ -191,10 +196,9 @@ class _Scoring:
             slots = parents.gather(1, slots)
         history = state.visible.unsqueeze(1).expand(-1, parents.shape[1], -1)
         position_ids = state.lengths.unsqueeze(1) + levels
-        level_starts = torch.tensor(self.model.vocab.level_starts, device=parents.device)
         hidden = decoder.feed(
             state,
-            codes + self.model.vocab.first_id + level_starts[levels],
+            self.model.vocab.token_ids(codes, levels),
             torch.cat([history, ancestors], dim=2),
             position_ids,
             torch.cat([state.places, position_ids], dim=1),
@@ -223,7 +227,8 @@ class _Scoring:
     def _log_probs(self, states: Tensor, nodes: Tensor | None, level: int) -> Tensor:
         """Log-probabilities `[n, sizes[level]]` after states `[n, D]` at trie nodes `[n]` (None: all at the root)."""
         normaliser: Normaliser = "level" if self.normaliser == "children" else self.normaliser
-        width = len(self.model.rows) + (self.model.config.vocab_size if normaliser == "vocab" else 0)
+        width = len(self.model.rows) or self.model.vocab.codes.sizes[level]
+        width += self.model.config.vocab_size if normaliser == "vocab" else 0
         pieces = states.split(max(1, LOGITS_AT_ONCE // width))
         log_probs = torch.cat([self.model.level_log_probs(piece, level, normaliser) for piece in pieces])
         if self.normaliser != "children":

@@ -109,7 +109,7 @@ class TreeDecoder:
         """Feed the chosen beams, if any, and return the next level's log-probabilities (see `BeamDecoder`)."""
         if parents is None or codes is None:
             return self.model.level_log_probs(state.last.unsqueeze(1), level, normaliser)
-        token_ids = codes + self.model.vocab.first_id + self.model.vocab.level_starts[level - 1]
+        token_ids = self.model.vocab.token_ids(codes, level - 1)
         return self.model.level_log_probs(self.extend(state, parents, token_ids), level, normaliser)
 
     def extend(self, state: TreeState, parents: Tensor, token_ids: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ Decisions:
   so no later stage adds one by hand.
 - `sizes` is the *capacity* of each level, not the number of codewords in use: the vocabulary is built from it, and it
   stays fixed for a run however the codes move.
-- Two `ItemCodes` are equal when table and sizes are; names and provenance describe, they do not identify.
+- Codewords are tokens that a language model learns, or, where `words` says so, words that it has already: of such codes
+  an item may have fewer than there are levels. The codeword `ENDED` fills what is left of its row.
+- Two `ItemCodes` are equal when table, sizes and words are; names and provenance describe, they do not identify.
 
 This module knows nothing of vectors, quantizers or token ids.
 
@@ -29,6 +31,8 @@ from llm_itemtok.artifacts import FORMAT_VERSION, sha256_of_arrays, write_bytes
 from llm_itemtok.errors import ArtifactError, DataError
 
 FILE_NAME = "item_codes.safetensors"
+ENDED = ""
+"""The word of a codeword that stands for no token: the item has ended before this level."""
 _FORMAT = "llm_itemtok.item_codes"
 
 
@@ -42,6 +46,7 @@ class ItemCodes:
         sizes: Sequence[int],
         *,
         names: Sequence[str] | None = None,
+        words: Sequence[Sequence[str]] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         """Check and copy a table of codes.
@@ -50,14 +55,18 @@ class ItemCodes:
             table: integer `[N, L]`, N and L at least 1; column `l` holds values in `[0, sizes[l])`. Copied to int32.
             sizes: capacity of each level (number of codewords that may ever be used), L values in `[1, 2**31)`.
             names: one distinct name a level, for tables and pictures; `level-0`, `level-1`, ... when not given.
+            words: for each level, the distinct words that its codewords are in the vocabulary of a language model, or
+                `ENDED`; None for codewords that will be tokens of their own.
             provenance: where the codes come from: anything JSON can hold, kept with the table.
 
         Raises:
-            DataError: if shape, dtype, range, sizes, names or provenance are not as above.
+            DataError: if shape, dtype, range, sizes, names, words or provenance are not as above, or an item goes on
+                after it has ended.
         """
         self._sizes = _check_sizes(sizes)
         self._table = _check_table(np.asarray(table), self._sizes)
         self._names = _check_names(names, len(self._sizes))
+        self._words = _check_words(words, self._table, self._sizes)
         self._provenance = _as_json(provenance or {})
 
     @property
@@ -74,6 +83,18 @@ class ItemCodes:
     def names(self) -> tuple[str, ...]:
         """Name of each level, L distinct values."""
         return self._names
+
+    @property
+    def words(self) -> tuple[tuple[str, ...], ...] | None:
+        """The word of every codeword of each level; None where codewords are tokens of their own."""
+        return self._words
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Codewords of each item, int64 `[N]` in `[1, L]`: fewer than L where it has ended before the last level."""
+        if self._words is None:
+            return np.full(self.num_items, self.num_levels, dtype=np.int64)
+        return _lengths(self._table, self._words)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -120,8 +141,9 @@ class ItemCodes:
 
     @property
     def sha256(self) -> str:
-        """Hash of what makes two `ItemCodes` equal: table and sizes."""
-        return sha256_of_arrays(self._table, np.asarray(self._sizes, dtype=np.int64))
+        """Hash of what makes two `ItemCodes` equal: table, sizes and words."""
+        words = () if self._words is None else (json.dumps(self._words),)
+        return sha256_of_arrays(self._table, np.asarray(self._sizes, dtype=np.int64), *words)
 
     def prefix_groups(self, depth: int) -> np.ndarray:
         """Number the prefixes of a length in lexicographic order.
@@ -218,6 +240,8 @@ class ItemCodes:
             "provenance": self.provenance,
             "sha256": self.sha256,
         }
+        if self._words is not None:
+            header["words"] = self._words
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         # One metadata entry: safetensors does not promise the order of several.
@@ -239,7 +263,13 @@ class ItemCodes:
         path = path / FILE_NAME if path.is_dir() else path
         table, header = _read(path)
         try:
-            codes = cls(table, header["sizes"], names=header["names"], provenance=header["provenance"])
+            codes = cls(
+                table,
+                header["sizes"],
+                names=header["names"],
+                words=header.get("words"),
+                provenance=header["provenance"],
+            )
         except (DataError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: the item codes contradict their own description: {error}") from error
         if codes.sha256 != header.get("sha256"):
@@ -254,13 +284,14 @@ class ItemCodes:
         return self.num_items
 
     def __eq__(self, other: object) -> bool:
-        """Whether table and sizes agree."""
+        """Whether table, sizes and words agree."""
         if not isinstance(other, ItemCodes):
             return NotImplemented
-        return self._sizes == other._sizes and np.array_equal(self._table, other._table)
+        same = (self._sizes, self._words) == (other._sizes, other._words)
+        return same and np.array_equal(self._table, other._table)
 
     def __hash__(self) -> int:
-        """Hash over table and sizes."""
+        """Hash over table, sizes and words."""
         return hash(self.sha256)
 
     def __repr__(self) -> str:
@@ -306,6 +337,36 @@ def _check_names(names: Sequence[str] | None, num_levels: int) -> tuple[str, ...
     if len(checked) != num_levels or len(set(checked)) != num_levels or not all(isinstance(n, str) for n in checked):
         raise DataError(f"`names` must be {num_levels} distinct texts, one a level, was: {checked!r}")
     return checked
+
+
+def _check_words(
+    words: Sequence[Sequence[str]] | None, table: np.ndarray, sizes: tuple[int, ...]
+) -> tuple[tuple[str, ...], ...] | None:
+    if words is None:
+        return None
+    checked = tuple(tuple(level) for level in words)
+    if tuple(map(len, checked)) != sizes or any(len(set(level)) < len(level) for level in checked):
+        raise DataError(
+            f"`words` must be one distinct word a codeword, {sizes} of them, was: {tuple(map(len, checked))}, of which "
+            f"distinct: {tuple(len(set(level)) for level in checked)}"
+        )
+    lengths = _lengths(table, checked)
+    for level, texts in enumerate(checked):
+        ended = lengths <= level
+        if ended.any() and (ENDED not in texts or (table[ended, level] != texts.index(ENDED)).any()):
+            raise DataError(f"an item that has ended before level {level} must have no word there, but one has")
+    if not lengths.all():
+        raise DataError("an item must have at least one word, but one has none")
+    return checked
+
+
+def _lengths(table: np.ndarray, words: tuple[tuple[str, ...], ...]) -> np.ndarray:
+    """The first level, int64 `[N]`, at which each item has ended; L for those that never do."""
+    lengths = np.full(len(table), len(words), dtype=np.int64)
+    for level in reversed(range(len(words))):
+        if ENDED in words[level]:
+            lengths[table[:, level] == words[level].index(ENDED)] = level
+    return lengths
 
 
 def _as_json(provenance: Mapping[str, Any]) -> str:

@@ -14,7 +14,8 @@ right, so padding cannot change a result, and the attention kernels keep their f
 ways, so what it reads does carry one.
 
 Normalisers of an item token at level `l`: `level` (softmax over the codewords of that level), `items` (over all item
-tokens), `vocab` (over the whole extended vocabulary, as plain `generate` has it). Text tokens always use `vocab`.
+tokens), `vocab` (over the whole extended vocabulary, as plain `generate` has it). Text tokens always use `vocab`, and
+so do identifiers in words of the existing vocabulary, which have no item tokens and no rows.
 
 Shape letters: B rows, S positions, C context positions of an encoder, D model width, T item tokens.
 """
@@ -22,14 +23,17 @@ Shape letters: B rows, S positions, C context positions of an encoder, D model w
 import math
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_itemtok.errors import UnsupportedModelError
+from llm_itemtok.errors import ItemTokError, UnsupportedModelError
+from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.rows import ItemRows, input_table, output_head
 from llm_itemtok.vocab.item_vocab import ItemVocab
+from llm_itemtok.vocab.text_vocab import TextVocab
 
 Normaliser = Literal["level", "items", "vocab"]
 
@@ -52,9 +56,11 @@ class ItemTokenModel(nn.Module):
     Attributes:
         lm: the base model; the vocabulary it was loaded with is never resized.
         rows: the item tokens' vectors.
-        vocab: the current item vocabulary. An update of the item tokens assigns another over the same tokens.
+        vocab: the current item vocabulary. An update of the item tokens puts another over the same tokens into its
+            place (`take_codes`), and so does a state dict of a model that holds its codes (`hold_codes`).
         normaliser: over what an item token's probability is normalised in training.
         label_smoothing: in `[0, 1)`, share of the target spread evenly over the normaliser's tokens.
+        mix: what an objective learns besides, such as the weights of its terms; None for most objectives.
         tree_masks: whether the body takes the masks of tree-shaped beams, by attention implementation and dtype, as far
             as it was tried (`decoding.tree.takes_tree_masks`).
     """
@@ -74,19 +80,34 @@ class ItemTokenModel(nn.Module):
 
         Raises:
             UnsupportedModelError: for a family that the tests do not cover.
+            ItemTokError: if items are named in existing words, and the normaliser is not `vocab`.
         """
         super().__init__()
         refuse_unsupported(lm)
+        if isinstance(vocab, TextVocab) and normaliser != "vocab":
+            raise ItemTokError(f"identifiers in existing words take the normaliser `vocab` only, was: {normaliser}")
         self.lm = lm
         self.rows = rows
         self.vocab = vocab
         self.normaliser: Normaliser = normaliser
         self.label_smoothing = label_smoothing
+        self.mix: nn.Module | None = None
         self.tree_masks: dict[tuple[str, torch.dtype], bool] = {}
         self.input_dropout = nn.Dropout(input_dropout)
         self.output_dropout = nn.Dropout(output_dropout)
         self.register_state_dict_post_hook(_keep_trainable)
         self.register_load_state_dict_post_hook(_expect_trainable)
+        self.register_load_state_dict_post_hook(_follow_codes)
+
+    def hold_codes(self) -> None:
+        """Let the item codes travel with the weights: in the state dict, so in checkpoints, and back out of it."""
+        self.register_buffer("item_codes", torch.from_numpy(self.vocab.codes.table.copy()).to(self.device))
+
+    def take_codes(self, codes: ItemCodes) -> None:
+        """Let the item tokens spell other codes, of the same level sizes, from now on."""
+        self.vocab = self.vocab.with_codes(codes)
+        if "item_codes" in self._buffers:
+            self.get_buffer("item_codes").copy_(torch.from_numpy(codes.table.copy()))
 
     @property
     def device(self) -> torch.device:
@@ -159,9 +180,14 @@ class ItemTokenModel(nn.Module):
         and the first item token have logit 0: some tokenizers have more tokens than their model has rows (Gemma 3).
         """
         base = self._finished(output_head(self.lm)(hidden))
-        first, after = self.rows.first_id, self.rows.first_id + len(self.rows)
-        base = F.pad(base, (0, max(0, first - base.shape[-1])))
-        return torch.cat([base[..., :first], self.item_logits(hidden), base[..., after:]], dim=-1)
+        first, after, width = self.rows.first_id, self.rows.first_id + len(self.rows), base.shape[-1]
+        # Only what must be cut is cut: the gradient of each cut is another tensor as wide as the vocabulary.
+        parts = [base if first >= width else base[..., :first], self.item_logits(hidden)]
+        if first > width:
+            parts.insert(1, base.new_zeros((*base.shape[:-1], first - width)))
+        if after < width:
+            parts.append(base[..., after:])
+        return torch.cat(parts, dim=-1)
 
     def level_log_probs(self, hidden: Tensor, level: int, normaliser: Normaliser) -> Tensor:
         """Log-probabilities of a level's codewords.
@@ -174,6 +200,8 @@ class ItemTokenModel(nn.Module):
         Returns:
             float32 `[..., sizes[level]]`.
         """
+        if isinstance(self.vocab, TextVocab):
+            return self._word_log_probs(self.vocab, hidden, level, normaliser)
         if normaliser == "level":
             return self.item_logits(hidden, level).float().log_softmax(-1)
         items = self.item_logits(hidden).float()
@@ -182,6 +210,25 @@ class ItemTokenModel(nn.Module):
             total = torch.logaddexp(total, self._text_logsumexp(hidden))
         start = self.vocab.level_starts[level]
         return items[..., start : start + self.vocab.codes.sizes[level]] - total.unsqueeze(-1)
+
+    def _word_log_probs(self, vocab: TextVocab, hidden: Tensor, level: int, normaliser: Normaliser) -> Tensor:
+        """As `level_log_probs`, where codewords are existing words; 0 for the codeword of items that have ended."""
+        head = output_head(self.lm).weight[vocab.level_ids(level, hidden.device)]
+        logits = self._finished(F.linear(hidden, head)).float()
+        ended = vocab.ended[level]
+        if normaliser == "vocab":
+            log_probs = logits - self._text_logsumexp(hidden).unsqueeze(-1)
+        elif normaliser == "level":
+            if ended is not None:
+                logits[..., ended] = -torch.inf
+            log_probs = logits.log_softmax(-1)
+        else:
+            raise ItemTokError(
+                f"identifiers in existing words are normalised over `vocab` or `children`, was: {normaliser}"
+            )
+        if ended is not None:
+            log_probs[..., ended] = 0
+        return log_probs
 
     def _text_logsumexp(self, hidden: Tensor) -> Tensor:
         """Logarithm of the summed exponentials `[...]` of all logits but the item tokens'.
@@ -214,7 +261,10 @@ class ItemTokenModel(nn.Module):
         levels: Tensor,
         context_ids: Tensor | None = None,
         context_seen: Tensor | None = None,
-    ) -> Tensor:
+        blank_ids: Tensor | None = None,
+        blank_places: Tensor | None = None,
+        blank_context: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Negative log-likelihood of every target token.
 
         Args:
@@ -223,34 +273,66 @@ class ItemTokenModel(nn.Module):
             levels: int64 `[B, S]`: the level of the label, `num_levels` for a text token, -1 where there is no target.
             context_ids: int64 `[B, C]`, what an encoder reads; None for a decoder-only model.
             context_seen: int64 `[B, C]`, 0 where there is padding, else 1.
+            blank_ids: int64 `[U, P]`, right-padded rows of items that have no history before them; None where the
+                effect of histories is not asked for.
+            blank_places: int64 `[B, S]`: which position of `blank_ids`, counted row by row, predicts the same token
+                without the history, -1 where none does.
+            blank_context: int64 `[1, C']`, what an encoder reads where there is no history.
 
         Returns:
-            float32 `[B, S]` in nats; 0 where there is no target.
+            float32 `[B, S]` in nats; 0 where there is no target. With `blank_ids` `[2, B, S]`, the second by the effect
+            of the history: the softmax of the logits with it less those without. With a `mix`, what it computes as
+            well: here and not beside, so that a distributed wrapper knows that its parameters are used.
         """
+        hidden = self._states(input_ids, context_ids, context_seen)
+        nll = self._nll(hidden, labels, levels)
+        if blank_ids is not None and blank_places is not None:
+            if blank_context is not None:
+                blank_context = blank_context.expand(len(blank_ids), -1)
+            seen = None if blank_context is None else torch.ones_like(blank_context)
+            blank = self._states(blank_ids, blank_context, seen).flatten(0, 1)[blank_places.clamp(min=0)]
+            levels = levels.masked_fill(blank_places < 0, -1)
+            nll = torch.stack([nll, self._nll(hidden, labels, levels, blank)])
+        return nll if self.mix is None else (nll, self.mix())
+
+    def _states(self, input_ids: Tensor, context_ids: Tensor | None, context_seen: Tensor | None) -> Tensor:
+        """Final states `[B, S, D]` while training, after the encoder has read what it is given."""
         context: dict[str, Tensor] = {}
         if context_ids is not None and context_seen is not None:
             context = {
                 "encoder_hidden_states": self.read(context_ids, context_seen),
                 "encoder_attention_mask": context_seen,
             }
-        hidden = self.output_dropout(self.hidden(input_ids, use_cache=False, **context).last_hidden_state)
+        states: Tensor = self.output_dropout(self.hidden(input_ids, use_cache=False, **context).last_hidden_state)
+        return states
+
+    def _nll(self, hidden: Tensor, labels: Tensor, levels: Tensor, blank: Tensor | None = None) -> Tensor:
+        """NLL `[B, S]` by states `[B, S, D]`; with others, `blank`, by the difference of their logits."""
         nll = hidden.new_zeros(labels.shape, dtype=torch.float32)
-        for level in range(self.vocab.num_levels + 1):
+        groups = range(self.vocab.num_levels + 1)
+        if self.normaliser == "vocab":  # the same words for all: the table, most of the work, is then read once
+            levels, groups = levels.masked_fill(levels >= 0, groups[-1]), groups[-1:]
+        for level in groups:
             where = levels == level
             if where.any():
-                nll[where] = self._level_nll(hidden[where], labels[where], level)
+                without = None if blank is None else blank[where]
+                nll[where] = self._level_nll(hidden[where], labels[where], level, without)
         return nll
 
-    def _level_nll(self, hidden: Tensor, labels: Tensor, level: int) -> Tensor:
+    def _level_nll(self, hidden: Tensor, labels: Tensor, level: int, blank: Tensor | None = None) -> Tensor:
         """NLL `[n]` of labels that all belong to one level (or to the text)."""
+        logits, first = self._level_logits(hidden, level)
+        if blank is not None:
+            logits = logits - self._level_logits(blank, level)[0]
+        return F.cross_entropy(logits.float(), labels - first, reduction="none", label_smoothing=self.label_smoothing)
+
+    def _level_logits(self, hidden: Tensor, level: int) -> tuple[Tensor, int]:
+        """Logits `[n, K]` of what a token of a level (or of the text) is normalised over, and the id of the first."""
         if level == self.vocab.num_levels or self.normaliser == "vocab":
-            logits, targets = self.vocab_logits(hidden), labels
-        elif self.normaliser == "items":
-            logits, targets = self.item_logits(hidden), labels - self.rows.first_id
-        else:
-            logits = self.item_logits(hidden, level)
-            targets = labels - self.rows.first_id - self.vocab.level_starts[level]
-        return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=self.label_smoothing)
+            return self.vocab_logits(hidden), 0
+        if self.normaliser == "items":
+            return self.item_logits(hidden), self.rows.first_id
+        return self.item_logits(hidden, level), self.rows.first_id + self.vocab.level_starts[level]
 
 
 def refuse_unsupported(lm: PreTrainedModel) -> None:
@@ -291,13 +373,24 @@ def _trainable(module: nn.Module) -> set[str]:
 
 
 def _keep_trainable(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
-    """Leave what training does not change out of checkpoints."""
-    kept = {prefix + name for name in _trainable(module)}
+    """Leave what training does not change out of checkpoints; codes that are held are in."""
+    kept = {prefix + name for name in (*_trainable(module), "item_codes")}
     for name in [name for name in state if name.startswith(prefix) and name not in kept]:
         del state[name]
 
 
 def _expect_trainable(module: nn.Module, incompatible: Any) -> None:
     """Do not call missing what a checkpoint leaves out on purpose."""
-    expected = _trainable(module)
+    expected = _trainable(module) | ({"item_codes"} & set(module._buffers))
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name in expected]
+
+
+def _follow_codes(module: nn.Module, _incompatible: Any) -> None:
+    """Let the vocabulary of a model that holds its codes be the one that was loaded."""
+    assert isinstance(module, ItemTokenModel)
+    if "item_codes" not in module._buffers:
+        return
+    before, table = module.vocab.codes, module.get_buffer("item_codes").cpu().numpy()
+    if not np.array_equal(table, before.table):
+        codes = ItemCodes(table, before.sizes, names=before.names, provenance=before.provenance)
+        module.vocab = module.vocab.with_codes(codes)

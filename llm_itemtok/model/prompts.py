@@ -4,7 +4,8 @@ A prompt of a decoder-only model begins with the start token. One that an encode
 as T5 was trained to read and as TIGER has it (arXiv:2305.05065, released ports); its answer begins a row of its own. A
 history is the item tokens of its items, one path after the other, so an empty history is that one token alone and asks
 for the model's unconditional answer. Items are given by their rows; token ids are looked up when a prompt is built, so
-prompts always follow the current codes.
+prompts always follow the current codes. Identifiers of existing words stand there with their end token, which tells
+where the next one begins.
 """
 
 from collections.abc import Sequence
@@ -59,27 +60,42 @@ class Prompts:
             raise ItemTokError("the tokenizer must have an EOS token to end a prompt with, but it has none")
         self.start = start_id(tokenizer) if answer_start is None else answer_start
         self._paths = vocab.paths.numpy()
+        self._lengths = vocab.lengths
         self._title_words = encode_text(tokenizer, [TITLE])[0] if texts else []
         self._item_words = encode_text(tokenizer, [ITEM])[0] if texts else []
         self._texts = encode_text(tokenizer, texts)
 
     def history(self, items: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Token ids int64 `[1 + len(items) * num_levels]` of a history of item rows."""
+        """Token ids int64 of a history of item rows: `paths`, begun or ended as the model takes it."""
         return self._prompt(self.paths(items))
 
     def paths(self, items: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Token ids int64 `[len(items) * num_levels]` of item rows, one path after the other."""
-        paths: np.ndarray = self._paths[np.asarray(items, dtype=np.int64)].reshape(-1)
-        return paths
+        """Token ids int64 of item rows, one path after the other: `num_levels` an item, or fewer where it ends."""
+        rows = np.asarray(items, dtype=np.int64)
+        paths: np.ndarray = self._paths[rows]
+        return paths.reshape(-1) if self._lengths is None else paths[self._counted(rows)]
+
+    def levels(self, items: np.ndarray | Sequence[int]) -> np.ndarray:
+        """The level int64 of each token of `paths`."""
+        rows = np.asarray(items, dtype=np.int64)
+        if self._lengths is None:
+            return np.tile(np.arange(self._paths.shape[1]), len(rows))
+        return np.nonzero(self._counted(rows))[1]
+
+    def _counted(self, rows: np.ndarray) -> np.ndarray:
+        """Which levels hold a token of each item, bool `[n, num_levels]`."""
+        assert self._lengths is not None
+        counted: np.ndarray = np.arange(self._paths.shape[1]) < self._lengths[rows, None]
+        return counted
 
     def title_to_item(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """Text first, then the item's path: token ids int64 of the prompt, and of the targets after it."""
-        return self._prompt([*self._title_words, *self._texts[item], *self._item_words]), self._paths[item]
+        return self._prompt([*self._title_words, *self._texts[item], *self._item_words]), self.paths([item])
 
     def item_to_title(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """The item's path first, then its text and the end token: prompt and targets, as `title_to_item`."""
         target = np.array([*self._texts[item], *([] if self.end is None else [self.end])], dtype=np.int64)
-        return self._prompt([*self._item_words, *self._paths[item], *self._title_words]), target
+        return self._prompt([*self._item_words, *self.paths([item]), *self._title_words]), target
 
     def _prompt(self, words: np.ndarray | Sequence[int]) -> np.ndarray:
         """Begin or end a prompt."""

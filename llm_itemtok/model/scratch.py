@@ -33,14 +33,17 @@ from llm_itemtok.model.load import auto_class
 from llm_itemtok.model.prompts import encode_text
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+SPACE = "▁"
+"""How a space before a word is written in pieces."""
 
 
-def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: Sequence[str], *, vocab_size: int, letters: str = "") -> PreTrainedTokenizerBase:
     """Train a SentencePiece unigram tokenizer.
 
     Args:
         texts: item texts; empty ones are passed over.
         vocab_size: pieces at most; fewer when the texts do not hold that many.
+        letters: that get a piece of their own, on top of these, where the texts give them none.
 
     Returns:
         A fast tokenizer with `<unk>`, `<s>` (BOS) and `</s>` (EOS, also used for padding) as ids 0, 1 and 2. Letters
@@ -72,6 +75,9 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> PreTrainedToken
             ) from error
         processor = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
         pieces += [(processor.id_to_piece(i), processor.get_score(i)) for i in range(3, processor.get_piece_size())]
+    if letters:
+        known, last = {piece for piece, _ in pieces}, min(score for _, score in pieces)
+        pieces += [(letter, last - 1.0) for letter in (SPACE, *letters) if letter not in known]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     backend.pre_tokenizer = pre_tokenizers.Metaspace()

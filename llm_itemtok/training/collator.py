@@ -23,7 +23,7 @@ class Collator:
 
     Attributes:
         prompts: of the current item vocabulary.
-        num_levels: tokens of an item.
+        num_levels: tokens of an item, or of the longest.
     """
 
     def __init__(self, prompts: Prompts, num_levels: int) -> None:
@@ -78,9 +78,9 @@ class Collator:
             first = example["first"]
             # Another target behind the first would be one without its history: the encoder has not read on.
             assert not self.prompts.encoded or first == len(items) - 1
-            levels = np.tile(np.arange(self.num_levels), len(items) - first)
-            return self.prompts.history(items[:first]), self.prompts.paths(items[first:]), levels
+            targets = items[first:]
+            return self.prompts.history(items[:first]), self.prompts.paths(targets), self.prompts.levels(targets)
         if task == "title-to-item":
-            return *self.prompts.title_to_item(int(items[0])), np.arange(self.num_levels)
+            return *self.prompts.title_to_item(int(items[0])), self.prompts.levels(items)
         prompt, targets = self.prompts.item_to_title(int(items[0]))
         return prompt, targets, np.full(len(targets), self.num_levels)

@@ -29,7 +29,14 @@ def spellings(sizes: tuple[int, ...]) -> list[str]:
 
     Returns:
         `sum(sizes)` distinct strings.
+
+    Raises:
+        ItemTokError: if there are more levels than letters.
     """
+    if len(sizes) > len(string.ascii_lowercase):
+        raise ItemTokError(
+            f"item tokens are called by a letter a level, so there must be at most 26 levels, was: {len(sizes)}"
+        )
     return [f"<{string.ascii_lowercase[level]}_{code}>" for level, size in enumerate(sizes) for code in range(size)]
 
 
@@ -42,7 +49,10 @@ class ItemVocab:
         num_tokens: how many item tokens there are, the capacity of the code table.
         level_starts: for each level, the offset of its first token from `first_id`.
         paths: int64 `[num_items, num_levels]`, token ids.
+        lengths: None: every item has a token at every level (`vocab.text_vocab` has items that have not).
     """
+
+    lengths: np.ndarray | None = None
 
     def __init__(self, codes: ItemCodes, first_id: int) -> None:
         self.codes = codes
@@ -107,9 +117,15 @@ class ItemVocab:
             )
         return ItemVocab(codes, self.first_id)
 
+    def token_ids(self, codes: Tensor, levels: int | Tensor) -> Tensor:
+        """Token ids int64 `[...]` of codewords `[...]`, all of one level, or each of its own, int64 `[...]`."""
+        if isinstance(levels, int):
+            return codes + (self.first_id + self.level_starts[levels])
+        return codes + self.first_id + torch.tensor(self.level_starts, device=codes.device)[levels]
+
     @property
     def num_levels(self) -> int:
-        """Tokens of every item."""
+        """Tokens of every item, or of the longest."""
         return self.codes.num_levels
 
     def spell(self, row: int) -> str:

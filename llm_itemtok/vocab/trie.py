@@ -34,6 +34,8 @@ class ItemTrie:
             child.
         leaf_items: int32 `[num_items]`: the item row of each leaf; int64 beyond 2**31 items, and so are `starts`.
         max_children: per level, the widest node.
+        ended: per level, bool `[nodes at depth level + 1]`: whether the item of a node has no more words; None where
+            every item has a codeword of its own at every level.
     """
 
     def __init__(self, codes: ItemCodes) -> None:
@@ -54,7 +56,9 @@ class ItemTrie:
         self.leaf_items: Tensor = _narrow(rows, np.int32, np.int64)
         self._item_leaves: Tensor | None = None
         table = codes.table.take(rows, axis=0)
+        lengths = None if codes.words is None else codes.lengths[rows]
         del rows  # ten million of them are 80 MB, and the sorted table is twice that
+        self.ended: list[Tensor] | None = None if lengths is None else []
         parents = np.zeros(len(table), dtype=bool)  # whether the prefix differs from that of the row before
         parents[0] = True
         for level in range(codes.num_levels):
@@ -63,6 +67,8 @@ class ItemTrie:
             starts = np.flatnonzero(parents[children])
             self.starts.append(_narrow(np.append(starts, np.count_nonzero(children)), np.int32, np.int64))
             self.child_codes.append(_narrow(table[children, level], np.uint8, np.int16, np.int32))
+            if self.ended is not None and lengths is not None:
+                self.ended.append(torch.from_numpy(lengths[children] <= level + 1))
             parents = children
         self.max_children = tuple(int((starts[1:] - starts[:-1]).max()) for starts in self.starts)
 
@@ -93,13 +99,14 @@ class ItemTrie:
     def arrays(self) -> list[Tensor]:
         """Every array that is held now."""
         leaves = [] if self._item_leaves is None else [self._item_leaves]
-        return [*self.starts, *self.child_codes, self.leaf_items, *leaves]
+        return [*self.starts, *self.child_codes, *(self.ended or []), self.leaf_items, *leaves]
 
     def to(self, device: torch.device) -> "ItemTrie":
         """Move the arrays to a device, in place, and return self."""
         self.starts = [starts.to(device) for starts in self.starts]
         self.child_codes = [codes.to(device) for codes in self.child_codes]
         self.leaf_items = self.leaf_items.to(device)
+        self.ended = None if self.ended is None else [ended.to(device) for ended in self.ended]
         self._item_leaves = None if self._item_leaves is None else self._item_leaves.to(device)
         return self
 

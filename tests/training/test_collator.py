@@ -9,7 +9,8 @@ from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.next_token import NextToken
 from llm_itemtok.vocab.item_vocab import ItemVocab
-from tests.tiny import tiny_tokenizer
+from llm_itemtok.vocab.text_vocab import resolved
+from tests.tiny import text_codes, tiny_tokenizer
 
 CODES = ItemCodes(np.array([[0, 1], [1, 0], [2, 1]]), (3, 2))
 A, B = 21, 24  # token ids of <a_0> and <b_0>
@@ -136,3 +137,19 @@ def test_every_task_has_a_term_in_every_batch():
     assert list(terms) == ["next-item", "title-to-item"]
     assert float(terms["next-item"]) == 0
     assert "rajput2023" in objective.citation
+
+
+def test_identifiers_of_unlike_lengths_stand_one_after_the_other_without_gaps():
+    """What a row is made of where items end at unlike levels: words and end tokens, each with its place in its item."""
+    tokenizer = tiny_tokenizer()
+    vocab = resolved(tokenizer, text_codes(["red lamp", "old"]))
+    collate = Collator(Prompts(tokenizer, vocab, ["red lamp", "old"]), vocab.num_levels)
+    batch = collate([example(0, [0, 1, 0], first=1), example(2, [1])])
+    assert batch["input_ids"][0].tolist() == [START, RED, LAMP, END, OLD, END, RED, LAMP]
+    assert batch["labels"][0].tolist() == [RED, LAMP, END, OLD, END, RED, LAMP, END]
+    assert batch["levels"][0].tolist() == [-1, -1, -1, 0, 1, 0, 1, 2]
+    assert batch["labels"][1, :7].tolist() == [UNK, UNK, OLD, END, UNK, UNK, OLD]
+    batch = Collator(Prompts(tokenizer, vocab, answer_start=UNK), 3)([example(0, [0, 1], first=1)])
+    assert batch["context_ids"].tolist() == [[RED, LAMP, END, END]]
+    assert (batch["input_ids"].tolist(), batch["labels"].tolist()) == ([[UNK, OLD]], [[OLD, END]])
+    assert batch["levels"].tolist() == [[0, 1]]
