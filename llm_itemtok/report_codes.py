@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.compare import movement_sentences
+from llm_itemtok.items.findings import gaps_text
 from llm_itemtok.report_plots import Chart, Dots, dot_chart, load_chart, usage_chart, value_text
 from llm_itemtok.report_run import RunFolder
 from llm_itemtok.report_tree import category_groups, follows, fullest_codewords, spelled, tree_chart
@@ -23,6 +25,7 @@ from llm_itemtok.report_tree import category_groups, follows, fullest_codewords,
 _QUALITY_NAMES = {
     "items": "Items",
     "capacity": "Codes there is room for",
+    "words": "Existing words that name an item, on average, end token included",
     "collision_rate": "Items that shared their code with another, before resolution",
     "unique": "Each item has a code of its own",
     "reconstruction_error": "Squared error of the vectors rebuilt from codes, as a share of their variance",
@@ -62,6 +65,88 @@ class Change:
     examples: tuple[Mapping[str, str], ...]
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a page shows of one table of codes and its versions.
+
+    Attributes:
+        name: of the run or the codes.
+        verdict: in a sentence or more; empty where it was not judged.
+        findings: what the doctor found: `rule`, `what`, `change`.
+        not_judged: what it did not look at, in a sentence; empty where it looked at everything, or at nothing.
+        tree: the picture of the newest codes; None without codes.
+        charts: how they are used.
+        levels: `quality.level_quality` of each.
+        versions: names, oldest first.
+        rows: numbers about the whole codes, a cell a version.
+        changes: from version to version.
+    """
+
+    name: str
+    verdict: str
+    findings: Sequence[Mapping[str, str]]
+    not_judged: str
+    tree: Tree | None
+    charts: Sequence[Chart]
+    levels: Sequence[Mapping[str, Any]]
+    versions: Sequence[str]
+    rows: Sequence[tuple[str, list[str]]]
+    changes: Sequence[Change]
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What moved between two tables of codes of the same items.
+
+    Attributes:
+        sentences: how items were joined, and how many moved how far.
+        levels: name of a level, share of items with another codeword there, and how far both put the same items
+            together, as text.
+        movers: the items that moved most: `label`, `old`, `new`.
+    """
+
+    sentences: Sequence[str]
+    levels: Sequence[tuple[str, str, str]]
+    movers: Sequence[Mapping[str, str]]
+
+
+def part(run: RunFolder) -> Part:
+    """Collect what is known of a run's item tokens."""
+    return Part(
+        name=run.name,
+        verdict=verdict(run.quality),
+        findings=findings(run.quality),
+        not_judged=gaps_text(_facts(run.quality).get("not_judged", [])),
+        tree=code_tree(run),
+        charts=usage_charts(run),
+        levels=levels(run.quality),
+        versions=list(run.quality),
+        rows=quality_rows(run.quality),
+        changes=changes(run),
+    )
+
+
+def movement(joined: str, found: Mapping[str, Any], old: ItemCodes, new: ItemCodes, labels: Sequence[str]) -> Movement:
+    """Put the result of `compare_codes` for a page.
+
+    Args:
+        joined: how items were joined, in a sentence.
+        found: what it returned.
+        old: as there.
+        new: as there.
+        labels: of the items.
+    """
+    levels = []
+    for level in found["levels"]:
+        together = "–" if level["together"] is None else f"{level['together']:.2f}"
+        levels.append((str(level["name"]), f"{level['churn']:.1%}", together))
+    movers = [
+        {"label": labels[row], "old": spelled(old.table[row], old.words), "new": spelled(new.table[row], new.words)}
+        for row in found["movers"]
+    ]
+    return Movement([joined, *movement_sentences(found)], levels, movers)
+
+
 def levels(quality: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """List the levels of the newest codes, as they are once collisions are resolved."""
     return list(resolved(list(quality.values())[-1]).get("levels", [])) if quality else []
@@ -95,7 +180,7 @@ def usage_charts(run: RunFolder) -> list[Chart]:
         (str(level["name"]), int(level["size"]), int(level["used"]), float(level["perplexity"]))
         for level in levels(run.quality)
     ]
-    if used:
+    if used and (run.codes is None or run.codes.words is None):  # of existing words, all that stand there are in use
         charts.append(usage_chart("Codewords in use", used))
     if run.codes is not None:
         loads = [
@@ -172,7 +257,7 @@ def _change(run: RunFolder, versions: str, reasons: Mapping[str, str], old: Item
     examples = []
     for row in earliest_first[:_EXAMPLES].tolist():
         label, item_id = (run.items[row].label, run.items[row].item_id) if run.items else (f"row {row}", "")
-        codes = {"old": spelled(old.table[row].tolist()), "new": spelled(new.table[row].tolist())}
+        codes = {"old": spelled(old.table[row], old.words), "new": spelled(new.table[row], new.words)}
         examples.append({"label": label, **codes, "why": reasons.get(item_id, "")})
     return Change(
         versions=versions,

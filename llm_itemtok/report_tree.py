@@ -12,6 +12,7 @@ This module knows code tables and words for items; it knows nothing of runs or f
 Shape letters in this file: N items, P distinct prefixes of a level, G groups.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from llm_itemtok.data.categories import telling_place
-from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.codes import ENDED, ItemCodes
 from llm_itemtok.report_plots import SERIES_COLOURS, Chart, shortened
 
 LEAST_SHARE = 0.001
@@ -176,7 +177,7 @@ def fullest_codewords(codes: ItemCodes, groups: Groups, labels: Sequence[str]) -
         example = int(np.flatnonzero((numbers == number) & (groups.of_items == group))[0])
         rows.append(
             {
-                "token": spelled(codes.table[example, :1]),
+                "token": spelled(codes.table[example, :1], codes.words),
                 "items": int(counts[number]),
                 "share": counts[number] / codes.num_items,
                 "category": f"{groups.name(group)}, {shares[number]:.0%}" if groups.names else "",
@@ -200,9 +201,14 @@ def follows(codes: ItemCodes, groups: Groups) -> str:
     )
 
 
-def spelled(code: Iterable[int]) -> str:
-    """Write a code, or its first codewords, as the tokens that a model reads, such as `<a_3><b_17>`."""
-    return "".join(f"<{ascii_lowercase[level]}_{codeword}>" for level, codeword in enumerate(code))
+def spelled(code: Iterable[int], words: Sequence[Sequence[str]] | None = None) -> str:
+    """Write a code, or its first codewords, as the tokens that a model reads, such as `<a_3><b_17>`, or as words."""
+    if words is not None:
+        found = [level[codeword] for level, codeword in zip(words, code, strict=False)]
+        return " ".join(word for word in found if word != ENDED)
+    # Codes of more levels than letters cannot become tokens, but can be looked at.
+    letters = itertools.chain(ascii_lowercase, map(str, itertools.count(len(ascii_lowercase))))
+    return "".join(f"<{letter}_{codeword}>" for letter, codeword in zip(letters, code, strict=False))
 
 
 # ---------------------------------------------------------------------------------------------------------- layout
@@ -288,9 +294,9 @@ def _block_words(
     code = codes.table[block.example]
     parent = levels[depth - 1][block.above] if depth else None
     if block.codewords == 1:
-        name = spelled(code[: depth + 1])
+        name = spelled(code[: depth + 1], codes.words)
     elif parent is not None and parent.codewords == 1:
-        name = f"{block.codewords} codewords after {spelled(code[:depth])}"
+        name = f"{block.codewords} codewords after {spelled(code[:depth], codes.words)}"
     else:
         name = f"{block.codewords} neighbours on {codes.names[depth]}"
     category = f", {groups.name(block.group)} {block.share:.0%}" if groups.names else ""

@@ -66,11 +66,11 @@ def test_the_doctor_sees_training_interactions_only(made, monkeypatch):
     config = RunConfig.load(made / "recipe.yaml")
     data = prepare.load_data(config.data, config.seed, {})
     codes = ItemCodes.load(made / "codes" / "v0")
-    facts = prepare.doctor_facts(codes, data, None, None)
+    facts = prepare.doctor_facts(codes, data, None)
     data.split.validation.targets[:] = 0
     data.split.test.targets[:] = 0
     data.split.test.items[:] = 0
-    assert prepare.doctor_facts(codes, data, None, None) == facts
+    assert prepare.doctor_facts(codes, data, None) == facts
 
 
 def test_a_run_is_inspected_with_what_was_measured_and_a_folder_of_codes_by_its_table(made, tmp_path):
@@ -104,6 +104,117 @@ def test_comparison_says_what_moved(made, tmp_path):
     assert f"row 5: {' '.join(map(str, codes.table[5].tolist()))} → " in text
     with pytest.raises(ArtifactError, match=r"60 in .* and 1 in "):
         inspect(made, ItemCodes([[0]], (1,)).save(tmp_path / "one").parent)
+
+
+def test_codes_are_compared_item_by_item_in_whatever_order_they_stand(made, item_ids, tmp_path):
+    """The same codes by id in another order: nothing moved. By row, all but a few would have."""
+    codes = ItemCodes.load(made / "codes" / "v0")
+    order = np.random.default_rng(0).permutation(60)
+    shuffled = ItemCodes(codes.table[order], codes.sizes)
+    ids = [item_ids[row] for row in order]
+    path = export_codes(shuffled, ids, tmp_path / "x.index.json")
+    for one, other in ((made, path), (path, made)):
+        text = inspect(one, other)
+        assert "Items are joined by id." in text
+        assert "Items that moved: 0 of 60 (0.0%)." in text
+    shuffled.save(tmp_path / "bundle")
+    (tmp_path / "bundle" / "items.jsonl").write_text("".join(json.dumps({"id": one}) + "\n" for one in ids))
+    assert "Items that moved: 0 of 60 (0.0%)." in inspect(made, tmp_path / "bundle")
+    shuffled.save(tmp_path / "alone")
+    assert f"Items are joined by row, because {tmp_path / 'alone'} does not say which items there are." in (
+        inspect(made, tmp_path / "alone")
+    )
+
+
+def test_codes_of_other_items_are_not_compared(made, item_ids, tmp_path):
+    codes = ItemCodes.load(made / "codes" / "v0")
+    path = export_codes(codes, ["other", *item_ids[1:]], tmp_path / "x.csv")
+    with pytest.raises(ArtifactError, match=rf"1 are in the first only and 1 in the second only, .*'{item_ids[0]}'"):
+        inspect(made, path)
+    some = export_codes(ItemCodes(codes.table[:50], codes.sizes), item_ids[:50], tmp_path / "y.csv")
+    with pytest.raises(ArtifactError, match=r"of 60 items in .* and 50 in .*, 10 are in the first only and 0 in the"):
+        inspect(made, some)
+
+
+def test_a_file_by_row_number_is_compared_by_row_and_that_is_said(made, tmp_path):
+    codes = ItemCodes.load(made / "codes" / "v0")
+    path = export_codes(codes, [str(row) for row in range(60)], tmp_path / "x.index.json")
+    text = inspect(made, path)
+    assert "joined by row, because the ids of one side are the numbers of the rows." in text
+    assert "Items that moved: 0 of 60" in text
+
+
+@pytest.mark.parametrize("name", ["x.index.json", "x.json", "x.csv", "item_codes.safetensors"])
+def test_a_file_of_codes_is_examined(made, item_ids, tmp_path, name, capsys):
+    codes = ItemCodes.load(made / "codes" / "v0")
+    path = export_codes(codes, item_ids, tmp_path / name)
+    assert main(["inspect", str(path), "--html", str(tmp_path / "x.html")]) == 0
+    text = capsys.readouterr().out
+    assert "60 items, room for" in text
+    assert "Not judged, for want of figures: whether prefixes follow item vectors" in text
+    assert "healthy" not in text
+    if not name.endswith(".safetensors"):
+        assert item_ids[0] in inspect(path, export_codes(codes, item_ids[::-1], tmp_path / "back.csv"))
+
+
+def test_what_is_no_file_of_codes_is_bad_input(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("")
+    (tmp_path / "x.csv").write_text("item_id,l0\na,100000000000000000000\n")
+    for path, message in ((tmp_path / "x.txt", "must be called"), (tmp_path / "x.csv", "small numbers from 0")):
+        assert main(["inspect", str(path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_codes_of_more_levels_than_letters_can_be_looked_at(tmp_path):
+    ItemCodes(np.arange(27)[:, None] * np.ones(27, int), (27,) * 27).save(tmp_path)
+    inspect(tmp_path, html=tmp_path / "x.html")
+    assert "&lt;26_1&gt;" in (tmp_path / "x.html").read_text(encoding="utf-8")
+
+
+def test_the_page_of_a_comparison_has_both_and_what_moved(made, item_ids, tmp_path):
+    codes = ItemCodes.load(made / "codes" / "v0")
+    table = codes.table.copy()
+    table[5] = (table[5] + 1) % 8
+    path = export_codes(ItemCodes(table, codes.sizes), item_ids, tmp_path / "moved.csv")
+    inspect(made, path, html=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Item tokens: run, v0</h2>" in page
+    assert "Item tokens: moved.csv</h2>" in page
+    assert page.count('class="tree"') == 2
+    assert '<h2 id="moved">What moved</h2>' in page
+    assert "Items that moved: 1 of 60 (1.7%)." in page
+    inspect(made, html=tmp_path / "page.html")
+    assert "What moved" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_codes_of_a_file_are_judged_by_how_well_they_rebuild_vectors(made, item_ids, tmp_path):
+    """By codebooks estimated from them, which for codes of residual k-means are its own."""
+    codes = ItemCodes.load(made / "codes" / "v0")
+    known = read_json(made / "codes" / "v0" / "quality.json")
+    fitted = ItemCodes(codes.table[:, :2], codes.sizes[:2])
+    path = export_codes(fitted, item_ids, tmp_path / "x.csv")
+    tokenizer = ["tokenizer.kind=file", f"tokenizer.path={path}", "tokenizer.collisions=matching"]
+    folder = run(recipe(tmp_path, *tokenizer, "tokenizer.sizes=[8, 8]"), tmp_path / "run", until="items")
+    found = read_json(folder / "codes" / "v0" / "quality.json")
+    assert found["reconstruction_error"] == pytest.approx(known["reconstruction_error"], rel=1e-3)
+    error = found["doctor"]["reconstruction_error"]
+    assert error["estimated"]
+    assert error["after"] >= error["before"] == found["reconstruction_error"]
+    assert "(codebooks estimated from the vectors)" in inspect(folder)
+
+
+def test_check_says_how_codes_of_a_file_are_joined_and_what_room_they_leave_empty(made, item_ids, tmp_path):
+    codes = ItemCodes.load(made / "codes" / "v0")
+    sparse = ItemCodes(codes.table * [1, 200, 1], (8, 2000, 9))
+    path = export_codes(sparse, item_ids, tmp_path / "x.csv")
+    text = check(recipe(tmp_path, "tokenizer.kind=file", f"tokenizer.path={path}"))
+    assert "x.csv: 3 levels, joined by id" in text
+    assert "warning: level-1 has room for 1,401 codewords, of which 8 are used" in text
+    deep = ItemCodes(np.repeat(np.arange(60)[:, None], 26, axis=1), (60,) * 26)
+    path = export_codes(deep, item_ids, tmp_path / "deep.csv")
+    more = [f"tokenizer.path={path}", "tokenizer.collisions=extra-level"]
+    with pytest.raises(DataError, match=r"at most 26 levels, .*was: 27"):
+        check(recipe(tmp_path, "tokenizer.kind=file", *more))
 
 
 def test_codes_are_exported_with_the_ids_of_the_data(made, item_ids, tmp_path, capsys):

@@ -6,8 +6,8 @@ The record, `RESULTS/runs/<first 12 digits>.json`, is for the repository: recipe
 machine paths. Anybody can check a record: its recipe hashes to its name.
 
 A record of another `RESULTS_VERSION` is stale and counts as absent: the code has changed so that the recipe gives
-other numbers. A record made before a setting existed serves a recipe that has the setting at its default: what was
-not there yet is what the default leaves alone.
+other numbers. A record made before a setting existed serves a recipe that has the setting at its default, because that
+default leaves alone what was there before; where it does not, `BEFORE` says what was.
 """
 
 import hashlib
@@ -33,6 +33,9 @@ from llm_itemtok.pipeline.stages import RESULTS_VERSION, input_hashes
 
 DIGITS = 12
 """Of a hash, in the names of files and folders."""
+
+BEFORE: Mapping[str, Any] = {"tokenizer.stop": "loss"}
+"""Dotted setting → what held before it existed, where that is not its default."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,10 @@ class Pool:
         job = Job(cell, recipe, recipe_hash(recipe))
         if self.record_path(job.sha256).exists():
             return job
-        defaults = json.loads(json.dumps(cell.config.defaults(), default=str))
+        stood_for = unwritten(cell.config)
         for path in sorted(self.record_path(job.sha256).parent.glob("*.json")):
             older = _read_record(path)["recipe"]
-            if serves(older, recipe, defaults):
+            if serves(older, recipe, stood_for):
                 return Job(cell, older, recipe_hash(older))
         return job
 
@@ -190,15 +193,34 @@ def row(job: Job, record: dict[str, Any], *, control: bool, probe: bool) -> dict
     }
 
 
-def serves(older: Any, recipe: Any, defaults: Any) -> bool:
-    """Tell whether a record's recipe is this one but for settings that are younger, and are at their default here."""
+def unwritten(config: RunConfig) -> dict[str, Any]:
+    """What settings of the chosen kinds are in a record that does not have them: their default, or as `BEFORE` says."""
+    found: dict[str, Any] = json.loads(json.dumps(config.defaults(), default=str))
+    for dotted, value in BEFORE.items():
+        *above, name = dotted.split(".")
+        section: Any = found
+        for step in above:
+            section = section.get(step, {})
+        if name in section:
+            section[name] = value
+    return found
+
+
+def serves(older: Any, recipe: Any, stood_for: Any) -> bool:
+    """Tell whether a record's recipe is this one but for younger settings, which are here what then stood for them.
+
+    Args:
+        older: the record's recipe, or a part of it.
+        recipe: the one that is asked for, or the same part.
+        stood_for: the same part of what `unwritten` says.
+    """
     if not isinstance(recipe, dict) or not isinstance(older, dict):
         return bool(older == recipe)
-    defaults = defaults if isinstance(defaults, dict) else {}
+    stood_for = stood_for if isinstance(stood_for, dict) else {}
     return set(older) <= set(recipe) and all(
-        serves(older[name], value, defaults.get(name))
+        serves(older[name], value, stood_for.get(name))
         if name in older
-        else name in defaults and defaults[name] == value
+        else name in stood_for and stood_for[name] == value
         for name, value in recipe.items()
     )
 

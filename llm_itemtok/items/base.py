@@ -41,6 +41,9 @@ from llm_itemtok.items.streaming import read_blocks
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
 
+LARGEST = 1e12
+"""Numbers of item vectors are at most so large, so that float32 can hold sums of their squares over a catalogue."""
+
 QUANTIZER_FILE = "quantizer.safetensors"
 QUANTIZER_FORMAT = "llm_itemtok.quantizer"
 
@@ -249,7 +252,8 @@ def check_vectors(vectors: np.ndarray) -> np.ndarray:
     """Item vectors as contiguous, writable float32 `[N, D]`, after checking them; not copied if they are that.
 
     Raises:
-        DataError: if the shape is not two-dimensional and non-empty, the dtype not a float, or a value not finite.
+        DataError: if the shape is not two-dimensional and non-empty, the dtype not a float, or a value not finite or
+            beyond `LARGEST`.
     """
     if vectors.ndim != 2 or 0 in vectors.shape:
         raise DataError(f"item vectors must have the shape (items, dimensions), both at least 1, was: {vectors.shape}")
@@ -257,13 +261,20 @@ def check_vectors(vectors: np.ndarray) -> np.ndarray:
         raise DataError(f"item vectors must be floating-point numbers, was: {vectors.dtype}")
     with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite and is reported below
         checked = np.require(vectors, dtype=np.float32, requirements=["C", "W"])  # torch wants writable memory
-    broken = np.flatnonzero(~np.isfinite(checked).all(axis=1))
+    broken = rows_beyond(checked)
     if len(broken):
         raise DataError(
-            f"item vectors must be finite numbers; {len(broken):,} of {len(checked):,} rows hold NaN, infinity or a "
-            f"number beyond float32, the first is row {broken[0]}"
+            f"item vectors must be finite numbers of at most {LARGEST:.0e}; {len(broken):,} of {len(checked):,} rows "
+            f"hold NaN, infinity or a larger number, the first is row {broken[0]}; scale the vectors"
         )
     return checked
+
+
+def rows_beyond(vectors: np.ndarray) -> np.ndarray:
+    """Rows of float `[N, D]` with a number that is not finite or beyond `LARGEST`, int64, ascending."""
+    if vectors.max() <= LARGEST and vectors.min() >= -LARGEST:  # without a copy; false for NaN
+        return np.empty(0, dtype=np.int64)
+    return np.flatnonzero(~(np.abs(vectors) <= LARGEST).all(axis=1))
 
 
 def check_codebook_shape(*, levels: int, codebook_size: int) -> None:

@@ -259,10 +259,24 @@ def forbid(codes: ItemCodes, item_ids: Sequence[str]) -> ItemCodes:
             "another item, so decoding could not tell them apart.\n"
             f"  worst: code {worst} stands for {len(owners)} items ({sample})\n"
             "  fix, in the recipe's `tokenizer` section: `collisions: extra-level` adds one level that counts within a "
-            "code;\n  or raise `codebook_size` or `levels` and fit again. "
-            "`itemtok inspect <run>` shows usage level by level."
+            "code;\n  `sinkhorn`, `matching` and `reassign` move items to free codes by their item vectors;\n  "
+            + _other_way(codes)
         )
     return codes.with_provenance(collisions=_record(codes, "forbid"))
+
+
+def _more_room(codes: ItemCodes) -> str:
+    return "give `sizes` more room" if codes.provenance.get("kind") == "file" else "raise `codebook_size` or `levels`"
+
+
+def _other_way(codes: ItemCodes) -> str:
+    """How to come by codes without collisions, by where they come from."""
+    if codes.provenance.get("kind") == "file":
+        return (
+            f"or give every item of {codes.provenance['file']} a code of its own; `itemtok inspect` of that file shows "
+            "usage level by level"
+        )
+    return "or raise `codebook_size` or `levels`, so that codes are fitted anew"
 
 
 def _refuse_too_many(codes: ItemCodes) -> None:
@@ -270,8 +284,8 @@ def _refuse_too_many(codes: ItemCodes) -> None:
         raise CollisionError(
             f"{codes.num_items:,} items cannot have a code each: {codes.num_levels} levels of {codes.sizes} codewords "
             f"spell only {codes.capacity:,} codes.\n"
-            "  fix, in the recipe's `tokenizer` section: raise `codebook_size` or `levels`, or set "
-            "`collisions: extra-level`"
+            "  fix, in the recipe's `tokenizer` section: set `collisions: extra-level`, "
+            f"or {_more_room(codes)}"
         )
 
 

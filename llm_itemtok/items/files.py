@@ -8,10 +8,11 @@
 
 Decisions:
 - A name says in which format a file is written. Read, JSON shows by its content whether it is an index.
-- Codes are joined to the catalogue by item id, so order does not matter. An index whose keys are not the ids but the
-  numbers 0, 1, ... is in the order of the catalogue.
+- Codes are joined to the catalogue by item id, so order does not matter. An index whose keys are the numbers 0, 1, ...
+  and none of them an id of the catalogue is in its order. Which of the two it was is kept in the provenance.
 - How many codewords a level has room for stands only in our own format. Elsewhere it is the largest codeword in use
-  plus one, unless it is given.
+  plus one, unless it is given. Every one becomes a row of a model, so a level with more of them than items and than any
+  recipe may ask for is taken for a slip, such as an item number among the codewords.
 - Read as they are: codes that items share are the business of `collisions`.
 - All but our own may be compressed (`.gz`) when read.
 """
@@ -21,7 +22,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, Literal
@@ -34,6 +35,11 @@ from llm_itemtok.items.codes import FILE_NAME, ItemCodes
 
 Format = Literal["index", "catalogue", "csv", "safetensors"]
 Code = tuple[int, ...]
+
+MOST_LEVELS = len(ascii_lowercase)
+"""Item tokens are called by a letter a level."""
+MOST_CODEWORDS = 65_536
+"""Of a level with fewer items than that; as many as a recipe's `codebook_size` goes to."""
 
 _TOKEN = re.compile(r"<(.+)_(\d+)>")
 _ID_KEYS = ("item_id", "id", "pid", "iid", "vid")
@@ -75,12 +81,13 @@ def read_codes(
         unknown_items: what to do with items of the file that the catalogue does not have.
 
     Returns:
-        Codes of the N items, perhaps shared, with the file's name and hash in their provenance.
+        Codes of the N items, perhaps shared, with the file's name and hash in their provenance, and whether they were
+        `joined_by` "id" or "row".
 
     Raises:
         ArtifactError: if a file of our own format is not readable.
         DataError: if there is no such file, or it is not of its format, or an item is missing, unknown or there twice,
-            or codes are not of one length, or `sizes` do not fit.
+            or codes are not of one length, or levels or codewords too many, or `sizes` do not fit.
     """
     path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
     if not path.is_file():
@@ -88,22 +95,64 @@ def read_codes(
     kind, provenance = format_of(path), {"kind": "file", "file": path.name, "sha256": sha256_of_file(path)}
     if kind == "safetensors":
         saved = _read_safetensors(path, item_ids, unknown_items)
+        provenance["joined_by"] = "id" if (path.parent / ITEMS).is_file() else "row"
+        if saved.words is not None:
+            raise DataError(
+                f"{path}: a file must hold codes that become item tokens, but these are in words of a language model; "
+                "use `tokenizer.kind: numeric` or `title`"
+            )
+        _refuse_too_much(path, sizes or saved.sizes, saved.num_items)
         return ItemCodes(saved.table, sizes or saved.sizes, names=saved.names, provenance=provenance)
-    names = None
+    codes, names, of_items = _read_text(path, kind)
+    by_row = of_items and are_rows(codes, item_ids)
+    if by_row:
+        codes = {item_id: codes[str(row)] for row, item_id in enumerate(item_ids)}
+    _refuse_other_items(codes, item_ids, unknown_items, path)
+    table = np.array([codes[item_id] for item_id in item_ids], dtype=np.int64)
+    if sizes is None:
+        sizes = (table.max(axis=0) + 1).tolist()
+    _refuse_too_much(path, sizes, len(table))
+    provenance["joined_by"] = "row" if by_row else "id"
+    return ItemCodes(table, sizes, names=names, provenance=provenance)
+
+
+def read_items_and_codes(path: str | Path) -> tuple[tuple[str, ...], ItemCodes]:
+    """Read the codes of a file for whatever items it has.
+
+    Args:
+        path: of one of the formats above but our own, which may say nothing of items.
+
+    Returns:
+        Ids in the order of the file, or 0, 1, ... in their own if they are those numbers; and the codes of the items.
+
+    Raises:
+        DataError: if there is no such file, or it is not of its format, or codes are not of one length, or levels or
+            codewords too many.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: a file of item codes must be here, found: nothing")
+    codes, names, _ = _read_text(path, format_of(path))
+    rows = tuple(str(row) for row in range(len(codes)))
+    item_ids = rows if all(row in codes for row in rows) else tuple(codes)
+    table = np.array([codes[item_id] for item_id in item_ids], dtype=np.int64)
+    sizes = (table.max(axis=0) + 1).tolist()
+    _refuse_too_much(path, sizes, len(table))
+    provenance = {"kind": "file", "file": path.name, "sha256": sha256_of_file(path)}
+    return item_ids, ItemCodes(table, sizes, names=names, provenance=provenance)
+
+
+def _read_text(path: Path, kind: Format) -> tuple[dict[str, Code], list[str] | None, bool]:
+    """Codes by item, all of one length, of a file that is not our own; names of levels; whether it is an index."""
+    names, of_items = None, False
     if kind == "csv":
         codes, names = _read_csv(path)
     else:
         content = _json(path)
         of_items = any(map(_looks_like_an_index, content.items()))
         codes = (_read_index if of_items else _read_catalogue)(path, content)
-        if of_items and _are_rows(codes, item_ids):
-            codes = {item_id: codes[str(row)] for row, item_id in enumerate(item_ids)}
     _refuse_ragged(codes, path)
-    _refuse_other_items(codes, item_ids, unknown_items, path)
-    table = np.array([codes[item_id] for item_id in item_ids], dtype=np.int64)
-    if sizes is None:
-        sizes = (table.max(axis=0) + 1).tolist()
-    return ItemCodes(table, sizes, names=names, provenance=provenance)
+    return codes, names, of_items
 
 
 def export_codes(codes: ItemCodes, item_ids: Sequence[str], path: str | Path, format: Format | None = None) -> Path:
@@ -120,7 +169,7 @@ def export_codes(codes: ItemCodes, item_ids: Sequence[str], path: str | Path, fo
 
     Raises:
         DataError: if the name says no format, an index is to have more levels than letters, ids and codes do not fit,
-            or our own format is to have another name.
+            our own format is to have another name, or codewords are existing words and the format is another one.
         OSError: if the file cannot be written.
     """
     path, kind = Path(path), format or format_of(path)
@@ -132,6 +181,11 @@ def export_codes(codes: ItemCodes, item_ids: Sequence[str], path: str | Path, fo
         raise DataError(
             f"codes to export need one distinct id an item, {codes.num_items:,} of them, was: {len(set(item_ids)):,} "
             f"distinct among {len(item_ids):,}"
+        )
+    if codes.words is not None:
+        raise DataError(
+            f"{path}: other programs read codes of item tokens, but these are in words of a language model; "
+            f"the model's {ITEMS} has them, and {FILE_NAME} can be written"
         )
     rows = codes.table.tolist()
     if kind == "csv":
@@ -179,6 +233,8 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(_text(path), object_pairs_hook=distinct)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}; was the file cut short?") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+        raise DataError(f"{path}: not JSON that can be read: {error}") from error
     if not isinstance(value, dict) or not value:
         raise DataError(f"{path}: item codes must be a JSON object with an entry an item, was: {type(value).__name__}")
     return value
@@ -208,7 +264,7 @@ def _read_index(path: Path, content: Mapping[str, Any]) -> dict[str, Code]:
                     f"{path}: tokens of one level must begin alike, but level {level} of {item!r} is {match[0]} where "
                     f"others are <{letters[level]}_...>"
                 )
-        codes[item] = tuple(int(match[2]) for match in filter(None, matches))
+        codes[item] = tuple(_codeword(match[2], path) for match in filter(None, matches))
     return codes
 
 
@@ -221,17 +277,21 @@ def _read_catalogue(path: Path, content: Mapping[str, Any]) -> dict[str, Code]:
                 f"{path}: must be an index, items with tokens such as <a_12>, or a catalogue, codewords separated by "
                 f'commas ("12,3,7") with items, was: {key!r} with {value!r}'
             )
+        code = tuple(_codeword(word, path) for word in words)
         for entry in value if isinstance(value, list) else [value]:
             item = next((entry[name] for name in _ID_KEYS if name in entry), None) if isinstance(entry, dict) else entry
             if isinstance(item, bool) or not isinstance(item, str | int):
                 raise DataError(f"{path}: a code must have the ids of its items, but {key!r} has: {entry!r}")
-            if codes.setdefault(str(item), tuple(map(int, words))) != tuple(map(int, words)):
+            if codes.setdefault(str(item), code) != code:
                 raise DataError(f"{path}: each item must have one code, but item {str(item)!r} has several")
     return codes
 
 
 def _read_csv(path: Path) -> tuple[dict[str, Code], list[str]]:
-    lines = [line for line in csv.reader(io.StringIO(_text(path), newline="")) if line]
+    try:
+        lines = [line for line in csv.reader(io.StringIO(_text(path), newline="")) if line]
+    except csv.Error as error:
+        raise DataError(f"{path}: not a csv file that can be read: {error}") from error
     if not lines or lines[0][0] != "item_id" or len(lines[0]) < 2 or len(set(lines[0])) < len(lines[0]):
         found = ", ".join(lines[0]) if lines else "nothing"
         raise DataError(f"{path}: the columns must be item_id and one a level, with distinct names, was: {found}")
@@ -244,8 +304,21 @@ def _read_csv(path: Path) -> tuple[dict[str, Code], list[str]]:
             )
         if item in codes:
             raise DataError(f"{path}: each item must stand there once, but item {item!r} stands there several times")
-        codes[item] = tuple(map(int, words))
+        codes[item] = tuple(_codeword(word, path) for word in words)
+    if not codes:
+        raise DataError(f"{path}: there must be a line an item below the names of the columns, found: none")
     return codes, lines[0][1:]
+
+
+def _codeword(digits: str, path: Path) -> int:
+    text = digits.strip().lstrip("0")
+    if len(text) > 9:  # a table holds int32; and numbers of thousands of digits cannot even be read
+        shown = text if len(text) <= 30 else f"a number of {len(text):,} digits"
+        raise DataError(
+            f"{path}: codewords must be small numbers from 0, one a row of the model, was: {shown}; number the "
+            "codewords of each level 0, 1, 2, ..."
+        )
+    return int(text or "0")
 
 
 def _read_safetensors(path: Path, item_ids: Sequence[str], unknown_items: str) -> ItemCodes:
@@ -267,14 +340,32 @@ def _read_safetensors(path: Path, item_ids: Sequence[str], unknown_items: str) -
     if len(rows) != saved.num_items:
         raise DataError(f"{beside}: must hold the {saved.num_items:,} items of {path.name}, was: {len(rows):,}")
     _refuse_other_items(rows, item_ids, unknown_items, beside)
-    return ItemCodes(saved.table[[rows[item_id] for item_id in item_ids]], saved.sizes, names=saved.names)
+    table = saved.table[[rows[item_id] for item_id in item_ids]]
+    return ItemCodes(table, saved.sizes, names=saved.names, words=saved.words)
 
 
-def _are_rows(codes: Mapping[str, Code], item_ids: Sequence[str]) -> bool:
-    """Whether the keys are not ids of the catalogue but the numbers of its rows."""
-    if all(item_id in codes for item_id in item_ids):
+def are_rows(keys: Collection[str], item_ids: Sequence[str]) -> bool:
+    """Tell whether keys are the numbers of the catalogue's rows: all of them, and none an id of the catalogue.
+
+    Args:
+        keys: distinct; a mapping or a set, so that looking one up is quick.
+        item_ids: of the catalogue.
+    """
+    if len(keys) != len(item_ids) or any(item_id in keys for item_id in item_ids):
         return False
-    return len(codes) == len(item_ids) and all(str(row) in codes for row in range(len(item_ids)))
+    return all(str(row) in keys for row in range(len(item_ids)))
+
+
+def _refuse_too_much(path: Path, sizes: Sequence[int], num_items: int) -> None:
+    """Refuse what no vocabulary of item tokens could hold."""
+    if len(sizes) > MOST_LEVELS:
+        raise DataError(f"{path}: codes must have at most {MOST_LEVELS} levels, called a to z, was: {len(sizes)}")
+    if max(sizes) > max(MOST_CODEWORDS, num_items):
+        raise DataError(
+            f"{path}: a level must have at most {max(MOST_CODEWORDS, num_items):,} codewords, each a row of the model, "
+            f"but level {int(np.argmax(sizes))} goes up to {max(sizes) - 1:,}; number the codewords of each level "
+            "0, 1, 2, ..."
+        )
 
 
 def _refuse_ragged(codes: Mapping[str, Code], path: Path) -> None:

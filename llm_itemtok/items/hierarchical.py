@@ -20,7 +20,8 @@ Decisions:
 - It leaves no quantizer: a tree has no codebooks. What needs gradients, or must code new items, cannot use it.
 
 Source: collaborative indexing (CID) of Hua et al. 2023 (arXiv:2305.06569). Ours differs in the fixed depth, the bound
-on the size of clusters, the raised degrees, and items without co-occurrence.
+on the size of clusters, the raised degrees, items without co-occurrence, and what co-occurrence is: standing within a
+window of a sequence, where theirs is anywhere in it.
 
 Shape letters in this file: N items, n items of a node, D dimensions.
 """

@@ -5,7 +5,8 @@ Decisions:
   with the number of points.
 - A cluster that loses all its points is moved onto the point with the largest error, so that codewords do not die
   while some point is badly served.
-- Sums are taken in float64 and in the order of the rows: the same points, seed and thread count give the same centres.
+- Sums are taken in the order of the rows, in float32 within a block and in float64 over blocks: the same points, seed
+  and thread count give the same centres.
 - With fewer distinct points than clusters some centres are copies of others and stay without points.
 
 Shape letters in this file: N points, K clusters, D dimensions.

@@ -6,8 +6,9 @@
   than to all others, which keeps codewords apart between groups and items from crowding on a few of them.
 
 Ours differ from the paper in the map that alignment learns between the two spaces (the paper has them of one size), in
-collaborative vectors and rebuilt ones of length 1 with one learned temperature, and in groups made by prices instead of
-constrained k-means.
+collaborative vectors and rebuilt ones of length 1 with one learned temperature, in cosines between codewords where
+diversity has their inner products (so it cannot be lowered by longer codewords, and stays near its value for codewords
+in no order: with 256 of them, between 4.70 and 5.54), and in groups made by prices instead of constrained k-means.
 
 Shape letters in this file: B batch, L levels, K codewords a level, H dimensions of a codeword, C of a collaborative
 vector.

@@ -1,10 +1,12 @@
-"""How good item codes are: numbers for every level, a table, and a verdict in words.
+"""How good item codes are: numbers for every level, a table, and a verdict in words, by the rules of `doctor`.
 
 Decisions:
 - Computed from the table (and vectors and quantizer where given), never from training logs: codes from anywhere are
   judged alike.
 - The collision rate is the one *before* resolution, from the provenance when the codes have been resolved.
 - A level that only counts within a code (`extra-level`) is listed but not judged: it is meant to be nearly all zeros.
+- Of identifiers in existing words (`tokenizer.kind: numeric`, `title`) neither room, use nor dead codewords are told or
+  judged: their levels hold exactly the words that stand there, and most sequences of words name nothing.
 - Neighbour preservation is read against chance, because a level with few codewords in use puts everything together.
 
 Shape letters in this file: N items, L levels, K codewords a level, Q queries.
@@ -18,6 +20,8 @@ import torch
 from llm_itemtok.errors import DataError
 from llm_itemtok.items.base import Quantizer, check_vectors
 from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.findings import findings
+from llm_itemtok.items.residual import estimate_codebooks, sum_of_codewords
 
 NEIGHBOURS = 10
 """Nearest items by cosine whose prefixes are compared."""
@@ -26,19 +30,34 @@ MAX_QUERIES = 2_000
 """Items, drawn at random with a fixed seed, whose neighbours are looked up."""
 
 
-def quality(codes: ItemCodes, vectors: np.ndarray | None = None, quantizer: Quantizer | None = None) -> dict[str, Any]:
+COLUMNS = 65_536
+"""Items that neighbours are looked for in at a time, which bounds the memory it takes."""
+
+Pairs = tuple[np.ndarray, np.ndarray]
+"""Rows of items and of their neighbours, int64 `[P]` each."""
+
+
+def quality(
+    codes: ItemCodes,
+    vectors: np.ndarray | None = None,
+    quantizer: Quantizer | None = None,
+    *,
+    near: Pairs | None = None,
+) -> dict[str, Any]:
     """Measure item codes.
 
     Args:
         codes: N items on L levels, collisions resolved or not.
         vectors: float32 `[N, D]`, the vectors the codes were made of; adds `neighbours`.
         quantizer: that gave the codes; with vectors, adds `reconstruction_error`.
+        near: what `vector_pairs` says of the vectors, where that is known already.
 
     Returns:
-        Plain JSON values: `items`, `capacity`, `collision_rate` (before resolution), `unique` (now), `levels` (a list
-        of `level_quality`), `neighbours` (a list of `neighbour_preservation`, prefix length 1 and 2),
-        `reconstruction_error` (squared error as a share of the variance of the vectors: 0 exact, 1 no better than
-        the mean), and `verdict`, a sentence or more.
+        Plain JSON values: `items`, `capacity` (if codewords are existing words, in its place `words`, the mean length
+        of an identifier), `collision_rate` (before resolution), `unique` (now), `levels` (a list of `level_quality`),
+        `neighbours` (a list of `neighbour_preservation`, prefix length 1 and 2), `reconstruction_error` (squared error
+        as a share of the variance of the vectors: 0 exact, 1 no better than the mean), and `verdict`, a sentence or
+        more.
 
     Raises:
         DataError: if vectors or quantizer do not fit the codes.
@@ -46,7 +65,7 @@ def quality(codes: ItemCodes, vectors: np.ndarray | None = None, quantizer: Quan
     before = codes.provenance.get("collisions", {})
     report: dict[str, Any] = {
         "items": codes.num_items,
-        "capacity": codes.capacity,
+        **({"capacity": codes.capacity} if codes.words is None else {"words": float(codes.lengths.mean())}),
         "collision_rate": before.get("collision_rate_before", codes.collision_rate),
         "unique": codes.is_injective,
         "levels": [level_quality(codes, level) for level in range(codes.num_levels)],
@@ -55,7 +74,8 @@ def quality(codes: ItemCodes, vectors: np.ndarray | None = None, quantizer: Quan
         vectors = check_vectors(vectors)
         if len(vectors) != codes.num_items:
             raise DataError(f"there must be one vector a code, {codes.num_items:,} of them, was: {len(vectors):,}")
-        report["neighbours"] = neighbour_preservation(codes, vectors, depths=range(1, min(2, codes.num_levels) + 1))
+        near = vector_pairs(vectors) if near is None else near
+        report["neighbours"] = neighbour_preservation(codes, near, depths=range(1, min(2, codes.num_levels) + 1))
         if quantizer is not None:
             report["reconstruction_error"] = reconstruction_error(codes, vectors, quantizer)
     report["verdict"] = verdict(report)
@@ -89,30 +109,27 @@ def level_quality(codes: ItemCodes, level: int) -> dict[str, Any]:
     }
 
 
-def neighbour_preservation(codes: ItemCodes, vectors: np.ndarray, *, depths: range) -> list[dict[str, float]]:
-    """Share of an item's nearest items, by cosine, that have the same prefix.
+def neighbour_preservation(codes: ItemCodes, near: Pairs, *, depths: range) -> list[dict[str, float]]:
+    """Share of an item's nearest items that have the same prefix.
 
     Args:
         codes: N items.
-        vectors: float32 `[N, D]`.
+        near: items and their neighbours; none where nothing is near anything.
         depths: lengths of prefix to compare.
 
     Returns:
-        For each length: `depth`, `share` over the neighbours of up to `MAX_QUERIES` items, and `chance`, the share
-        among all pairs of items. Empty with fewer than two items.
+        For each length: `depth`, `share` over the pairs, and `chance`, the share among all pairs of items. Empty
+        without pairs.
     """
-    if codes.num_items < 2:
+    items, neighbours = near
+    if not len(items):
         return []
-    queries = np.arange(codes.num_items)
-    if codes.num_items > MAX_QUERIES:
-        queries = np.sort(np.random.default_rng(0).choice(codes.num_items, MAX_QUERIES, replace=False))
-    nearest = _nearest_items(vectors, queries, min(NEIGHBOURS, codes.num_items - 1))
     result = []
     for depth in depths:
         groups = codes.prefix_groups(depth)
         counts = np.bincount(groups)
         pairs = (counts * (counts - 1)).sum() / (codes.num_items * (codes.num_items - 1))
-        share = (groups[nearest] == groups[queries, None]).mean()
+        share = (groups[neighbours] == groups[items]).mean()
         result.append({"depth": depth, "share": float(share), "chance": float(pairs)})
     return result
 
@@ -139,11 +156,42 @@ def _nearest_items(vectors: np.ndarray, queries: np.ndarray, num: int) -> np.nda
     """Rows `[Q, num]` of the items with the largest cosine to each query, the query itself left out."""
     directions = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
     nearest = []
-    for rows in torch.from_numpy(queries).split(256):  # bounds the memory to 256 * N floats
-        cosine = directions[rows] @ directions.T
-        cosine[torch.arange(len(rows)), rows] = -torch.inf
-        nearest.append(cosine.topk(num, dim=1).indices)
+    for rows in torch.from_numpy(queries).split(256):
+        best = torch.empty(len(rows), 0)
+        found = torch.empty(len(rows), 0, dtype=torch.int64)
+        for start in range(0, len(directions), COLUMNS):
+            cosine = directions[rows] @ directions[start : start + COLUMNS].T
+            own = (rows >= start) & (rows < start + COLUMNS)
+            cosine[own, rows[own] - start] = -torch.inf
+            values, columns = cosine.topk(min(num, cosine.shape[1]), dim=1)
+            values, columns = torch.cat([best, values], dim=1), torch.cat([found, columns + start], dim=1)
+            best, places = values.topk(min(num, values.shape[1]), dim=1)
+            found = columns.gather(1, places)
+        nearest.append(found)
     return torch.cat(nearest).numpy()
+
+
+@torch.no_grad()
+def estimated_errors(before: ItemCodes, after: ItemCodes, vectors: np.ndarray) -> tuple[float, float]:
+    """What `reconstruction_error` would be of codes without a quantizer, before and after collisions are resolved.
+
+    Codebooks are estimated from the vectors and the codes before (`residual.estimate_codebooks`), and serve for both:
+    resolution may change what a code is given to, not what it stands for.
+
+    Args:
+        before: N items on L levels.
+        after: the same items, on these levels and perhaps one that only counts.
+        vectors: float32 `[N, D]`.
+    """
+    x_ND = torch.from_numpy(vectors)
+    old = torch.tensor(before.table, dtype=torch.int64)
+    codebooks = estimate_codebooks(x_ND, old, max(before.sizes))
+    new = torch.tensor(after.table[:, : before.num_levels], dtype=torch.int64)
+    variance = float((x_ND - x_ND.mean(dim=0)).square().sum())
+    if variance == 0:
+        return 0.0, 0.0
+    errors = [float((sum_of_codewords(kept, codebooks) - x_ND).square().sum()) / variance for kept in (old, new)]
+    return errors[0], errors[1]
 
 
 @torch.no_grad()
@@ -174,45 +222,13 @@ def reconstruction_error(codes: ItemCodes, vectors: np.ndarray, quantizer: Quant
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """What the numbers mean, in words: the worst fault first, each with what to change; or that there is none.
-
-    Thresholds are rules of thumb: 5 % collisions and 95 % usage are what a well trained RQ-VAE reaches on the field's
-    data sets; half the entropy of even use is where beams begin to crowd under a few prefixes.
-    """
-    findings = []
-    judged = [level for level in report["levels"] if not level["counts_only"]]
-    for number, level in enumerate(judged):
-        possible = min(level["size"], report["items"])
-        if level["perplexity"] < 0.5 * possible and level["size"] > 1 and number == 0:
-            findings.append(
-                f"collapsed at {level['name']}: {level['perplexity']:.0f} of {level['size']} codewords' worth of use; "
-                "lower `codebook_size`, or fit by residual k-means"
-            )
-        elif level["used"] < 0.95 * possible:
-            findings.append(
-                f"{level['dead']} of {level['size']} codewords of {level['name']} are dead; lower `codebook_size`"
-            )
-        elif level["perplexity"] < 0.25 * possible and level["size"] > 1:
-            findings.append(
-                f"items crowd at {level['name']}: {level['perplexity']:.0f} of {level['size']} codewords' worth of "
-                "use; fit by RQ-VAE, or on fewer dimensions"
-            )
-    if report["collision_rate"] > 0.05:
-        findings.append(
-            f"{report['collision_rate']:.1%} of items shared their code before resolution; add a level, raise "
-            "`codebook_size`, or give vectors that tell items apart"
-        )
-    for row in report.get("neighbours", [])[:1]:
-        if row["share"] < 2 * row["chance"]:
-            findings.append(
-                f"prefixes carry little meaning: {row['share']:.1%} of nearest items share the first codeword, "
-                f"{row['chance']:.1%} would by chance"
-            )
-    if not report["unique"]:
-        findings.append("codes are not unique: resolve collisions before training")
-    if not findings:
-        return "Good: codewords are well used and few items collide."
-    return "Look at: " + "; ".join(findings) + "."
+    """What these numbers mean, in words: what the doctor finds in them, the worst first; or that there is nothing."""
+    facts = {"neighbours": {"vectors": report["neighbours"]}} if report.get("neighbours") else {}
+    found = findings(report, facts)
+    if found:
+        return "Look at: " + "; ".join(f"{one.rule}: {one.what}; {one.change}" for one in found) + "."
+    used = "identifiers are unique" if "words" in report else "codewords are well used and few items collide"
+    return f"Good: {used}."
 
 
 def quality_table(report: dict[str, Any]) -> str:
@@ -230,8 +246,8 @@ def figures_table(report: dict[str, Any]) -> str:
     Args:
         report: what `quality` returned.
     """
-    header = ("level", "size", "used", "usage", "entropy", "perplexity", "dead", "largest prefix")
-    rows = [
+    header: tuple[str, ...] = ("level", "size", "used", "usage", "entropy", "perplexity", "dead", "largest prefix")
+    rows: list[tuple[str, ...]] = [
         (
             level["name"],
             f"{level['size']:,}",
@@ -244,9 +260,18 @@ def figures_table(report: dict[str, Any]) -> str:
         )
         for level in report["levels"]
     ]
+    if "words" in report:
+        header, *rows = [tuple(row[column] for column in (0, 2, 4, 5, 7)) for row in (header, *rows)]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    lines += ["", f"{report['items']:,} items, room for {report['capacity']:,} codes"]
+    if "words" in report:
+        lines += [
+            "",
+            f"{report['items']:,} items, named by existing words, {report['words']:.1f} each with the end token; "
+            "room, usage and dead codewords mean nothing here and are left out",
+        ]
+    else:
+        lines += ["", f"{report['items']:,} items, room for {report['capacity']:,} codes"]
     state = "unique now" if report["unique"] else "not resolved"
     lines.append(f"collision rate before resolution: {report['collision_rate']:.2%} ({state})")
     for row in report.get("neighbours", []):

@@ -22,6 +22,11 @@ _CLASSES: dict[str, type[ResidualKMeansQuantizer] | type[RQVAEQuantizer] | type[
 }
 
 
+def read_quantizer(folder: Path) -> Quantizer | None:
+    """The quantizer that a folder holds, or None where there is none; see `load_quantizer`."""
+    return load_quantizer(folder) if (folder / QUANTIZER_FILE).is_file() else None
+
+
 def load_quantizer(folder: str | Path) -> Quantizer:
     """Read a quantizer written by `Quantizer.save`, on the CPU and in evaluation mode.
 

@@ -7,10 +7,8 @@ Decisions:
   k-means of all latents. Codebooks fitted to the latents of a random encoder are out of date after the first epochs.
 - A codeword that no item chose in an epoch (or, if asked for, in so many steps) is moved onto the residual of an item
   that is served badly.
-- Training stops when the loss has not fallen for a while. Returned are the weights of the best epoch looked at: among
-  those whose loss is within 5 % of the lowest, the lowest collision rate, then the lowest reconstruction error. Without
-  that bound a barely trained network wins: on Beauty (12,101 MiniLM vectors, 3 x 256) epoch 5 had 8.0 % collisions and
-  rebuilt 46 % of the variance, epoch 485 had 10.1 % and rebuilt 57 %.
+- Training stops when vectors have not been rebuilt better for a while, and the weights of the epoch with fewest
+  collisions among those that rebuild nearly best are returned; `stopping` says how and why.
 - Other gradients (`estimators`) and the terms of LETTER (`letter`) are for experiments, and off. What the terms learn
   beside the quantizer is thrown away after the fit.
 - A plain loop in this file, not a trainer: one small network, one process.
@@ -25,7 +23,7 @@ Shape letters in this file: N items, B batch, L levels, K codewords a level, D d
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, final, get_args
+from typing import Any, Literal, final, get_args
 
 import numpy as np
 import torch
@@ -38,6 +36,7 @@ from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.estimators import Estimator, gumbel, rotation, straight_through
 from llm_itemtok.items.letter import LetterTerms
 from llm_itemtok.items.residual_kmeans import spread
+from llm_itemtok.items.stopping import Look, StopRule, Watch
 
 EstimatorName = Literal["straight-through", "rotation", "gumbel"]
 
@@ -116,6 +115,7 @@ def _mlp(widths: Sequence[int]) -> nn.Sequential:
 def _check_training(
     epochs: int,
     batch_size: int,
+    stop: str,
     patience: int,
     warmup_epochs: int,
     learning_rate: float,
@@ -127,6 +127,8 @@ def _check_training(
             "`epochs`, `batch_size` and `patience` must be at least 1 and `warmup_epochs` at least 0, was: "
             f"{epochs}, {batch_size}, {patience} and {warmup_epochs}"
         )
+    if stop not in get_args(StopRule):
+        raise DataError(f"`stop` must be one of {', '.join(get_args(StopRule))}, was: {stop}")
     if learning_rate <= 0 or commitment < 0:
         raise DataError(
             f"`learning_rate` must be above 0 and `commitment` at least 0, was: {learning_rate} and {commitment}"
@@ -146,19 +148,6 @@ def _check_experiments(
             f"vectors, was: {alignment_weight} and {diversity_weight}, "
             f"{'no' if collaborative is None else 'with'} vectors"
         )
-
-
-class Look(NamedTuple):
-    """What was seen when training paused to look at the codes."""
-
-    epoch: int
-    """Epochs trained with quantisation so far."""
-    loss: float
-    """Mean total loss of the last epoch."""
-    collision_rate: float
-    """Share of items that share their code with another."""
-    reconstruction: float
-    """Mean squared error, in units of the variance of the vectors: 1 is as bad as answering the mean."""
 
 
 @final
@@ -181,6 +170,7 @@ class RQVAE(ItemTokenizer):
         batch_size: int = 1024,
         learning_rate: float = 1e-3,
         commitment: float = 0.25,
+        stop: StopRule = "reconstruction",
         patience: int = 50,
         revive_every: int | None = None,
         estimator: EstimatorName = "straight-through",
@@ -202,7 +192,9 @@ class RQVAE(ItemTokenizer):
             batch_size: items a step.
             learning_rate: of AdamW; weight decay is 1e-4 on encoder and decoder.
             commitment: weight of the commitment loss.
-            patience: stop after so many epochs without a fall of the loss by 0.1 %.
+            stop: what tells when to stop and which epoch to keep: the error of the rebuilt vectors, or, to repeat
+                older runs, the total loss; see `stopping`.
+            patience: stop after so many epochs without a fall of that by 0.1 %.
             revive_every: steps after which codewords that nobody chose are moved; None for after each epoch.
             estimator: how gradients pass the choice of codewords.
             collaborative: float32 `[N, C]` in the order of the items, zero for an item without one; what alignment
@@ -216,7 +208,7 @@ class RQVAE(ItemTokenizer):
             DataError: if a number is out of its range.
         """
         check_codebook_shape(levels=levels, codebook_size=codebook_size)
-        _check_training(epochs, batch_size, patience, warmup_epochs, learning_rate, commitment, revive_every)
+        _check_training(epochs, batch_size, stop, patience, warmup_epochs, learning_rate, commitment, revive_every)
         _check_experiments(estimator, alignment_weight, diversity_weight, collaborative)
         self.levels = levels
         self.codebook_size = codebook_size
@@ -227,6 +219,7 @@ class RQVAE(ItemTokenizer):
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.commitment = commitment
+        self.stop = stop
         self.patience = patience
         self.revive_every = revive_every
         self.estimator = estimator
@@ -267,7 +260,7 @@ class RQVAE(ItemTokenizer):
             (self.codebook_size,) * self.levels,
             provenance={
                 "tokenizer": {"kind": "rqvae", **quantizer.settings(), "seed": self.seed, "estimator": self.estimator},
-                "training": {**best._asdict(), "epochs_run": self.history[-1].epoch},
+                "training": {**best._asdict(), "epochs_run": self.history[-1].epoch, "stop": self.stop},
             },
         )
 
@@ -308,29 +301,21 @@ class RQVAE(ItemTokenizer):
     ) -> Look:
         """Train everything; leaves the best weights in the quantizer and says what was seen with them."""
         optimizer = self._optimizer(quantizer, terms)
-        self.history = []
-        best, best_weights = None, quantizer.state_dict()
-        lowest, lowest_epoch = float("inf"), 0
+        watch = Watch(self.stop, patience=self.patience)
+        self.history = watch.looks
         for epoch in range(1, self.epochs + 1):
-            loss = self._epoch(quantizer, terms, optimizer, x_ND, shuffle, epoch)
-            if loss < lowest * 0.999:
-                lowest, lowest_epoch = loss, epoch
-            last = epoch == self.epochs or epoch - lowest_epoch >= self.patience
+            loss, reconstruction = self._epoch(quantizer, terms, optimizer, x_ND, shuffle, epoch)
+            last = watch.is_over(epoch, loss=loss, reconstruction=reconstruction) or epoch == self.epochs
             if last or epoch % self.look_every == 0:
-                look = _look(quantizer, x_ND, epoch, loss)
-                self.history.append(look)
-                # The last two fields are collision rate and reconstruction error, in this order.
-                if best is None or best.loss > lowest * 1.05 or look[2:] < best[2:]:
-                    best = look
-                    best_weights = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+                watch.look(_look(quantizer, x_ND, epoch, loss), quantizer)
             if self.progress is not None:
                 self.progress(self.epochs if last else epoch, self.epochs)
             if last:
                 break
             if self.revive_every is None:
                 self._revive(quantizer, optimizer, x_ND, shuffle)
-        quantizer.load_state_dict(best_weights)
-        assert best is not None
+        best, weights = watch.best()
+        quantizer.load_state_dict(weights)
         return best
 
     def _epoch(
@@ -341,12 +326,12 @@ class RQVAE(ItemTokenizer):
         x_ND: Tensor,
         shuffle: torch.Generator,
         epoch: int,
-    ) -> float:
-        """One pass over the items: mean loss an item. Counts how often each codeword is chosen."""
+    ) -> tuple[float, float]:
+        """One pass over the items: mean loss an item, and of it reconstruction. Counts who chooses which codeword."""
         estimator = self._estimator(epoch, shuffle)
         if terms is not None:
             terms.begin_epoch(quantizer.codebooks)
-        total = 0.0
+        total, rebuilt = 0.0, 0.0
         for rows in self._batches(x_ND, shuffle):
             out = quantizer(x_ND[rows], estimator=estimator)
             losses = out.reconstruction_loss + out.codebook_loss + self.commitment * out.commitment_loss
@@ -357,11 +342,12 @@ class RQVAE(ItemTokenizer):
             loss.backward()
             optimizer.step()
             total += loss.item() * len(rows)
+            rebuilt += out.reconstruction_loss.sum().item()
             self._used_LK.scatter_add_(1, out.codes.T, torch.ones_like(out.codes.T))
             self._steps += 1
             if self.revive_every is not None and self._steps % self.revive_every == 0:
                 self._revive(quantizer, optimizer, x_ND, shuffle)
-        return total / len(x_ND)
+        return total / len(x_ND), rebuilt / len(x_ND)
 
     def _revive(
         self, quantizer: RQVAEQuantizer, optimizer: torch.optim.Optimizer, x_ND: Tensor, shuffle: torch.Generator

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 import pyarrow.types as types
 import safetensors
@@ -29,7 +30,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from llm_itemtok.artifacts import read_json, sha256_of_arrays, write_bytes, write_json
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.errors import DataError
-from llm_itemtok.items.base import Progress
+from llm_itemtok.items.base import LARGEST, Progress, rows_beyond
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,14 @@ def num_without_text(texts: Sequence[str]) -> int:
     return sum(not text.strip() for text in texts)
 
 
-def tfidf_svd(texts: Sequence[str], *, dimensions: int = 256, max_features: int = 50_000, seed: int = 0) -> np.ndarray:
+def tfidf_svd(
+    texts: Sequence[str],
+    *,
+    dimensions: int = 256,
+    max_features: int = 50_000,
+    seed: int = 0,
+    others: Sequence[str] = (),
+) -> np.ndarray:
     """Latent semantic analysis: TF-IDF of words and word pairs, reduced by a truncated SVD.
 
     Args:
@@ -48,9 +56,10 @@ def tfidf_svd(texts: Sequence[str], *, dimensions: int = 256, max_features: int 
         dimensions: D, at least 1. A catalogue whose texts span fewer dimensions fills up with zeros.
         max_features: at most so many words and pairs are looked at, the most frequent ones.
         seed: of the randomised SVD; the same seed gives the same vectors.
+        others: M further texts, of which nothing is learned: what no item of `texts` says, they do not say either.
 
     Returns:
-        float32 `[N, D]`, rows of length 1, or 0 for an item without any known word.
+        float32 `[N + M, D]`, rows of length 1, or 0 for an item without any known word.
 
     Raises:
         DataError: if no text holds a word, or a number is below 1.
@@ -72,12 +81,14 @@ def tfidf_svd(texts: Sequence[str], *, dimensions: int = 256, max_features: int 
             "titles in the items file, or use `vectors.kind: file`, or `tokenizer.kind: random`"
         )
     weights = vectorizer.fit_transform(texts)
+    more = vectorizer.transform(others) if others else weights[:0]
     if weights.shape[1] <= dimensions:
-        reduced = weights.toarray()  # fewer words than dimensions: nothing to reduce
+        reduced = [weights.toarray(), more.toarray()]  # fewer words than dimensions: nothing to reduce
     else:
-        reduced = TruncatedSVD(min(dimensions, len(texts)), n_iter=7, random_state=seed).fit_transform(weights)
-    vectors = np.zeros((len(texts), dimensions), dtype=np.float32)
-    vectors[:, : reduced.shape[1]] = reduced
+        reduction = TruncatedSVD(min(dimensions, len(texts)), n_iter=7, random_state=seed)
+        reduced = [reduction.fit_transform(weights), *([reduction.transform(more)] if others else [])]
+    vectors = np.zeros((len(texts) + len(others), dimensions), dtype=np.float32)
+    vectors[:, : reduced[0].shape[1]] = np.concatenate(reduced)
     return unit_rows(vectors)
 
 
@@ -224,11 +235,12 @@ def from_file(path: str | Path, catalog: Catalog) -> np.ndarray:
         raise DataError(
             f"{path}: item vectors must be .npy, .safetensors or .parquet, was: {path.suffix or 'no suffix'}"
         )
-    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    broken = rows_beyond(vectors)
     if len(broken):
         raise DataError(
-            f"{path}: item vectors must be finite numbers; {len(broken):,} of {len(vectors):,} hold NaN, infinity or a "
-            f"number beyond float32, the first that of item {catalog.item_ids[broken[0]]!r}"
+            f"{path}: item vectors must be finite numbers of at most {LARGEST:.0e}; {len(broken):,} of "
+            f"{len(vectors):,} hold NaN, infinity or a larger number, the first that of item "
+            f"{catalog.item_ids[broken[0]]!r}"
         )
     return vectors
 
@@ -266,16 +278,17 @@ def _read_safetensors(path: Path) -> np.ndarray:
 
 def _read_parquet(path: Path, catalog: Catalog) -> np.ndarray:
     try:
-        table = pyarrow.parquet.read_table(path)
+        schema = pyarrow.parquet.read_schema(path)
+        missing = [name for name in ("item_id", "vector") if name not in schema.names]
+        if missing:
+            raise DataError(f"{path}: column {missing[0]!r} is missing; found: {', '.join(schema.names)}")
+        kind = schema.field("vector").type
+        is_list = any(check(kind) for check in (types.is_list, types.is_large_list, types.is_fixed_size_list))
+        if not is_list or not (types.is_floating(kind.value_type) or types.is_integer(kind.value_type)):
+            raise DataError(f"{path}: column 'vector' must hold lists of numbers, was: {kind}")
+        table = pyarrow.parquet.read_table(path, columns=["item_id", "vector"])
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
-    missing = [name for name in ("item_id", "vector") if name not in table.column_names]
-    if missing:
-        raise DataError(f"{path}: column {missing[0]!r} is missing; found: {', '.join(table.column_names)}")
-    kind = table.schema.field("vector").type
-    is_list = any(check(kind) for check in (types.is_list, types.is_large_list, types.is_fixed_size_list))
-    if not is_list or not (types.is_floating(kind.value_type) or types.is_integer(kind.value_type)):
-        raise DataError(f"{path}: column 'vector' must hold lists of numbers, was: {kind}")
     position: dict[str, int] = {}
     for row, item_id in enumerate(map(str, table["item_id"].to_pylist())):
         if position.setdefault(item_id, row) != row:
@@ -286,14 +299,35 @@ def _read_parquet(path: Path, catalog: Catalog) -> np.ndarray:
             f"{path}: every item must have a vector; {len(absent):,} of {len(catalog):,} have none, e.g. "
             f"{', '.join(map(repr, absent[:3]))}. Ids in the file look like {', '.join(map(repr, list(position)[:3]))}"
         )
-    vectors = table["vector"].to_pylist()
-    lengths = {len(vector) if vector is not None else 0 for vector in vectors}
-    if len(lengths) != 1:
-        raise DataError(f"{path}: all vectors must have one length, was: {', '.join(map(str, sorted(lengths)[:5]))}")
-    return _as_matrix(np.asarray([vectors[position[item_id]] for item_id in catalog.item_ids], dtype=float), path)
+    wanted = np.full(len(table), -1)
+    wanted[[position[item_id] for item_id in catalog.item_ids]] = np.arange(len(catalog))
+    return _lists_as_matrix(table["vector"], wanted, path)
 
 
-def concatenate(parts: Sequence[np.ndarray], weights: Sequence[float], *, components: int = 0) -> np.ndarray:
+def _lists_as_matrix(column: pyarrow.ChunkedArray, wanted: np.ndarray, path: Path) -> np.ndarray:
+    """Lists of numbers, float32 `[N, D]`, straight from Arrow's flat values; list `r` is row `wanted[r]`, -1 for none.
+
+    As Python objects the numbers would take 24 bytes each and more.
+    """
+    lengths = pyarrow.compute.fill_null(pyarrow.compute.list_value_length(column), 0).to_numpy()
+    if len(found := np.unique(lengths)) != 1:
+        raise DataError(f"{path}: all vectors must have one length, was: {', '.join(map(str, found[:5].tolist()))}")
+    matrix = np.empty((int(wanted.max()) + 1, int(found[0])), dtype=np.float32)
+    if not matrix.shape[1]:
+        return _as_matrix(matrix, path)  # says what is wrong with it
+    start = 0
+    for chunk in column.chunks:
+        rows = wanted[start : start + len(chunk)]
+        start += len(chunk)
+        if (rows >= 0).any():
+            values = chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1)
+            matrix[rows[rows >= 0]] = _as_matrix(values[rows >= 0], path)
+    return matrix
+
+
+def concatenate(
+    parts: Sequence[np.ndarray], weights: Sequence[float], *, components: int = 0, measured: int | None = None
+) -> np.ndarray:
     """Put vectors of several sources side by side, each with its say.
 
     Each source is centred and scaled as a whole, so that its items lie at a mean squared distance of 1 from their mean,
@@ -305,6 +339,7 @@ def concatenate(parts: Sequence[np.ndarray], weights: Sequence[float], *, compon
         parts: float32 `[N, D_p]`, at least one source.
         weights: one a source, above 0. Squared, they are the shares in squared distances between items.
         components: principal components to keep of the whole; 0 keeps all dimensions.
+        measured: the first items, by which alone the sources are centred, scaled and turned; all when None.
 
     Returns:
         float32 `[N, D]`, D the sum of the sources' dimensions, or `components` if that is less.
@@ -321,23 +356,26 @@ def concatenate(parts: Sequence[np.ndarray], weights: Sequence[float], *, compon
     if len(set(sizes)) > 1:
         raise DataError(f"all sources must have vectors for the same items, was: {', '.join(map(str, sizes))} of them")
     whole = np.concatenate(
-        [weight * _standardised(part) for part, weight in zip(parts, weights, strict=True)], axis=1, dtype=np.float64
+        [weight * _standardised(part, measured) for part, weight in zip(parts, weights, strict=True)],
+        axis=1,
+        dtype=np.float64,
     )
     if 0 < components < whole.shape[1]:
-        centred = whole - whole.mean(axis=0)
-        directions = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :components]
+        centred = whole - whole[:measured].mean(axis=0)
+        directions = np.linalg.eigh(centred[:measured].T @ centred[:measured])[1][:, ::-1][:, :components]
         # A direction and its opposite serve alike; the one whose largest entry is positive is taken.
         largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=0)[None], axis=0)
         whole = centred @ (directions * np.where(largest < 0, -1.0, 1.0))
     return whole.astype(np.float32)
 
 
-def _standardised(part: np.ndarray) -> np.ndarray:
+def _standardised(part: np.ndarray, measured: int | None) -> np.ndarray:
     known = np.abs(part).max(axis=1) > 0
-    if not known.any():
+    looked_at = np.flatnonzero(known[:measured])
+    if not len(looked_at):
         return part.astype(np.float64)
-    centred = np.where(known[:, None], part.astype(np.float64) - part[known].mean(axis=0, dtype=np.float64), 0.0)
-    spread = np.sqrt(np.square(centred[known]).sum(axis=1).mean())
+    centred = np.where(known[:, None], part.astype(np.float64) - part[looked_at].mean(axis=0, dtype=np.float64), 0.0)
+    spread = np.sqrt(np.square(centred[looked_at]).sum(axis=1).mean())
     return centred / spread if spread > 0 else centred
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import string
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,21 +27,30 @@ from llm_itemtok.items import collisions
 from llm_itemtok.items.base import ItemTokenizer, Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.collaborative import co_occurrence, near_pairs
-from llm_itemtok.items.doctor import as_json, examine, findings
+from llm_itemtok.items.doctor import examine
 from llm_itemtok.items.files import read_codes
+from llm_itemtok.items.findings import as_json, findings, gaps
 from llm_itemtok.items.hierarchical import HierarchicalCodes
 from llm_itemtok.items.product import ProductKMeans
-from llm_itemtok.items.quality import NEIGHBOURS, quality, reconstruction_error, vector_pairs
+from llm_itemtok.items.quality import (
+    NEIGHBOURS,
+    Pairs,
+    estimated_errors,
+    quality,
+    reconstruction_error,
+    vector_pairs,
+)
 from llm_itemtok.items.random_codes import RandomCodes
 from llm_itemtok.items.residual_kmeans import ResidualKMeans
 from llm_itemtok.items.rqvae import RQVAE
+from llm_itemtok.items.text_codes import TextCodes, random_numbers, sequential_numbers
 from llm_itemtok.model import scratch
 from llm_itemtok.model.load import load_base, load_lm
 from llm_itemtok.model.prompts import encode_text
 from llm_itemtok.model.rows import input_table
 from llm_itemtok.pipeline.vectors import Log, Sources, needs_vectors, text_sources
 from llm_itemtok.vocab import init
-from llm_itemtok.vocab.item_vocab import ItemVocab
+from llm_itemtok.vocab.text_vocab import extended
 
 BASE, VOCAB = "base", "vocab"
 
@@ -138,7 +148,12 @@ def refuse_textless(config: RunConfig, catalog: Catalog) -> None:
             "no item of the catalogue has a title, but the recipe needs them: "
             + ", ".join(f"`examples.tasks.{task}` (set it to 0)" for task in tasks)
         )
-    if catalog.has_text:
+    if isinstance(config.tokenizer, settings.TitleTokenizer) and not any(catalog.titles):
+        raise DataError(
+            "no item of the catalogue has a title, so there is none to name it by; use another kind than "
+            "`tokenizer.kind: title`, such as `numeric`"
+        )
+    if catalog.has_text or isinstance(config.tokenizer, settings.TextTokenizer):
         return
     needs = []
     sources = text_sources(config)
@@ -161,13 +176,18 @@ def base_model(
     model = config.model
     if model.name != "scratch":
         return load_base(
-            model.name, revision=model.revision, dtype=model.dtype, trust_remote_code=model.trust_remote_code
+            model.name,
+            revision=model.revision,
+            dtype=model.dtype,
+            quantization=model.quantization,
+            trust_remote_code=model.trust_remote_code,
         )
-    place, sizes = folder / BASE, model.scratch
-    key = sha256_of_arrays(catalog.sha256, repr(sizes), str(config.seed), scratch_version())
+    place, sizes, letters = folder / BASE, model.scratch, needed_letters(config)
+    inputs = [catalog.sha256, repr(sizes), str(config.seed), scratch_version(), *([letters] if letters else [])]
+    key = sha256_of_arrays(*inputs)
     if not (place / "key.json").exists() or read_json(place / "key.json") != key:
         texts = catalog.texts()
-        tokenizer = scratch.train_tokenizer(texts, vocab_size=sizes.vocab_size)
+        tokenizer = scratch.train_tokenizer(texts, vocab_size=sizes.vocab_size, letters=letters)
         lm = scratch_model(config, tokenizer)
         log(f"  base model: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tokenizer):,} text tokens")
         report = _every_fifth(log, "pre-training on the item texts")
@@ -178,6 +198,11 @@ def base_model(
             write_json(new / "key.json", key)
     dtype = "bfloat16" if model.dtype == "bfloat16" else "float32"
     return load_lm(place, AutoConfig.from_pretrained(place), dtype=dtype), AutoTokenizer.from_pretrained(place)
+
+
+def needed_letters(config: RunConfig) -> str:
+    """Letters that a scratch tokenizer must have whatever the texts hold: digits, where items are named in words."""
+    return string.digits if isinstance(config.tokenizer, settings.TextTokenizer) else ""
 
 
 def scratch_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -241,7 +266,7 @@ def progress_lines(log: Log, what: str) -> Callable[[int, int], None]:
 def item_tokenizer(config: RunConfig, data: Dataset, folder: Path, log: Log) -> ItemTokenizer:
     """The tokenizer that the recipe names; of interactions it sees those of training only."""
     chosen = config.tokenizer
-    assert not isinstance(chosen, settings.FileTokenizer)  # those codes are read
+    assert isinstance(chosen, settings.FittedTokenizer | settings.RandomTokenizer)
     shape = {"levels": chosen.levels, "codebook_size": chosen.codebook_size, "seed": config.seed}
     if isinstance(chosen, settings.RandomTokenizer):
         return RandomCodes(**shape)
@@ -268,6 +293,8 @@ def item_tokenizer(config: RunConfig, data: Dataset, folder: Path, log: Log) -> 
         widths=chosen.hidden,
         latent_dimensions=chosen.latent,
         epochs=chosen.epochs,
+        stop=chosen.stop,
+        patience=chosen.patience,
         batch_size=chosen.batch_size,
         learning_rate=chosen.learning_rate,
         commitment=chosen.commitment,
@@ -286,8 +313,9 @@ def make_codes(config: RunConfig, data: Dataset, folder: Path, log: Log) -> Item
     matrix = item_vectors(config, data, folder, log)
     codes, quantizer = fit_codes(config, data, matrix, folder, log)
     log(f"  {config.tokenizer.kind}: {codes.collision_rate:.1%} of the items share their code before resolution")
-    figures = quality(codes, matrix, quantizer=quantizer)
-    policy = config.tokenizer.collisions
+    near = None if matrix is None else vector_pairs(matrix)
+    figures = quality(codes, matrix, near=near)
+    policy = "forbid" if isinstance(config.tokenizer, settings.TextTokenizer) else config.tokenizer.collisions
     if policy == "forbid":
         unique = collisions.forbid(codes, data.catalog.item_ids)
     elif policy == "extra-level":
@@ -299,13 +327,27 @@ def make_codes(config: RunConfig, data: Dataset, folder: Path, log: Log) -> Item
         unique.save(new)
         if quantizer is not None:
             quantizer.save(new)
-        resolved = quality(unique, matrix)
-        facts = doctor_facts(unique, data, matrix, quantizer)
-        if "reconstruction_error" in figures:
-            facts["reconstruction_error"] |= {"before": figures["reconstruction_error"]}
-        facts["findings"] = as_json(findings(resolved, facts))
+        resolved = quality(unique, matrix, near=near)
+        facts = doctor_facts(unique, data, near)
+        if matrix is not None and (error := _rebuilding(config, codes, unique, matrix, quantizer)):
+            facts["reconstruction_error"] = error
+            figures["reconstruction_error"] = error["before"]
+        facts |= {"findings": as_json(findings(resolved, facts)), "not_judged": gaps(resolved, facts)}
         write_json(new / QUALITY, {**figures, "resolved": resolved, "doctor": facts})
     return unique
+
+
+def _rebuilding(
+    config: RunConfig, codes: ItemCodes, unique: ItemCodes, matrix: np.ndarray, quantizer: Quantizer | None
+) -> dict[str, float | bool]:
+    """How well codes rebuild item vectors, `before` and `after` resolution; empty where that cannot be said."""
+    if quantizer is not None:
+        before, after = (reconstruction_error(table, matrix, quantizer) for table in (codes, unique))
+        return {"before": before, "after": after}
+    if isinstance(config.tokenizer, settings.FileTokenizer):
+        before, after = estimated_errors(codes, unique, matrix)
+        return {"before": before, "after": after, "estimated": True}
+    return {}  # a codeword of random codes, or of a tree without its prefix, stands for nothing
 
 
 def fit_codes(
@@ -317,6 +359,9 @@ def fit_codes(
         sizes = chosen.sizes or None
         codes = read_codes(chosen.path, data.catalog.item_ids, sizes=sizes, unknown_items=chosen.unknown_items)
         return codes, None
+    if isinstance(chosen, settings.TextTokenizer):
+        _, words = base_model(config, data.catalog, folder, log)
+        return text_codes(chosen, words, data, config.seed), None
     tokenizer = item_tokenizer(config, data, folder, log)
     if isinstance(tokenizer, RandomCodes):
         return tokenizer.deal(len(data.catalog)), None
@@ -325,27 +370,53 @@ def fit_codes(
     return codes, tokenizer.quantizer
 
 
-def doctor_facts(
-    codes: ItemCodes, data: Dataset, matrix: np.ndarray | None, quantizer: Quantizer | None
-) -> dict[str, Any]:
-    """What the item-token doctor finds in codes that are in use; of interactions it sees those of training only."""
+def text_codes(
+    chosen: settings.TextTokenizer, tokenizer: PreTrainedTokenizerBase, data: Dataset, seed: int
+) -> ItemCodes:
+    """Items named in words of the language model's tokenizer; of interactions, training alone is looked at.
+
+    Raises:
+        DataError: if the tokenizer has no end token, or does not tell numbers apart.
+    """
+    if tokenizer.eos_token is None:
+        raise DataError(f"`tokenizer.kind: {chosen.kind}` needs a tokenizer with an EOS token to end names with")
+    named = TextCodes(
+        lambda texts: [list(tokenizer.convert_ids_to_tokens(ids)) for ids in encode_text(tokenizer, texts)],
+        end=str(tokenizer.eos_token),
+        unknown=None if tokenizer.unk_token is None else str(tokenizer.unk_token),
+    )
+    if isinstance(chosen, settings.TitleTokenizer):
+        return named.of_titles(data.catalog.titles, max_tokens=chosen.max_tokens)
+    size = len(data.catalog)
+    if chosen.order == "random":
+        return named.of_numbers(random_numbers(size, seed=seed).tolist())
+    return named.of_numbers(sequential_numbers(data.split.train_items, num_items=size, seed=seed).tolist())
+
+
+def doctor_facts(codes: ItemCodes, data: Dataset, near_vectors: Pairs | None) -> dict[str, Any]:
+    """What the item-token doctor finds in codes that are in use; of interactions it sees those of training only.
+
+    Args:
+        codes: of the catalogue.
+        data: the catalogue and its log.
+        near_vectors: what `vector_pairs` says of the item vectors; None without vectors.
+    """
     split = data.split
     counts = co_occurrence(split.train_items, split.train_offsets, num_items=split.num_items)
     near = {"training": near_pairs(counts, NEIGHBOURS)}
-    if matrix is not None:
-        near = {"vectors": vector_pairs(matrix), **near}
-    facts = examine(codes, near=near, item_counts=split.item_counts(), categories=data.catalog.categories)
-    if quantizer is not None and matrix is not None:
-        facts["reconstruction_error"] = {"after": reconstruction_error(codes, matrix, quantizer)}
-    return facts
+    if near_vectors is not None:
+        near = {"vectors": near_vectors, **near}
+    return examine(codes, near=near, item_counts=split.item_counts(), categories=data.catalog.categories)
 
 
 def make_vocab(config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path, log: Log) -> None:
     """Compute the initial rows of the item tokens; write them to `vocab/`."""
     lm, tokenizer = base_model(config, data.catalog, folder, log)
-    vocab = ItemVocab.add_to(tokenizer, codes)
+    vocab = extended(tokenizer, codes)
     table = input_table(lm).weight.detach().float()
-    if config.vocab.init == "text-mean":
+    if vocab.num_tokens == 0:
+        rows = table[:0]
+    elif config.vocab.init == "text-mean":
         rows = init.text_mean(vocab, table, encode_text(tokenizer, data.catalog.texts()), seed=config.seed)
     elif config.vocab.init == "codebook":
         matrix = item_vectors(config, data, folder, log)
@@ -355,7 +426,10 @@ def make_vocab(config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path,
         rows = init.normal(vocab, table, seed=config.seed)
     with atomic_folder(folder / VOCAB) as new:
         save_file({"rows": rows.contiguous()}, new / "initial_rows.safetensors")
-    log(f"  {vocab.num_tokens:,} item tokens from id {vocab.first_id:,}; an item is such as {vocab.spell(0)}")
+    if vocab.num_tokens == 0:
+        log(f"  no new tokens, so no initial rows; an item is such as {vocab.spell(0)}")
+    else:
+        log(f"  {vocab.num_tokens:,} item tokens from id {vocab.first_id:,}; an item is such as {vocab.spell(0)}")
 
 
 def read_vocab(folder: Path) -> tuple[ItemCodes, Tensor]:

@@ -1,7 +1,7 @@
 """Item vectors as a recipe asks for them: which source, from what, and where they are kept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,22 +17,45 @@ from llm_itemtok.data.splits import Split
 from llm_itemtok.errors import DataError
 from llm_itemtok.items import collaborative, vectors
 from llm_itemtok.items.base import Progress
+from llm_itemtok.objective_settings import FrontTarget, TokenWeightedObjective
 from llm_itemtok.pipeline.stages import input_hashes
+from llm_itemtok.update_settings import SelfImproveUpdate
 
 Log = Callable[[str], None]
 Vectors = Callable[[], np.ndarray]
 
+GIVE_VECTORS = "make vectors of the new items as those of the old ones were made, and give them with `--vectors`"
 MOVING = ("sinkhorn", "reassign", "matching")
 """Collision policies that need vectors."""
 
 
 def needs_vectors(config: RunConfig) -> bool:
     """Tell whether a run cannot do without item vectors."""
+    if weighs_by_vectors(config) or improves_by_vectors(config):
+        return True
+    if isinstance(config.tokenizer, settings.TextTokenizer):
+        return False
     if config.vocab.init == "codebook":
         return True
     if isinstance(config.tokenizer, settings.FileTokenizer):
         return config.tokenizer.collisions in MOVING
     return not isinstance(config.tokenizer, settings.RandomTokenizer)
+
+
+def weighs_by_vectors(config: RunConfig) -> bool:
+    """Tell whether weights of target tokens are made of item vectors."""
+    chosen = config.objective
+    return isinstance(chosen, TokenWeightedObjective) and any(
+        isinstance(target, FrontTarget) for target in chosen.targets
+    )
+
+
+def improves_by_vectors(config: RunConfig) -> bool:
+    """Tell whether updates of item tokens look at item vectors."""
+    chosen = config.update
+    if not isinstance(chosen, SelfImproveUpdate) or chosen.source not in ("embeddings", "both"):
+        return False
+    return chosen.vectors_weight > 0
 
 
 def text_sources(config: RunConfig) -> list[str]:
@@ -86,6 +109,60 @@ class Sources:
         """Make the collaborative vectors that a tokenizer aligns its codes with, float32 `[N, C]`, cached."""
         plain = self.config.to_dict()["tokenizer"]["collaborative"]
         return self._source("tokenizer.collaborative", source, plain, log)
+
+    def of_new(self, new: Catalog, log: Log) -> np.ndarray:
+        """Make vectors of items that are not in the catalogue, in the space of those that are; nothing is fitted anew.
+
+        Args:
+            new: M items.
+            log: called with progress lines.
+
+        Returns:
+            float32 `[M, D]`.
+
+        Raises:
+            DataError: if the source knows the items of the catalogue only.
+        """
+        chosen = self.config.vectors
+        without = vectors.num_without_text(new.texts())
+        if text_sources(self.config) and without:
+            log(f"  {without:,} of {len(new):,} new items have no text; their vectors are zero")
+        if not isinstance(chosen, settings.ConcatVectors):
+            if isinstance(chosen, settings.CollaborativeVectors):
+                raise DataError(
+                    "vectors from training sequences (`vectors.kind: collaborative`) say nothing of items that nobody "
+                    f"has had yet; {GIVE_VECTORS}"
+                )
+            return self._new(chosen, new)
+        plain = self.config.to_dict()["vectors"]["parts"]
+        parts = []
+        for (name, source), own in zip(self.config.vector_sources.items(), plain, strict=True):
+            old = self._source(name, source, own, log)
+            unknown = isinstance(source, settings.CollaborativeVectors)
+            more = np.zeros((len(new), old.shape[1]), dtype=np.float32) if unknown else self._new(source, new)
+            parts.append(np.concatenate([old, more]))
+        weights = chosen.weights or (1.0,) * len(parts)
+        size = len(self.catalog)
+        return vectors.concatenate(parts, weights, components=chosen.components, measured=size)[size:]
+
+    def _new(self, source: settings.VectorSource, new: Catalog) -> np.ndarray:
+        """Vectors of new items from one source, which is not collaborative."""
+        if isinstance(source, settings.FileVectors):
+            if not source.path.endswith(".parquet"):
+                raise DataError(
+                    f"{source.path}: this file of vectors has the items of the catalogue only; {GIVE_VECTORS}"
+                )
+            return vectors.from_file(source.path, new)
+        if isinstance(source, settings.TfidfSvdVectors):
+            return vectors.tfidf_svd(
+                self.catalog.texts(),
+                dimensions=source.dimensions,
+                max_features=source.max_features,
+                seed=self.config.seed,
+                others=new.texts(),
+            )[len(self.catalog) :]
+        assert not isinstance(source, settings.CollaborativeVectors)
+        return replace(self, catalog=new)._from_text(source)[1]()
 
     def _source(self, name: str, source: settings.VectorSource, plain: dict[str, Any], log: Log) -> np.ndarray:
         """Vectors of one source, whose dotted setting is `name` and which the recipe describes as `plain`."""

@@ -132,6 +132,29 @@ def test_a_record_from_before_a_setting_existed_serves_its_default_and_nothing_e
     assert pool.record(other) is None
 
 
+def test_a_setting_whose_default_is_not_what_was_before_it_is_taken_for_what_was(tmp_path, data, pool):
+    """An RQ-VAE of a record without `tokenizer.stop` was stopped by the loss, whatever the default is today."""
+    by_loss = {"kind": "rqvae", "stop": "loss"}
+    written = finish(pool, pool.job(cell(recipe(tmp_path, data, tokenizer=by_loss))))
+    pool.record_path(recipe_hash(written["recipe"])).unlink()
+    for name in ("stop", "patience"):
+        del written["recipe"]["tokenizer"][name]
+    older = recipe_hash(written["recipe"])
+    artifacts.write_json(pool.record_path(older), written)
+    assert pool.job(cell(recipe(tmp_path, data, tokenizer=by_loss))).sha256 == older
+    for others in ({"kind": "rqvae"}, {**by_loss, "patience": 20}):
+        assert pool.record(pool.job(cell(recipe(tmp_path, data, tokenizer=others)))) is None
+
+
+def test_what_was_before_a_setting_is_of_a_setting_and_not_its_default(tmp_path, data):
+    """An entry that names no setting of any kind, or repeats its default, is a slip."""
+    defaults = recipe(tmp_path, data, tokenizer={"kind": "rqvae"}).defaults()
+    for dotted, value in module.BEFORE.items():
+        section, name = dotted.split(".")
+        assert defaults[section][name] != value
+    assert "stop" not in module.unwritten(recipe(tmp_path, data))["tokenizer"]  # residual k-means has no such setting
+
+
 def test_ranks_that_do_not_give_the_recorded_metrics_are_passed_over(tmp_path, data, pool):
     job = pool.job(cell(recipe(tmp_path, data)))
     pool.folder(job).mkdir(parents=True)

@@ -234,5 +234,15 @@ def test_forbid_says_how_bad_it_is_and_what_to_do():
         "  worst: code (1, 2) stands for 3 items (B00A, B00B, B00D)\n"
         "  fix, in the recipe's `tokenizer` section: `collisions: extra-level` adds one level that counts within a "
         "code;\n"
-        "  or raise `codebook_size` or `levels` and fit again. `itemtok inspect <run>` shows usage level by level."
+        "  `sinkhorn`, `matching` and `reassign` move items to free codes by their item vectors;\n"
+        "  or raise `codebook_size` or `levels`, so that codes are fitted anew"
     )
+
+
+def test_what_is_advised_can_be_followed_by_codes_of_a_file():
+    """Such codes have no `codebook_size`, and no run to inspect."""
+    codes = ItemCodes([[1], [1], [0]], (2,), provenance={"kind": "file", "file": "x.csv"})
+    for move in (lambda codes: forbid(codes, "abc"), lambda codes: matching(codes, np.zeros((3, 1), np.float32))):
+        with pytest.raises(CollisionError, match=r"extra-level") as caught:
+            move(codes)
+        assert "codebook_size" not in str(caught.value)

@@ -24,7 +24,7 @@ def test_moves_by_hand():
 def test_the_same_codes_moved_nothing():
     found = compare_codes(OLD, OLD)
     assert (found["moved"], found["movers"], found["kept"]) == (0, [], [0, 0, 5])
-    assert [level["together"] for level in found["levels"]] == [1.0, 1.0]
+    assert [level["together"] for level in found["levels"]] == [1.0, None]
     assert "Moved most" not in comparison_text(found, OLD, OLD, list("abcde"))
 
 
@@ -33,6 +33,28 @@ def test_another_numbering_moves_every_item_and_keeps_them_together():
     found = compare_codes(OLD, other)
     assert found["moved"] == 5
     assert found["levels"][0] == {"name": "level-0", "churn": 1.0, "together": 1.0}
+
+
+def test_where_no_two_items_share_a_prefix_nothing_is_together():
+    """Two unique tables have the same groups of one, whatever their codes: agreement there says nothing."""
+    rng = np.random.default_rng(0)
+    one, two = (ItemCodes(rng.permutation(4096)[:500, None] // [64, 1] % 64, (64, 64)) for _ in range(2))
+    assert one.is_injective
+    found = compare_codes(one, two)
+    assert found["levels"][0]["together"] == pytest.approx(0.0, abs=0.01)
+    assert found["levels"][1]["together"] is None
+    assert "a prefix of its own here" in comparison_text(found, one, two, ["x"] * 500)
+    shared = ItemCodes(one.table // 8, (64, 64))
+    assert compare_codes(one, shared)["levels"][1]["together"] is None
+
+
+def test_words_are_compared_and_not_their_numbers():
+    old = ItemCodes([[0, 0], [1, 1]], (2, 2), words=(("the", "a"), ("ball", "game")))
+    new = ItemCodes([[1, 0], [0, 2]], (2, 3), words=(("a", "the"), ("ball", "toy", "puzzle")))
+    found = compare_codes(old, new)
+    assert (found["moved"], found["movers"], found["kept"]) == (1, [1], [0, 1, 1])
+    assert "a game → a puzzle" in comparison_text(found, old, new, ["x", "y"])
+    assert compare_codes(old, ItemCodes(old.table, (2, 2)))["moved"] == 2
 
 
 def test_codes_dealt_at_random_agree_by_chance_only():

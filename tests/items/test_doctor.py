@@ -8,7 +8,8 @@ import pytest
 from llm_itemtok.items import doctor
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.collisions import extra_level
-from llm_itemtok.items.doctor import WORST_FIRST, examine, facts_text, findings, verdict_text
+from llm_itemtok.items.doctor import examine, facts_text
+from llm_itemtok.items.findings import WORST_FIRST, findings, gaps, verdict_text
 from llm_itemtok.items.quality import quality, vector_pairs
 from llm_itemtok.items.random_codes import RandomCodes
 from llm_itemtok.items.residual_kmeans import ResidualKMeans
@@ -42,7 +43,41 @@ def test_a_perfect_hierarchy_is_healthy_and_pure():
     assert facts["purity"]["levels"][0]["chance"] < 0.3
     assert facts["neighbours"]["vectors"][0]["share"] == 1.0
     assert findings(quality(codes), facts) == []
-    assert verdict_text([]).startswith("Verdict: healthy")
+
+
+def test_only_codes_of_which_everything_was_judged_are_healthy():
+    """A table of random codes has no fault of its own; that it means nothing is told by figures it does not have."""
+    codes, vectors, categories = planted()
+    table = RandomCodes(levels=3, codebook_size=8).deal(NUM // 8)
+    alone = examine(table)
+    assert findings(quality(table), alone) == []
+    text = verdict_text([], gaps(quality(table), alone))
+    assert "healthy" not in text
+    assert "Not judged, for want of figures: whether prefixes follow item vectors; whether they follow training" in text
+    near = {name: vector_pairs(vectors) for name in ("vectors", "training")}
+    facts = examine(codes, near=near, categories=categories, item_counts=np.ones(NUM, int))
+    assert gaps(quality(codes), facts) == ["how well codes rebuild item vectors"]
+    facts["reconstruction_error"] = {"before": 0.1, "after": 0.1}
+    assert gaps(quality(codes), facts) == []
+    assert verdict_text([], []).startswith("Verdict: healthy")
+
+
+def test_depths_at_which_no_items_share_a_prefix_were_not_judged():
+    codes = ItemCodes([[0], [1], [2]], (4,))
+    facts = examine(codes, near={"vectors": (np.array([0, 1]), np.array([1, 2]))}, categories=[("a",), ("a",), ("b",)])
+    assert {"whether prefixes follow item vectors", "whether they follow categories"} <= set(gaps({}, facts))
+
+
+def test_what_may_follow_from_idle_codewords_brings_no_advice_of_its_own():
+    """3 of 256 codewords in use and nearly all items colliding: fewer codewords, and more, were both advised."""
+    collapsed = extra_level(ItemCodes([[row % 3] for row in range(300)], (256,)))
+    found = {finding.rule: finding for finding in findings(quality(collapsed), examine(collapsed))}
+    assert {"collapsed", "collisions"} <= set(found)
+    assert found["collisions"].change == "first mend *collapsed*, from which this may follow"
+    assert not any("larger" in finding.change or "one more" in finding.change for finding in found.values())
+    even = extra_level(ItemCodes([[row % 8] for row in range(300)], (8,)))
+    found = {finding.rule: finding for finding in findings(quality(even), examine(even))}
+    assert "larger" in found["collisions"].change
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -70,8 +105,8 @@ def test_a_collapsed_tokenizer_is_named_first():
 
     assert found[0].rule == "collapsed"
     assert "level-0 is used as if it had 1 of its 32 codewords (3%, should be 50%)" in found[0].what
-    assert "1. collapsed: " in verdict_text(found)
-    assert "change: `tokenizer.kind: residual-kmeans`" in verdict_text(found)
+    assert "1. collapsed: " in verdict_text(found, [])
+    assert "change: `tokenizer.kind: residual-kmeans`" in verdict_text(found, [])
 
 
 def test_chance_takes_popular_neighbours_into_account():

@@ -8,7 +8,7 @@ import pytest
 
 from llm_itemtok.errors import ArtifactError, DataError
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.files import export_codes, format_of, read_codes
+from llm_itemtok.items.files import export_codes, format_of, read_codes, read_items_and_codes
 
 IDS = ("a", "b,1", 'c "x"', "d\nd")
 CODES = ItemCodes([[0, 3, 1], [0, 3, 2], [2, 0, 0], [1, 1, 1]], (3, 4, 3), names=("x", "y", "z"))
@@ -78,6 +78,47 @@ def test_sizes_are_the_largest_codewords_unless_given(tmp_path):
     assert read_codes(ours, ["a"]).sizes == (16, 16)
 
 
+def test_a_level_may_have_a_codeword_an_item_however_many(tmp_path):
+    """The last level of a tree may number the items of its fullest leaf."""
+    item_ids = [str(row) for row in range(70_000)]
+    path = export_codes(ItemCodes(np.arange(70_000)[:, None], (70_000,)), item_ids, tmp_path / "x.csv")
+    assert read_codes(path, item_ids).sizes == (70_000,)
+    with pytest.raises(DataError, match="at most 70,000 codewords"):
+        read_codes(path, item_ids, sizes=(70_001,))
+
+
+@pytest.mark.parametrize("name", NAMES.values())
+def test_it_is_recorded_how_codes_were_joined(tmp_path, name):
+    path = export_codes(CODES, IDS, tmp_path / name)
+    assert read_codes(path, IDS).provenance["joined_by"] == ("row" if name.endswith(".safetensors") else "id")
+
+
+def test_keys_that_are_ids_are_never_taken_for_rows(tmp_path):
+    """Ids 1 to 5 and a file from 0 to 4: joined by row, items 1 to 4 would all get the code of the one before."""
+    path = export_codes(ItemCodes(np.arange(5)[:, None], (5,)), list("01234"), tmp_path / "x.index.json")
+    with pytest.raises(DataError, match=r"1 of 5 have none, e.g. '5'"):
+        read_codes(path, tuple("12345"))
+    by_row = read_codes(path, tuple("abcde"))
+    assert (by_row.table[:, 0].tolist(), by_row.provenance["joined_by"]) == ([0, 1, 2, 3, 4], "row")
+
+
+@pytest.mark.parametrize("kind", ["index", "catalogue", "csv"])
+def test_a_file_alone_says_which_items_it_is_of(tmp_path, kind):
+    path = export_codes(CODES, IDS, tmp_path / NAMES[kind])
+    item_ids, codes = read_items_and_codes(path)
+    order = [item_ids.index(item_id) for item_id in IDS]
+    np.testing.assert_array_equal(codes.table[order], CODES.table)
+    assert codes.sizes == CODES.sizes
+
+
+def test_a_file_by_row_number_is_read_in_the_order_of_the_numbers(tmp_path):
+    path = export_codes(ItemCodes([[2], [0], [1]], (3,)), ("2", "0", "1"), tmp_path / "x.index.json")
+    item_ids, codes = read_items_and_codes(path)
+    assert (item_ids, codes.table[:, 0].tolist()) == (("0", "1", "2"), [0, 1, 2])
+    with pytest.raises(DataError, match="must be here, found: nothing"):
+        read_items_and_codes(tmp_path / "none.csv")
+
+
 def test_our_own_codes_are_joined_by_the_items_beside_them(tmp_path):
     CODES.save(tmp_path)
     with pytest.raises(DataError, match="those of the catalogue's 2 items in its order, was: 4 codes"):
@@ -113,6 +154,15 @@ def test_our_own_codes_are_joined_by_the_items_beside_them(tmp_path):
         ("x.csv", "", "was: nothing"),
         ("x.txt", "", r"must be called .*, was: x.txt"),
         ("x.json.gz", "{}", "must be text in UTF-8"),
+        ("x.csv", "item_id,l0\n", "a line an item below the names of the columns, found: none"),
+        ("x.csv", "item_id,l0\na,1\nb,100000000000000000000\n", "small numbers from 0, .*was: 100000000000000000000;"),
+        ("x.csv", f"item_id,l0\na,1\nb,{'9' * 5000}\n", "was: a number of 5,000 digits; number the codewords"),
+        ("x.csv", f"item_id,l0\na,1\n{'b' * 200_000},1\n", "not a csv file that can be read: field larger"),
+        ("x.csv", "item_id,x,y\na,1,0\nb,65536,1\n", "at most 65,536 codewords, .*but level 0 goes up to 65,536;"),
+        ("x.json", f'{{"1,{"9" * 5000}": ["a"]}}', "was: a number of 5,000 digits"),
+        ("x.json", f'{{"1,2": [{"9" * 5000}]}}', "not JSON that can be read"),
+        ("x.index.json", f'{{"a": ["<a_{"9" * 5000}>"], "b": ["<a_1>"]}}', "was: a number of 5,000 digits"),
+        ("x.csv", f"item_id,{','.join(map(str, range(27)))}\na{',0' * 27}\nb{',1' * 27}\n", "26 levels, .*: 27"),
     ],
 )  # fmt: skip
 def test_what_is_no_file_of_codes_for_the_catalogue_is_refused(tmp_path, name, content, message):

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from llm_itemtok.errors import DataError
+from llm_itemtok.items import quality as module
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.collisions import extra_level
-from llm_itemtok.items.quality import quality, quality_table
+from llm_itemtok.items.findings import findings
+from llm_itemtok.items.quality import estimated_errors, quality, quality_table, reconstruction_error, vector_pairs
 from llm_itemtok.items.random_codes import RandomCodes
 from llm_itemtok.items.residual_kmeans import ResidualKMeans, ResidualKMeansQuantizer
 
@@ -66,27 +68,61 @@ def test_learned_codes_keep_neighbours_together_and_random_ones_do_not():
     random = quality(RandomCodes(levels=2, codebook_size=16).fit(grouped()), grouped())
     assert learned["neighbours"][0]["share"] > 0.9
     assert random["neighbours"][0]["share"] < 2 * random["neighbours"][0]["chance"]
-    assert "prefixes carry little meaning" in random["verdict"]
+    assert "prefixes mean little" in random["verdict"]
 
 
 def test_the_verdict_names_collapse_dead_codewords_and_collisions():
     collapsed = ItemCodes([[0, 0]] * 50 + [[1, word] for word in range(8)], (8, 16))
     verdict = quality(collapsed)["verdict"]
-    assert "collapsed at level-0" in verdict
-    assert "8 of 16 codewords of level-1 are dead" in verdict
-    assert "86.2% of items shared their code" in verdict
+    assert "collapsed: level-0 is used as if it had 1 of its 8 codewords" in verdict
+    assert "8 of the 16 codewords of level-1 stand for no item" in verdict
+    assert "86.2% of the items shared their code" in verdict
     assert "not unique" in verdict
 
 
 def test_the_verdict_names_a_deeper_level_on_which_items_crowd():
     crowded = ItemCodes([[row % 8, 0 if row % 64 < 56 else row % 8] for row in range(512)], (8, 8))
-    assert "items crowd at level-1: 2 of 8 codewords' worth" in quality(crowded)["verdict"]
+    assert "crowded: level-1 is used as if it had 2 of its 8 codewords" in quality(crowded)["verdict"]
+
+
+def test_the_verdict_is_the_doctors():
+    """One set of thresholds: what the one finds in a table, the other says."""
+    crowded = ItemCodes([[row % 8, 0 if row % 64 < 56 else row % 8] for row in range(512)], (8, 8))
+    report = quality(crowded)
+    assert all(f"{found.rule}: {found.what}; {found.change}" in report["verdict"] for found in findings(report, {}))
+
+
+def test_neighbours_looked_for_block_by_block_are_the_same(monkeypatch):
+    vectors = grouped(300)
+    items, neighbours = vector_pairs(vectors)
+    for columns in (7, 100, 299):
+        monkeypatch.setattr(module, "COLUMNS", columns)
+        for found, expected in zip(vector_pairs(vectors), (items, neighbours), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_neighbours_that_are_known_are_not_looked_for_again():
+    codes = ResidualKMeans(levels=2, codebook_size=8).fit(grouped())
+    assert quality(codes, grouped(), near=vector_pairs(grouped())) == quality(codes, grouped())
+    pairs = (np.array([0]), np.array([8]))
+    assert quality(codes, grouped(), near=pairs)["neighbours"][0]["share"] in (0.0, 1.0)
+
+
+def test_codes_without_a_quantizer_are_judged_by_estimated_codebooks():
+    """For residual k-means at its optimum, those are its own."""
+    tokenizer = ResidualKMeans(levels=2, codebook_size=8)
+    codes = tokenizer.fit(grouped())
+    before, after = estimated_errors(codes, extra_level(codes), grouped())
+    assert before == after == pytest.approx(reconstruction_error(codes, grouped(), tokenizer.quantizer), rel=1e-3)
+    moved = ItemCodes((codes.table + 1) % 8, codes.sizes)
+    assert estimated_errors(codes, moved, grouped())[1] > 1.0 > before
+    assert estimated_errors(codes, codes, np.ones((160, 3), np.float32)) == (0.0, 0.0)
 
 
 def test_the_verdict_on_even_and_unique_codes_is_good():
     codes = RandomCodes(levels=2, codebook_size=4).deal(16)
     assert quality(codes)["verdict"].startswith("Good")
-    assert quality(extra_level(codes))["verdict"].startswith("Good")
+    assert quality(extra_level(codes))["verdict"].startswith("Look at: idle level")
 
 
 def test_the_report_is_plain_json_and_prints_as_a_table():

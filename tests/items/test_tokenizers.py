@@ -112,7 +112,8 @@ def test_vectors_may_be_read_only_of_any_layout_and_are_left_alone(kind):
     ("bad", "message"),
     [
         (np.array([[0, np.nan]], np.float32), "1 of 1 rows hold NaN.*first is row 0"),
-        (np.array([[0.0], [1e300]]), "beyond float32, the first is row 1"),
+        (np.array([[0.0], [1e300]]), "or a larger number, the first is row 1"),
+        (np.array([[0.0], [-1e25]]), "of at most 1e.12; 1 of 2 rows.*the first is row 1; scale the vectors"),
         (np.zeros((3, 2), int), "floating-point numbers, was: int64"),
         (np.zeros(3, np.float32), r"shape \(items, dimensions\).*was: \(3,\)"),
         (np.zeros((0, 3), np.float32), r"was: \(0, 3\)"),
@@ -131,10 +132,14 @@ def test_codes_of_no_levels_or_codewords_are_refused(kind, changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"epochs": 0}, {"batch_size": 0}, {"patience": 0}, {"warmup_epochs": -1}, {"learning_rate": 0.0}]
+    "changes",
+    [
+        *({"epochs": 0}, {"batch_size": 0}, {"patience": 0}, {"warmup_epochs": -1}, {"learning_rate": 0.0}),
+        {"stop": "never"},
+    ],
 )
 def test_training_settings_out_of_range_are_refused(changes):
-    with pytest.raises(DataError, match=r"must be at least 1|must be above 0"):
+    with pytest.raises(DataError, match=r"must be at least 1|must be above 0|must be one of reconstruction, loss, was"):
         rqvae(**changes)
 
 
@@ -177,11 +182,22 @@ def test_rqvae_learns_and_returns_the_best_epoch_it_looked_at():
     training = codes.provenance["training"]
     assert training["collision_rate"] == codes.collision_rate
     assert training["epoch"] in {look.epoch for look in looks}
-    assert training["loss"] <= min(look.loss for look in looks) * 1.05
-    assert training["epochs_run"] == looks[-1].epoch
+    assert training["reconstruction"] <= min(look.reconstruction for look in looks) * 1.05
+    assert (training["epochs_run"], training["stop"]) == (looks[-1].epoch, "reconstruction")
 
 
-def test_rqvae_stops_when_the_loss_is_flat_and_reports_progress_to_the_end():
+def test_rqvae_goes_on_while_it_rebuilds_better_though_its_loss_was_lowest_at_the_start():
+    """The loss counts the size of latent vectors, which grow; what codes are good for is told by the rebuilt ones."""
+    settings = {"widths": (256, 128), "learning_rate": 3e-3, "warmup_epochs": 20, "batch_size": 120}
+    settings |= {"epochs": 60, "patience": 10}
+    by_loss, by_error = rqvae(stop="loss", **settings), rqvae(**settings)
+    assert by_loss.fit(vectors()).provenance["training"]["reconstruction"] > (
+        1.2 * by_error.fit(vectors()).provenance["training"]["reconstruction"]
+    )
+    assert 3 * by_loss.history[-1].epoch < by_error.history[-1].epoch
+
+
+def test_rqvae_stops_when_the_error_is_flat_and_reports_progress_to_the_end():
     calls = []
     tokenizer = rqvae(epochs=200, patience=2, progress=lambda done, total: calls.append((done, total)))
     tokenizer.fit(np.ones((8, 4), dtype=np.float32))

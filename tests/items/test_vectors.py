@@ -165,6 +165,32 @@ def test_parquet_is_joined_by_id_and_may_hold_more(tmp_path):
     np.testing.assert_array_equal(from_file(path, ABC), MATRIX)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.list_(pyarrow.float64()), pyarrow.large_list(pyarrow.float32()), pyarrow.list_(pyarrow.float16()),
+        pyarrow.list_(pyarrow.int8()), pyarrow.list_(pyarrow.float32(), 2),
+    ],
+)  # fmt: skip
+def test_parquet_lists_of_any_kind_and_in_any_chunks_give_the_same_matrix(tmp_path, kind):
+    lists = pyarrow.array(MATRIX.astype(kind.value_type.to_pandas_dtype()).tolist() * 3, kind)
+    column = pyarrow.chunked_array([lists[:2], lists[2:2], lists[2:7], lists[7:]])
+    item_id = pyarrow.array([*"abcuvwxyz"])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"vector": column, "other": range(9), "item_id": item_id}), tmp_path / "x.parquet",
+        row_group_size=2,
+    )  # fmt: skip
+    np.testing.assert_array_equal(from_file(tmp_path / "x.parquet", ABC), MATRIX)
+    found = from_file(tmp_path / "x.parquet", catalog("z", "a", "v"))
+    assert (found.dtype, found.tolist()) == (np.float32, MATRIX[[2, 0, 1]].tolist())
+
+
+def test_numbers_of_which_no_squares_can_be_summed_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([[1.0], [1e25], [2.0]]))
+    with pytest.raises(DataError, match=r"of at most 1e.12; 1 of 3 .* the first that of item 'b'"):
+        from_file(tmp_path / "x.npy", ABC)
+
+
 def test_parquet_ids_may_be_numbers(tmp_path):
     path = write_parquet(tmp_path / "x.parquet", item_id=[2, 10], vector=[[1.0], [2.0]])
     assert from_file(path, catalog("10", "2")).tolist() == [[2.0], [1.0]]
@@ -178,7 +204,7 @@ def test_parquet_ids_may_be_numbers(tmp_path):
         (MATRIX[:, :0], r"shape \(3, 0\)"),
         (np.array([[1], [np.nan], [2]]), "finite.*1 of 3 hold NaN.*item 'b'"),
         (np.array([[1], [2], [np.inf]]), "item 'c'"),
-        (np.array([[1], [1e300], [2]]), "beyond float32.*item 'b'"),
+        (np.array([[1], [1e300], [2]]), "or a larger number.*item 'b'"),
         (np.array([["x"], ["y"], ["z"]]), "array of numbers"),
         (np.array([[1j], [1], [1]]), "was: complex128"),
     ],
@@ -309,3 +335,19 @@ def test_a_damaged_cache_is_computed_again(tmp_path, damage):
         (note if damage == "no note" else data).unlink()
     np.testing.assert_array_equal(cached({"k": 1}, tmp_path, lambda: MATRIX + 1), MATRIX + 1)
     np.testing.assert_array_equal(cached({"k": 1}, tmp_path, lambda: MATRIX + 2), MATRIX + 1)
+
+
+def test_vectors_of_further_items_change_nothing_of_those_that_are_there():
+    """Neither words nor spread of what comes later are learned from, and equal texts have equal vectors."""
+    texts = ["red garden rose", "blue garden rose", "red river", "deep blue river stone"]
+    known = module.tfidf_svd(texts, dimensions=3)
+    both = module.tfidf_svd(texts, dimensions=3, others=["red river", "unheard words"])
+    np.testing.assert_array_equal(both[:4], known)
+    np.testing.assert_allclose(both[4], known[2], atol=1e-5)
+    assert not both[5].any()
+    parts = [known, np.arange(8, dtype=np.float32).reshape(4, 2)]
+    more = [np.concatenate([part, 100 * part[:2]]) for part in parts]
+    for components in (0, 2):
+        alone = module.concatenate(parts, [1, 2], components=components)
+        beside = module.concatenate(more, [1, 2], components=components, measured=4)
+        np.testing.assert_allclose(beside[:4], alone, atol=1e-6)
