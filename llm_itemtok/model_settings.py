@@ -19,6 +19,8 @@ class Lora:
     """Dropout on the adapter's input."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """Train each weight's lengths apart from its directions (DoRA, arXiv:2402.09353); nearer to full, and slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +56,15 @@ class Model:
     name: Annotated[str, PATH] = "scratch"
     """Hub id, folder, or `scratch`; `${NAME}` stands for an environment variable."""
     adapter: Literal["lora", "none"] = "none"
-    """Train low-rank adapters and the item rows, or (`none`) the whole model."""
+    """Train low-rank adapters and the item rows, or (`none`) the whole model, rows of text tokens included."""
     lora: Annotated[Lora, Only("adapter", ("lora",))] = field(default_factory=Lora)
     """Settings of `adapter: lora`."""
     scratch: Annotated[Scratch, Only("name", ("scratch",))] = field(default_factory=Scratch)
     """Settings of `name: scratch`."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Type of the weights; `auto` is the one they were saved in."""
+    quantization: Annotated[Literal["none", "nf4"], Only("adapter", ("lora",)), Unless("name", ("scratch",))] = "none"
+    """`nf4` holds the base model's linear layers in 4 bits (QLoRA, arXiv:2305.14314); needs bitsandbytes."""
     trust_remote_code: Annotated[bool, Unless("name", ("scratch",))] = False
     """Run code that comes with the model."""
     revision: Annotated[str | None, Unless("name", ("scratch",))] = None

@@ -6,6 +6,7 @@ from llm_itemtok.bench.decode import decode
 from llm_itemtok.bench.evaluate import evaluate
 from llm_itemtok.bench.gpu import gpu
 from llm_itemtok.bench.measure import Result
+from llm_itemtok.bench.rows import rows
 from llm_itemtok.bench.tokenize import tokenize
 from llm_itemtok.bench.train import train
 from llm_itemtok.bench.trie import trie
@@ -13,6 +14,7 @@ from llm_itemtok.bench.trie import trie
 GROUPS: Mapping[str, Callable[[], Iterator[Result]]] = {
     "decode": decode,
     "train": train,
+    "rows": rows,
     "trie": trie,
     "evaluate": evaluate,
     "tokenize": tokenize,

@@ -1,28 +1,39 @@
-"""A trained model in the forms that plain `transformers` and `peft` load.
+"""A trained model in the forms that plain `transformers` and `peft` load, and back from them.
 
 `merged`: LoRA folded in, the item rows written into tables of the usual form. `adapter`: PEFT's own files, LoRA weights
 and the item rows as trainable tokens, a few megabytes beside a base model that stays where it is. The training modules
 are never changed by an export.
+
+Rows mean something beside one table of item codes only, and two runs of one recipe have files of the same shapes. So
+both forms say which codes they were trained with, where plain libraries pass it over: in `config.json`, or in the
+metadata of the adapter's weights.
 """
 
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import Embedding
 from transformers import PreTrainedModel
 
-from llm_itemtok.artifacts import write_json
+from llm_itemtok.artifacts import write_bytes, write_json
 from llm_itemtok.errors import ArtifactError
-from llm_itemtok.model.item_lm import ItemTokenModel
-from llm_itemtok.model.rows import input_table, output_head
+from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
+from llm_itemtok.model.rows import ItemRows, input_table, output_head
+from llm_itemtok.vocab.item_vocab import ItemVocab
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CODES = "item_codes_sha256"
+"""Under this name a model says which codes it was trained with."""
 _ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name; the values are absolute rows, not differences
+_MIXED = "were files mixed from two runs?"
+_NAME_THE_BASE = "name the model that the adapter was trained on as `base` in generation.json"
 
 
 @torch.no_grad()
@@ -55,14 +66,29 @@ def merged(model: ItemTokenModel, peft_model: PeftModel | None) -> PreTrainedMod
         model: the trained model.
         peft_model: PEFT's view of `model.lm` if it has LoRA, else None.
     """
-    lm = copy.deepcopy(model.lm) if peft_model is None else copy.deepcopy(peft_model).merge_and_unload()
+    lm = copy.deepcopy(model.lm) if peft_model is None else _with_lora_merged(copy.deepcopy(peft_model))
+    lm.config.item_codes_sha256 = model.vocab.codes.sha256
     return fold_rows(lm, model).eval()
+
+
+def _with_lora_merged(peft_model: PeftModel) -> PreTrainedModel:
+    """Merge LoRA, taking the model over.
+
+    Where the base model is in 4 bits its weights are written out first. LoRA was trained beside the rounded weights, so
+    it goes into these, and the sum is not rounded again as in PEFT's own merge, which was measured to lose much of it.
+    """
+    if getattr(peft_model.get_base_model(), "is_quantized", False):
+        config, weights = peft_model.peft_config["default"], get_peft_model_state_dict(peft_model)
+        peft_model = get_peft_model(peft_model.unload().dequantize(), config)
+        set_peft_model_state_dict(peft_model, weights)
+    lm: PreTrainedModel = peft_model.merge_and_unload()
+    return lm
 
 
 def save_adapter(
     model: ItemTokenModel, peft_model: PeftModel, folder: Path, *, base: str, revision: str | None
 ) -> None:
-    """Write LoRA weights and item rows as a PEFT adapter with trainable tokens.
+    """Write LoRA weights and item rows, if there are any, as a PEFT adapter with trainable tokens.
 
     Plain `PeftModel.from_pretrained` loads it onto the base model after `resize_token_embeddings(len(tokenizer))`; on a
     T5 with a head of its own, after `config.tie_word_embeddings = False` before that (`load.load_lm` says why).
@@ -76,7 +102,7 @@ def save_adapter(
     """
     tensors = {name: value.contiguous().cpu() for name, value in get_peft_model_state_dict(peft_model).items()}
     ids = list(range(model.rows.first_id, model.rows.first_id + len(model.rows)))
-    sides = _token_modules(model)
+    sides = _token_modules(model) if ids else {}
     for name, rows in sides.items():
         tensors[f"base_model.model.{name}.{_ROWS}"] = rows.detach().cpu().clone()  # the format takes no tensor twice
     config = copy.deepcopy(peft_model.peft_config["default"])
@@ -84,13 +110,22 @@ def save_adapter(
     config.base_model_name_or_path = base
     config.revision = revision
     config.inference_mode = True
-    config.trainable_token_indices = {name.rsplit(".", 1)[-1]: ids for name in sides}
+    config.trainable_token_indices = {name.rsplit(".", 1)[-1]: ids for name in sides} or None
     settings = config.to_dict()
     for name, value in settings.items():
         if isinstance(value, set):  # its order would differ from run to run
             settings[name] = sorted(value)
     write_json(folder / ADAPTER_CONFIG, json.loads(json.dumps(settings, default=str)))
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    write_bytes(folder / ADAPTER_WEIGHTS, _weights_file(tensors, {"format": "pt", CODES: model.vocab.codes.sha256}))
+
+
+def _weights_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file whose metadata stand in the order given: the library's own order differs from run to run."""
+    content = save(tensors, metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]) | {"__metadata__": metadata}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight
+    return len(header).to_bytes(8, "little") + header + content[start:]
 
 
 def _token_modules(model: ItemTokenModel) -> dict[str, Tensor]:
@@ -107,11 +142,12 @@ def _token_modules(model: ItemTokenModel) -> dict[str, Tensor]:
     return {**dict.fromkeys(tables, rows.input_rows), names[output_head(model.lm)]: rows.output_rows}
 
 
-def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], Tensor, Tensor | None]:
+def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], Tensor | None, Tensor | None]:
     """Read what `save_adapter` wrote.
 
     Returns:
-        LoRA settings without trainable tokens, LoRA weights, input rows `[T, D]`, and output rows or None.
+        LoRA settings without trainable tokens, LoRA weights, input rows `[T, D]` and output rows; None for those that
+        the model does not have.
 
     Raises:
         ArtifactError: if the files are not such an adapter.
@@ -121,11 +157,114 @@ def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], Tensor, T
     rows = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_ROWS)}
     output = [value for name, value in rows.items() if ".lm_head." in name]
     inputs = [value for name, value in rows.items() if ".lm_head." not in name]
-    if not inputs or len(output) > 1 or any(not torch.equal(inputs[0], copy) for copy in inputs[1:]):
+    expected = bool(config.trainable_token_indices) == bool(inputs)
+    if not expected or len(output) > 1 or any(not torch.equal(inputs[0], copy) for copy in inputs[1:]):
         raise ArtifactError(
             f"{folder / ADAPTER_WEIGHTS}: an adapter must hold one table of item rows for the input and at most one "
             f"for the output, found: {sorted(rows)}; was it written by another program?"
         )
     config.trainable_token_indices = None
     config.inference_mode = False
-    return config, tensors, inputs[0], output[0] if output else None
+    return config, tensors, inputs[0] if inputs else None, output[0] if output else None
+
+
+def from_merged(
+    lm: PreTrainedModel, vocab: ItemVocab, folder: Path, *, normaliser: Normaliser = "level"
+) -> ItemTokenModel:
+    """Read the item rows out of the tables of a merged model.
+
+    Args:
+        lm: the whole model, as loaded from `folder`; taken over.
+        vocab: its item tokens.
+        folder: named in messages.
+        normaliser: of the training.
+
+    Raises:
+        ArtifactError: if the model was trained with other codes, or has no room for the item tokens.
+    """
+    _refuse_other_codes(getattr(lm.config, CODES, None), vocab, folder)
+    span = slice(vocab.first_id, vocab.first_id + vocab.num_tokens)
+    if input_table(lm).num_embeddings < span.stop:
+        raise ArtifactError(
+            f"{folder}: model and tokenizer must belong together, but item tokens have ids up to {span.stop - 1:,} and "
+            f"the model's table has {input_table(lm).num_embeddings:,} rows; {_MIXED}"
+        )
+    tied = bool(lm.config.tie_word_embeddings)
+    rows = ItemRows(input_table(lm).weight[span].detach(), first_id=vocab.first_id, tied=tied)
+    if rows.output_rows is not None:
+        with torch.no_grad():
+            rows.output_rows.copy_(output_head(lm).weight[span])
+    return ItemTokenModel(lm, rows, vocab, normaliser=normaliser)
+
+
+def from_adapter(
+    lm: PreTrainedModel, vocab: ItemVocab, folder: Path, *, normaliser: Normaliser = "level"
+) -> tuple[ItemTokenModel, PeftModel]:
+    """Put an adapter's LoRA into its base model, and the item rows beside it.
+
+    Args:
+        lm: the base model; changed in place.
+        vocab: the item tokens.
+        folder: where `save_adapter` wrote.
+        normaliser: of the training.
+
+    Returns:
+        The model, and PEFT's view of it.
+
+    Raises:
+        ArtifactError: if the adapter is of another program, of other codes, of another tokenizer or of another base.
+    """
+    config, weights, input_rows, output_rows = load_adapter(folder)
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        _refuse_other_codes((file.metadata() or {}).get(CODES), vocab, folder)
+    width = input_table(lm).embedding_dim
+    if input_rows is None:  # identifiers in existing words
+        input_rows = input_table(lm).weight.new_empty(0, width)
+    if len(input_rows) != vocab.num_tokens:
+        raise ArtifactError(
+            f"{folder}: the adapter must have a row for each of the {vocab.num_tokens} item tokens, was: "
+            f"{len(input_rows)}; {_MIXED}"
+        )
+    tied = bool(lm.config.tie_word_embeddings)
+    if len(input_rows) and (input_rows.shape[1], output_rows is None) != (width, tied):
+        raise ArtifactError(
+            f"{folder}: adapter and base model must belong together, but the adapter's item rows are "
+            f"{input_rows.shape[1]} wide for a head that is {'tied' if output_rows is None else 'untied'}, and the "
+            f"base model is {width} wide and {'tied' if tied else 'untied'}; {_NAME_THE_BASE}"
+        )
+    peft_model = _with_lora(lm, config, weights, folder)
+    rows = ItemRows(input_rows, first_id=vocab.first_id, tied=tied)
+    if rows.output_rows is not None and output_rows is not None:
+        with torch.no_grad():
+            rows.output_rows.copy_(output_rows)
+    return ItemTokenModel(lm, rows, vocab, normaliser=normaliser), peft_model
+
+
+def _with_lora(lm: PreTrainedModel, config: LoraConfig, weights: dict[str, Tensor], folder: Path) -> PeftModel:
+    """Put LoRA weights into a model, every one of them and no other."""
+    problem = ""
+    config.base_model_name_or_path = lm.name_or_path or None  # PEFT warns of any other: it is given at saving
+    try:
+        peft_model = get_peft_model(lm, config)
+        found: Any = set_peft_model_state_dict(peft_model, weights)
+        absent = [name for name in found.missing_keys if ".lora_" in name]
+        if absent or found.unexpected_keys:
+            problem = f"{len(absent)} weights of its LoRA are missing, {len(found.unexpected_keys)} are of no layer"
+    except (ValueError, RuntimeError) as error:  # no such layers, or layers of other sizes
+        problem = f"PEFT says: {str(error).strip().splitlines()[-1].strip()}"
+    if problem:
+        raise ArtifactError(
+            f"{folder}: adapter and base model must belong together, but in {type(lm).__name__} {problem}; "
+            f"{_NAME_THE_BASE}"
+        )
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+def _refuse_other_codes(trained_with: str | None, vocab: ItemVocab, folder: Path) -> None:
+    """Raise if a model says that it was trained with other codes; models of earlier versions do not say."""
+    if trained_with not in (None, vocab.codes.sha256):
+        raise ArtifactError(
+            f"{folder}: model and item codes must belong together, but the model was trained with the codes "
+            f"{str(trained_with)[:12]} and these are {vocab.codes.sha256[:12]}; {_MIXED}"
+        )

@@ -23,11 +23,11 @@ class ItemRows(nn.Module):
     """
 
     def __init__(self, rows: Tensor, *, first_id: int, tied: bool) -> None:
-        """Start from `rows` `[T, D]` on both sides."""
+        """Start from `rows` `[T, D]` on both sides; with no rows (identifiers in existing words) nothing is trained."""
         super().__init__()
         self.first_id = first_id
-        self.input_rows = nn.Parameter(rows.clone())
-        self.output_rows = None if tied else nn.Parameter(rows.clone())
+        self.input_rows = nn.Parameter(rows.clone(), requires_grad=len(rows) > 0)
+        self.output_rows = None if tied else nn.Parameter(rows.clone(), requires_grad=len(rows) > 0)
 
     def __len__(self) -> int:
         return len(self.input_rows)
@@ -43,6 +43,9 @@ class ItemRows(nn.Module):
         Returns:
             `[..., D]` in the base model's dtype.
         """
+        if not len(self):
+            found: Tensor = base(input_ids)
+            return found
         slots = input_ids - self.first_id
         is_item = (slots >= 0) & (slots < len(self))
         text = base(input_ids.masked_fill(is_item, 0))

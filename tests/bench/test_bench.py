@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm_itemtok.bench import decode, evaluate, gpu, measure, run, subjects, train, trie
+from llm_itemtok.bench import decode, evaluate, gpu, measure, rows, run, subjects, train, trie
 from llm_itemtok.bench.usual import DictTrie, Windows, generate_items, one_prefill
 from llm_itemtok.cli import BENCHMARKS, main
 from llm_itemtok.decoding.beams import beam_search
@@ -153,12 +153,15 @@ def small(monkeypatch: pytest.MonkeyPatch):
     for module, settings in (
         (decode, {"ITEMS": 300, "TOKENS": 8}),
         (train, {"ITEMS": 300}),
+        (rows, {"ITEMS": 300, "TOKENS": 8, "WIDE": TINY}),
         (evaluate, {"ITEMS": 300, "USERS": 40, "FEW": 4, "PASS_ITEMS": 8, "PASS_FEW": 2, "PASS_TOKENS": 8}),
     ):
         for name, value in settings.items():
             monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(decode, "peak_mb", lambda _prepare, way: {"usual": 2.0}.get(way, 1.0))
     monkeypatch.setattr(train, "peak_mb", lambda _prepare, way: {"usual": 2.0, "body": 1.0}.get(way, 1.0))
+    monkeypatch.setattr(rows, "peak_mb", lambda _prepare, way: {"theirs": 2.0}.get(way, 1.0))
+    monkeypatch.setitem(run.GROUPS, "rows", partial(rows.rows, 1))
     monkeypatch.setitem(run.GROUPS, "trie", partial(trie.trie, 5000, 1))
     monkeypatch.setitem(run.GROUPS, "decode", partial(decode.decode, 1))
     monkeypatch.setitem(run.GROUPS, "train", partial(train.train, 1))
@@ -170,6 +173,7 @@ def small(monkeypatch: pytest.MonkeyPatch):
     [
         ("decode", "D1-exact D1-level D1-memory D3-exact D3-level D4 D2-exact D2-level T5-decode"),
         ("train", "R1-9k R1-152k R2"),
+        ("rows", "ROW-time-9k ROW-time-152k ROW-mb-152k"),
         ("trie", "T1-build-s T1-mb T1-lookup-ms"),
         ("evaluate", "E1 S1"),
     ],

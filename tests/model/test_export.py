@@ -11,8 +11,11 @@ from transformers import AutoTokenizer
 
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.model import export
-from tests.model.test_load import lora_model
-from tests.tiny import MOST_SLOWLY, hidden, logits, plain_class, tiny_item_model, tiny_lm, tiny_tokenizer
+from llm_itemtok.model.load import add_lora, with_item_tokens
+from llm_itemtok.vocab import init
+from llm_itemtok.vocab.item_vocab import ItemVocab
+from tests.model.test_load import LORA, lora_model
+from tests.tiny import MOST_SLOWLY, hidden, logits, plain_class, tiny_codes, tiny_item_model, tiny_lm, tiny_tokenizer
 
 EVERY_FAMILY = pytest.mark.parametrize("family", MOST_SLOWLY)
 EVERY_TIE = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -122,3 +125,83 @@ def test_tables_grow_only_when_the_item_tokens_do_not_fit_into_the_padding(paddi
     assert (plain.get_input_embeddings().num_embeddings, plain.config.vocab_size) == (size, size)
     assert len(tiny_tokenizer()) == 21
     assert model.lm.get_input_embeddings().num_embeddings == 21 + padding
+
+
+def mixed_up(tmp_path, *, tied: bool = True):
+    """A saved adapter, and the vocabulary that it was trained with."""
+    model, _, peft_model = stirred("llama", tied)
+    export.save_adapter(model, peft_model, tmp_path, base="somewhere", revision=None)
+    return model.vocab
+
+
+def test_an_adapter_goes_back_into_its_base_as_it_was(tmp_path):
+    model, _, peft_model = stirred("llama", tied=False)
+    export.save_adapter(model, peft_model, tmp_path, base="somewhere", revision=None)
+    again, _ = export.from_adapter(tiny_lm("llama", tied=False, padding=7), model.vocab, tmp_path, normaliser="items")
+    assert again.normaliser == "items"
+    assert torch.equal(again.eval().vocab_logits(hidden(again, IDS)), model.vocab_logits(hidden(model, IDS)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 32}, "item rows are 16 wide for a head that is tied, and the base model is 32 wide and tied"),
+        ({"tied": False}, "16 wide for a head that is tied, and the base model is 16 wide and untied"),
+        ({"intermediate_size": 48}, "in LlamaForCausalLM PEFT says: size mismatch"),
+        ({"num_hidden_layers": 1}, "in LlamaForCausalLM 0 weights of its LoRA are missing, 14 are of no layer"),
+    ],
+)
+def test_an_adapter_of_another_base_model_is_refused(changes, message, tmp_path):
+    vocab = mixed_up(tmp_path)
+    lm = tiny_lm("llama", padding=7, **changes)
+    with pytest.raises(
+        ArtifactError, match=rf"adapter and base model must belong together.* {message}.*name the model"
+    ):
+        export.from_adapter(lm, vocab, tmp_path)
+
+
+def test_an_adapter_of_a_base_model_with_fewer_layers_is_refused(tmp_path):
+    """PEFT would say nothing, and leave the further layers as they are."""
+    lm, peft_model = add_lora(tiny_lm("llama", padding=7, num_hidden_layers=3), **LORA)
+    model = with_item_tokens(lm, tiny_tokenizer(), tiny_codes(), lambda vocab, table: init.normal(vocab, table, seed=0))
+    export.save_adapter(model, peft_model, tmp_path, base="somewhere", revision=None)
+    with pytest.raises(ArtifactError, match=r"14 weights of its LoRA are missing, 0 are of no layer"):
+        export.from_adapter(tiny_lm("llama", padding=7, num_hidden_layers=4), model.vocab, tmp_path)
+
+
+def test_an_adapter_beside_other_codes_is_refused(tmp_path):
+    """Of the same shapes, so that nothing else would tell."""
+    vocab = mixed_up(tmp_path).with_codes(tiny_codes(seed=1))
+    with pytest.raises(ArtifactError, match=r"model and item codes must belong together, but the model was trained"):
+        export.from_adapter(tiny_lm("llama", padding=7), vocab, tmp_path)
+
+
+def test_an_adapter_of_an_earlier_version_does_not_say_its_codes_and_is_taken(tmp_path):
+    vocab = mixed_up(tmp_path).with_codes(tiny_codes(seed=1))
+    save_file(
+        load_file(tmp_path / export.ADAPTER_WEIGHTS), tmp_path / export.ADAPTER_WEIGHTS, metadata={"format": "pt"}
+    )
+    model, _ = export.from_adapter(tiny_lm("llama", padding=7), vocab, tmp_path)
+    assert model.vocab is vocab
+
+
+def test_an_adapter_with_rows_for_other_tokens_is_refused(tmp_path):
+    mixed_up(tmp_path)
+    vocab = ItemVocab(tiny_codes(sizes=(8, 5, 4)), 21)
+    save_file(
+        load_file(tmp_path / export.ADAPTER_WEIGHTS), tmp_path / export.ADAPTER_WEIGHTS, metadata={"format": "pt"}
+    )
+    with pytest.raises(
+        ArtifactError, match=r"must have a row for each of the 17 item tokens, was: 15; were files mixed"
+    ):
+        export.from_adapter(tiny_lm("llama", padding=7), vocab, tmp_path)
+
+
+def test_a_whole_model_beside_other_codes_or_another_tokenizer_is_refused(tmp_path):
+    model, _ = tiny_item_model()
+    whole = export.merged(model, None)
+    assert export.from_merged(whole, model.vocab, tmp_path).vocab is model.vocab
+    with pytest.raises(ArtifactError, match=r"model and item codes must belong together"):
+        export.from_merged(whole, model.vocab.with_codes(tiny_codes(seed=1)), tmp_path)
+    with pytest.raises(ArtifactError, match=r"model and tokenizer .* ids up to 44 and the model's table has 36 rows"):
+        export.from_merged(whole, ItemVocab(model.vocab.codes, 30), tmp_path)

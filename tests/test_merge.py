@@ -1,0 +1,90 @@
+"""Merging writes a bundle that needs neither PEFT nor the base model, and touches nothing else."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from llm_itemtok.bundle import items_sha256
+from llm_itemtok.cli import main
+from llm_itemtok.errors import ArtifactError
+from llm_itemtok.pipeline.merge import merge
+from llm_itemtok.recommender import Recommender
+from tests.test_recommender import adapter, merged
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return adapter(tmp_path / "base").save_pretrained(tmp_path / "bundle")
+
+
+def test_a_merged_bundle_answers_as_its_adapter_and_stands_alone(bundle, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    recommender = Recommender.from_pretrained(bundle)
+    assert main(["merge", str(bundle), str(tmp_path / "merged")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "merged")
+    (tmp_path / "base").rename(tmp_path / "gone")
+    again = Recommender.from_pretrained(tmp_path / "merged")
+    expected = recommender.recommend(["item-3", "item-7"], 12)
+    found = again.recommend(["item-3", "item-7"], 12)
+    assert [item.item_id for item in found] == [item.item_id for item in expected]
+    assert [item.score for item in found] == pytest.approx([item.score for item in expected], abs=1e-4)
+    assert {path: path.read_bytes() for path in before} == before
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "PeftModel" not in card
+    assert "PeftModel.from_pretrained(base, " in (bundle / "README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 36
+
+
+def test_a_whole_model_is_not_merged_again(tmp_path):
+    bundle = merged().save_pretrained(tmp_path / "bundle")
+    with pytest.raises(
+        ArtifactError, match=r"what is merged must be an adapter, found: a whole model; use it as it is"
+    ):
+        merge(bundle, tmp_path / "merged")
+
+
+def test_merging_replaces_a_bundle_but_no_other_folder_and_not_its_adapter(bundle, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "notes.txt").write_text("mine")
+    for out in (tmp_path / "precious", tmp_path / "precious" / "notes.txt"):
+        with pytest.raises(ArtifactError, match="must go into a new folder or replace a bundle, found: other files"):
+            merge(bundle, out)
+    assert (tmp_path / "precious" / "notes.txt").read_text() == "mine"
+    with pytest.raises(ArtifactError, match="must not take its adapter's place; choose another folder"):
+        merge(bundle, bundle)
+    merge(bundle, tmp_path / "merged")
+    assert merge(bundle, tmp_path / "merged") == tmp_path / "merged"
+
+
+def test_items_of_another_catalogue_are_refused(tmp_path):
+    """With the same codes, as `random` gives them to any catalogue of one size."""
+    saved = merged()
+    saved = saved.with_generation(items_sha256=items_sha256(saved.item_ids))
+    bundle = saved.save_pretrained(tmp_path / "bundle")
+    assert Recommender.from_pretrained(bundle).item_ids == saved.item_ids
+    text = (bundle / "items.jsonl").read_text()
+    (bundle / "items.jsonl").write_text(text.replace('"item-5"', '"item-x"'))
+    with pytest.raises(
+        ArtifactError, match=r"items.jsonl and generation.json .* the items are those of another catalog"
+    ):
+        Recommender.from_pretrained(bundle)
+
+
+def test_a_model_of_another_run_is_refused_by_its_codes(bundle, tmp_path):
+    """Each file alone is right, and all shapes are the same."""
+    path = bundle / "adapter_model.safetensors"
+    content = path.read_bytes()
+    codes = json.loads((bundle / "generation.json").read_text())["codes_sha256"].encode()
+    assert content.count(codes) == 1
+    path.write_bytes(content.replace(codes, codes[::-1]))
+    with pytest.raises(ArtifactError, match="model and item codes must belong together"):
+        Recommender.from_pretrained(bundle)
+
+
+def test_bundles_of_earlier_versions_load(bundle):
+    settings = json.loads((bundle / "generation.json").read_text())
+    for name in ("quantization", "items_sha256"):
+        del settings[name]
+    (bundle / "generation.json").write_text(json.dumps(settings))
+    assert Recommender.from_pretrained(bundle).generation.quantization == "none"
