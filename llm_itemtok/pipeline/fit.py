@@ -2,8 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,31 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from llm_itemtok.artifacts import METRICS_LOG, MODEL, TRAINING, read_json, write_json
-from llm_itemtok.bundle import Generation
+from llm_itemtok.artifacts import METRICS_LOG, MODEL, TOKEN_WEIGHTS, TRAINING, read_json, write_json
+from llm_itemtok.bundle import Generation, items_sha256
+from llm_itemtok.card import redacted
 from llm_itemtok.config import ALL_POSITIONS_REASON, RunConfig
-from llm_itemtok.data.splits import Cases
-from llm_itemtok.decoding.beams import DecodeNormaliser
 from llm_itemtok.errors import DataError, RecipeError
-from llm_itemtok.evaluation.full_ranking import rank_cases
-from llm_itemtok.evaluation.metrics import metrics_from_ranks
+from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.quantizers import read_quantizer
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.model.prompts import Prompts
-from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, read_vocab
+from llm_itemtok.pipeline.objective import make_aim, token_figures
+from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, item_vectors, read_vocab
 from llm_itemtok.pipeline.stages import environment
+from llm_itemtok.pipeline.updates import keep_versions_until, make_updates, newest_version
+from llm_itemtok.pipeline.validation import Validation, decode_normaliser
+from llm_itemtok.pipeline.vectors import needs_vectors
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.training import examples
 from llm_itemtok.training.arguments import build_arguments
 from llm_itemtok.training.callbacks import MetricsLog, Progress, StopOnSignal
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.effort import training_flops
-from llm_itemtok.training.next_token import NextToken
+from llm_itemtok.training.late_binding import LateBinding
 from llm_itemtok.training.trainer import ItemTokenTrainer
-from llm_itemtok.vocab.trie import ItemTrie
 
 CHECKPOINTS = "checkpoints"
 PROTOCOL = ("split", "k_core", "deduplicate", "unknown_items", "filter", "validation_share", "test_share")
@@ -77,10 +79,7 @@ def make_model(
     refuse_model(config, lm, codes.num_levels)
     peft_model = None
     if config.model.adapter == "lora":
-        lora = config.model.lora
-        lm, peft_model = add_lora(
-            lm, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, rslora=lora.rslora, seed=config.seed
-        )
+        lm, peft_model = with_lora(config, lm)
     _, rows = read_vocab(folder)
     model = with_item_tokens(
         lm,
@@ -93,6 +92,20 @@ def make_model(
         output_dropout=config.model.output_dropout,
     )
     return model, tokenizer, peft_model
+
+
+def with_lora(config: RunConfig, lm: PreTrainedModel) -> tuple[PreTrainedModel, PeftModel]:
+    """Put the recipe's adapter into the base model; raises `UnsupportedModelError` where PEFT has no such adapter."""
+    lora = config.model.lora
+    return add_lora(
+        lm,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        rslora=lora.rslora,
+        dora=lora.dora,
+        seed=config.seed,
+    )
 
 
 def refuse_model(config: RunConfig, lm: PreTrainedModel, levels: int) -> None:
@@ -120,12 +133,6 @@ def most_positions(config: PreTrainedConfig) -> int | None:
         return int(original)
     positions: int | None = getattr(config, "max_position_embeddings", None)
     return positions
-
-
-def decode_normaliser(config: RunConfig) -> DecodeNormaliser:
-    """What beams are normalised over: as in training unless the recipe says otherwise."""
-    chosen = config.evaluation.decode_normaliser
-    return config.objective.normaliser if chosen == "same" else chosen
 
 
 def count_steps(arguments: TrainingArguments, num_examples: int) -> tuple[int, int]:
@@ -178,6 +185,8 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
         raise DataError("training needs at least one validation case to choose the best checkpoint by, found none")
     codes, _ = read_vocab(folder)
     model, tokenizer, peft_model = make_model(config, data, codes, folder, log)
+    if config.update.kind != "fixed":
+        model.hold_codes()
     table = make_examples(config, data)
     arguments = training_arguments(config, folder, len(table))
     last = _last_checkpoint(folder / CHECKPOINTS, key, resume=resume, writes=arguments.should_save)
@@ -189,7 +198,7 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
         log("  nothing to resume from: no checkpoint of these inputs; training starts over")
     stop = StopOnSignal()
     callbacks = [MetricsLog(folder / METRICS_LOG), Progress(log), stop]
-    trainer = _trainer(config, data, model, tokenizer, table, arguments, callbacks)
+    trainer = _trainer(config, data, model, tokenizer, table, folder, arguments, callbacks, log)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
@@ -200,14 +209,25 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
     log(
         f"  best validation NDCG@10 {state.best_metric:.4f} at step {state.best_global_step:,} of {state.global_step:,}"
     )
-    prompts = Prompts(tokenizer, model.vocab, answer_start=model.answer_start)
-    validate = _validation(config, model, prompts, data.split.validation, everybody=True)
-    validation = validate()  # every process: they share the cases
+    # Every process: they share the cases.
+    validation = Validation(config, model, tokenizer, data.split.validation, everybody=True)()
     if arguments.should_save:
+        if trainer.updates is not None:
+            saved, later = keep_versions_until(folder, model.vocab.codes)
+            model.take_codes(saved)
+            log(
+                f"  the best model has item codes {newest_version(folder).name}"
+                + (f"; {later} later version{'s' if later > 1 else ''} removed" if later else "")
+            )
+        else:
+            keep_versions_until(folder, codes)  # later ones are of items that `extend` gave to a model before this one
         effort = trainer.effort
         facts = _took(trainer, training_flops(model, effort.positions, effort.context_positions), trainable)
         write_json(folder / TRAINING, {**facts, "validation": validation})
-        bundle(config, data, model, tokenizer, peft_model).save_pretrained(folder / MODEL)
+        if weights := token_figures(trainer.objective, table):
+            write_json(folder / TOKEN_WEIGHTS, weights)
+        quantizer = read_quantizer(newest_version(folder))
+        bundle(config, data, model, tokenizer, peft_model, quantizer).save_pretrained(folder / MODEL)
 
 
 def _took(trainer: ItemTokenTrainer, flops: float, trainable: int) -> dict[str, Any]:
@@ -248,13 +268,36 @@ def _trainer(
     model: ItemTokenModel,
     tokenizer: PreTrainedTokenizerBase,
     table: ExampleTable,
+    folder: Path,
     arguments: TrainingArguments,
     callbacks: list[TrainerCallback],
+    log: Log,
 ) -> ItemTokenTrainer:
     """The trainer of a recipe, ready to run."""
     tasks = [task for task, weight in config.examples.tasks.items() if weight > 0]
     texts = data.catalog.titles if set(tasks) - {"next-item"} else ()
-    prompts = Prompts(tokenizer, model.vocab, texts, answer_start=model.answer_start)
+    binding = None if config.update.kind == "fixed" else LateBinding(model)
+    vocab = model.vocab if binding is None else binding.placeholders()
+    prompts = Prompts(tokenizer, vocab, texts, answer_start=model.answer_start)
+    vectors = partial(item_vectors, config, data, folder, log)
+    validate = Validation(config, model, tokenizer, data.split.validation)
+    updates = None
+    if binding is not None:
+        updates = make_updates(
+            config,
+            data,
+            model,
+            prompts,
+            binding,
+            table,
+            steps=count_steps(arguments, len(table)),
+            validate=validate,
+            vectors=vectors,
+            folder=folder,
+            log=log,
+        )
+    aim = make_aim(config, model, prompts, Collator(prompts, model.vocab.num_levels), table, vectors)
+    callbacks = [*aim.callbacks, *callbacks]
     if config.evaluation.patience:
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.evaluation.patience)]
     trainer = ItemTokenTrainer(
@@ -262,11 +305,18 @@ def _trainer(
         args=arguments,
         train_dataset=table,
         eval_dataset=table.select([0]),  # validation ranks cases; Trainer only asks that something is here
-        data_collator=Collator(prompts, model.vocab.num_levels),
-        objective=NextToken(tasks),
-        validate=_validation(config, model, prompts, data.split.validation),
+        data_collator=aim.collator,
+        objective=aim.objective,
+        validate=validate,
+        bind=binding,
+        updates=updates,
         callbacks=callbacks,
     )
+    if updates is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise RecipeError(
+            f"`update.kind: {config.update.kind}` must be able to take weights back, which FSDP and DeepSpeed shard; "
+            "launch without them, or write `update.kind: fixed`"
+        )
     for library_printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(library_printer)
     return trainer
@@ -278,6 +328,7 @@ def bundle(
     model: ItemTokenModel,
     tokenizer: PreTrainedTokenizerBase,
     peft_model: PeftModel | None,
+    quantizer: Quantizer | None,
 ) -> Recommender:
     """The trained model as what users load: an adapter beside its base, or a whole model."""
     name = config.model.name
@@ -294,7 +345,10 @@ def bundle(
         catalog_sha256=data.catalog.sha256,
         codes_sha256=model.vocab.codes.sha256,
         dtype=config.model.dtype,
+        quantization=config.model.quantization,
+        items_sha256=items_sha256(data.catalog.item_ids),
         protocol={name: value for name, value in config.to_dict()["data"].items() if name in PROTOCOL},
+        vectors=redacted(config.to_dict()["vectors"]) if needs_vectors(config) else {},
     )
     return Recommender(
         model,
@@ -303,29 +357,5 @@ def bundle(
         titles=data.catalog.titles,
         generation=generation,
         peft_model=peft_model,
+        quantizer=quantizer,
     )
-
-
-def _validation(
-    config: RunConfig, model: ItemTokenModel, prompts: Prompts, cases: Cases, *, everybody: bool = False
-) -> Callable[[], dict[str, float]]:
-    """A function that ranks the validation cases (a seeded sample of them if the recipe says so, or everybody)."""
-    trie = ItemTrie(model.vocab.codes)
-    users = 0 if everybody else config.evaluation.validation_users
-    sample = cases.head(users or len(cases), config.seed)
-
-    def validate() -> dict[str, float]:
-        ranking = rank_cases(
-            model,
-            trie,
-            prompts,
-            sample,
-            beam=config.evaluation.beam,
-            history_length=config.examples.history_length,
-            normaliser=decode_normaliser(config),
-            mask_seen=config.evaluation.mask_seen,
-            batch_size=config.evaluation.batch_size,
-        )
-        return metrics_from_ranks(ranking.ranks)
-
-    return validate

@@ -8,8 +8,10 @@ Two hooks below are private to Hugging Face; the tests in `tests/training/test_i
 on them safe.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers import Trainer
 
 from llm_itemtok.training.effort import Effort, batch_counts
 from llm_itemtok.training.objective import Objective
+from llm_itemtok.training.updates import Updates
 
 
 class ItemTokenTrainer(Trainer):
@@ -28,13 +31,28 @@ class ItemTokenTrainer(Trainer):
         *args: Any,
         objective: Objective,
         validate: Callable[[], Mapping[str, float]] | None = None,
+        bind: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
+        updates: Updates | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take Hugging Face's arguments, the objective, and a function that returns validation metrics."""
+        """Take Hugging Face's arguments and ours.
+
+        Args:
+            args: of `transformers.Trainer`.
+            objective: what to minimise.
+            validate: returns validation metrics.
+            bind: puts the item tokens of now into a batch that has placeholders (`late_binding`).
+            updates: of item tokens; None where they stay what they are.
+            kwargs: of `transformers.Trainer`.
+        """
         super().__init__(*args, **kwargs)
         self.add_callback(Effort())
+        if updates is not None:
+            self.add_callback(updates)
         self.objective: Objective = objective
         self.validate = validate
+        self.bind = bind
+        self.updates = updates
         # Terms are divided by the whole step's denominators: the trainer must not divide by accumulation again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -55,7 +73,7 @@ class ItemTokenTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         """Sum the objective's terms, and remember each for the next log line."""
         totals = self.objective.denominators(inputs) if num_items_in_batch is None else num_items_in_batch
-        terms = self.objective(model, inputs, totals)
+        terms = self.objective(model, inputs if self.bind is None else self.bind(inputs), totals)
         if model.training:
             if not self._terms:
                 self._terms_start = self.state.global_step
@@ -75,21 +93,32 @@ class ItemTokenTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
-        """Rank the validation cases; log `validation/<metric>`.
+        """Rank the validation cases; log `validation/<metric>`, or `trial/<metric>` while item tokens are on trial.
 
         Returns:
-            The metrics as `eval_<metric>`, the spelling by which Hugging Face finds the best checkpoint.
+            The metrics as `eval_<metric>`, the spelling by which Hugging Face finds the best checkpoint; NaN, which is
+            never the best, for a model that may be rolled back.
 
         Raises:
             ValueError: if the trainer was made without `validate`.
         """
         if self.validate is None:
             raise ValueError("the trainer must be made with `validate` to evaluate, was: None")
-        metrics = self.validate()
+        metrics = self.validate() if self.updates is None else self.updates.validate(self.state.global_step)
+        if self.updates is not None and self.updates.on_trial:
+            self.log({f"trial/{name}": value for name, value in metrics.items()})
+            self.control.should_evaluate = False  # as `on_evaluate` does, which would count towards stopping early
+            return {f"eval_{name}": math.nan for name in metrics}
         self.log({f"validation/{name}": value for name, value in metrics.items()})
         named = {f"eval_{name}": value for name, value in metrics.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; in a checkpoint also where updates stand, before anything could find the checkpoint whole."""
+        super().save_model(output_dir, _internal_call)
+        if self.updates is not None and output_dir is not None and self.args.should_save:
+            self.updates.save(Path(output_dir))
 
     def _get_num_items_in_batch(  # type: ignore[override]
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
