@@ -35,6 +35,8 @@ METRICS_LOG = "metrics.jsonl"
 """One line a logging event of training."""
 TRAINING = "training.json"
 """What training took and how validation went."""
+TOKEN_WEIGHTS = "token_weights.json"
+"""Weights of target tokens by level and by popularity, where the objective has any."""
 METRICS = "metrics.json"
 """Test and validation metrics, baselines and protocol."""
 CODES = "codes"
@@ -56,7 +58,10 @@ ITEMS = "items.jsonl"
 CATEGORIES = "categories.parquet"
 """Columns item, categories: every item of the catalogue in its order, for the report."""
 TRACE = "trace.parquet"
-"""Beside the codes of a version that an update made: item, old, new, why, of the items whose code changed."""
+"""Beside the codes of a version that an update made: item, old, new, why, of the items whose code changed, and the
+log-likelihood of either code where the update went by it."""
+UPDATES = "updates.jsonl"
+"""One line a round of updates of item tokens: what moved, how it was judged, what it cost."""
 STAGES = "stages.json"
 """Which stages are finished, and the hashes of what went into each."""
 
@@ -201,6 +206,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         os.chmod(temporary, 0o777 & ~_umask())
         for file in temporary.rglob("*"):
             if file.is_file():
+                os.chmod(file, 0o666 & ~_umask())  # safetensors makes private files, too
                 _sync_file(file)
         _swap_in(temporary, path)
     except BaseException:

@@ -2,29 +2,56 @@
 
 `recommender.py` knows what a bundle answers; here is what it is on disk. Its own two files are `generation.json` (how
 to decode) and `items.jsonl` (the catalogue with codes); the others are of the forms that plain libraries read.
+
+The list of files is closed: what else lies in the folder, such as predictions or a log of training, is neither pushed
+to the Hub nor downloaded from it.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from transformers import AutoConfig
+from peft import PeftModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from llm_itemtok.artifacts import FORMAT_VERSION, ITEMS, RECIPE, read_json
+from llm_itemtok import custom_generate, hub
+from llm_itemtok.artifacts import FORMAT_VERSION, ITEMS, RECIPE, read_json, sha256_of_arrays, write_bytes
 from llm_itemtok.decoding.beams import DecodeNormaliser
-from llm_itemtok.errors import ArtifactError
+from llm_itemtok.errors import ArtifactError, HubError
+from llm_itemtok.items import codes as item_codes
+from llm_itemtok.items.base import QUANTIZER_FILE, Quantizer
+from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.quantizers import read_quantizer
 from llm_itemtok.model import export
 from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
 from llm_itemtok.model.load import load_base, load_lm
-from llm_itemtok.model.rows import ItemRows, input_table, output_head
 from llm_itemtok.vocab.item_vocab import ItemVocab
+from llm_itemtok.vocab.text_vocab import resolved
 
 GENERATION, CARD = "generation.json", "README.md"
+CUSTOM_GENERATE = "custom_generate"
+"""Folder of the code that `transformers` runs for users without this package."""
+
+_WEIGHTS = {"merged": ("model.safetensors", "model.safetensors.index.json"), "adapter": (export.ADAPTER_WEIGHTS,)}
+"""By layout: one of these must be there."""
+_SHARDS = "model-?????-of-?????.safetensors"
+FILES = (
+    CARD,
+    GENERATION,
+    ITEMS,
+    item_codes.FILE_NAME,
+    QUANTIZER_FILE,
+    f"{CUSTOM_GENERATE}/generate.py",
+    f"{CUSTOM_GENERATE}/requirements.txt",
+    *("config.json", "generation_config.json", *_WEIGHTS["merged"], _SHARDS),
+    *(export.ADAPTER_CONFIG, export.ADAPTER_WEIGHTS),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
+)
+"""Patterns of the names that a bundle may hold."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +72,10 @@ class Generation:
         dtype: of the base model's weights, for `adapter`: `float32`, `bfloat16` or `auto`.
         protocol: how the data were split, as the recipe's `data` section says it, without places and names.
         format_version: of the bundle.
+        quantization: of the base model, for `adapter`: `none` or `nf4`.
+        items_sha256: of the item ids by row; empty in bundles of earlier versions.
+        vectors: what item vectors were made of, as the recipe's `vectors` section says it, without places; new items
+            must have vectors of that kind. Empty where the codes were made without, and in bundles of earlier versions.
     """
 
     layout: str
@@ -60,6 +91,13 @@ class Generation:
     dtype: str = "auto"
     protocol: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    quantization: str = "none"
+    items_sha256: str = ""
+    vectors: dict[str, Any] = field(default_factory=dict)
+
+
+_YOUNGER = ("quantization", "items_sha256", "vectors")
+"""Settings that bundles of earlier versions lack."""
 
 
 def locate(path: str | Path, revision: str | None) -> Path:
@@ -75,13 +113,93 @@ def locate(path: str | Path, revision: str | None) -> Path:
             f"{folder}: a bundle must hold {GENERATION}, which is missing; "
             "name a folder that a run wrote (`runs/NAME` or `runs/NAME/model`) or a Hub id"
         )
-    try:
-        downloaded = Path(snapshot_download(path, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    downloaded = hub.pull(path, ours=FILES, revision=revision)
+    if not (downloaded / GENERATION).is_file():
+        raise ArtifactError(f"{path}: a bundle must hold {GENERATION}, which this Hub repository lacks")
+    return downloaded
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A bundle without its model.
+
+    Attributes:
+        generation: how to decode.
+        tokenizer: with the item tokens.
+        vocab: the item tokens and codes.
+        items: id, title and code of each item, by row.
+        quantizer: that gave the codes; None where there is none, and in bundles of earlier versions.
+    """
+
+    generation: Generation
+    tokenizer: PreTrainedTokenizerBase
+    vocab: ItemVocab
+    items: list[dict[str, str]]
+    quantizer: Quantizer | None
+
+
+def read(folder: Path) -> Parts:
+    """Read everything but the model.
+
+    Raises:
+        ArtifactError: if it is no bundle, a newer one, or its parts do not belong together.
+    """
+    generation = read_generation(folder / GENERATION)
+    codes = ItemCodes.load(folder)
+    if codes.sha256 != generation.codes_sha256:
         raise ArtifactError(
-            f"{path}: neither a folder here nor a Hub repository that can be reached\n  {str(error).splitlines()[0]}"
-        ) from error
-    return locate(downloaded, None)
+            f"{folder}: item codes and generation.json must belong together, but the codes' hash is "
+            f"{codes.sha256[:12]} and {generation.codes_sha256[:12]} is expected; were files mixed from two runs?"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vocab = resolved(tokenizer, codes)
+    items = read_items(folder / ITEMS, vocab)
+    if generation.items_sha256 not in ("", items_sha256([item["id"] for item in items])):
+        raise ArtifactError(
+            f"{folder}: {ITEMS} and generation.json must belong together, but the items are those of another "
+            "catalogue; were files mixed from two runs?"
+        )
+    return Parts(generation, tokenizer, vocab, items, read_quantizer(folder))
+
+
+def items_sha256(item_ids: Sequence[str]) -> str:
+    """Hash the item ids of a catalogue, by row."""
+    return sha256_of_arrays(json.dumps(list(item_ids)))
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """The files of a bundle by their names in it, nothing else that lies there.
+
+    Raises:
+        ArtifactError: if the model's weights, or parts of them, are missing.
+    """
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    ours = {name: path for name, path in found.items() if any(fnmatchcase(name, pattern) for pattern in FILES)}
+    wanted = _WEIGHTS[read_generation(folder / GENERATION).layout]
+    if not ours.keys() & set(wanted):
+        raise ArtifactError(f"{folder}: a bundle must hold its model's weights, {' or '.join(wanted)}, found: none")
+    if "model.safetensors.index.json" in ours:
+        parts = set(read_json(ours["model.safetensors.index.json"])["weight_map"].values())
+        if missing := sorted(parts - ours.keys()):
+            raise ArtifactError(f"{folder}: all parts of the model must be there, these are missing: {missing}")
+    return dict(sorted(ours.items()))
+
+
+def refuse_unshareable(generation: Generation) -> None:
+    """Raise `HubError` for a bundle that would be of no use elsewhere: an adapter beside a folder of this machine."""
+    base = generation.base
+    if base is not None and (Path(base).is_absolute() or Path(base).exists()):
+        raise HubError(
+            f"an adapter on the Hub must have a base model on the Hub, was: the folder {base}; push the whole model "
+            "(`--merged`, `merged=True`)"
+        )
+
+
+def write_custom_generate(folder: Path) -> None:
+    """Write the code that lets plain `transformers` decode the bundle."""
+    source = Path(custom_generate.__file__).parent
+    for name in ("generate.py", "requirements.txt"):
+        write_bytes(folder / CUSTOM_GENERATE / name, (source / name).read_bytes())
 
 
 def read_generation(path: Path) -> Generation:
@@ -98,7 +216,8 @@ def read_generation(path: Path) -> Generation:
             f"{path}: bundle format {settings['format_version']} is newer than this version reads ({FORMAT_VERSION}); "
             "update llm-itemtok"
         )
-    wrong = sorted({field.name for field in fields(Generation)} ^ settings.keys())
+    left_out = {name for name in _YOUNGER if name not in settings}
+    wrong = sorted(({field.name for field in fields(Generation)} ^ settings.keys()) - left_out)
     if wrong:
         raise ArtifactError(f"{path}: a bundle's settings must be all known and all there, these are not: {wrong}")
     if settings["layout"] not in ("merged", "adapter"):
@@ -148,16 +267,7 @@ def load_model(
 def _load_merged(folder: Path, vocab: ItemVocab, generation: Generation) -> ItemTokenModel:
     """The whole model: its item rows are read out of its tables."""
     lm = load_lm(folder, AutoConfig.from_pretrained(folder), dtype="auto")
-    span = slice(vocab.first_id, vocab.first_id + vocab.num_tokens)
-    rows = ItemRows(
-        input_table(lm).weight[span].detach(),
-        first_id=vocab.first_id,
-        tied=bool(lm.config.tie_word_embeddings),
-    )
-    if rows.output_rows is not None:
-        with torch.no_grad():
-            rows.output_rows.copy_(output_head(lm).weight[span])
-    return ItemTokenModel(lm, rows, vocab, normaliser=generation.training_normaliser)
+    return export.from_merged(lm, vocab, folder, normaliser=generation.training_normaliser)
 
 
 def _load_adapter(
@@ -167,15 +277,10 @@ def _load_adapter(
     if generation.base is None:
         raise ArtifactError(f"{folder / GENERATION}: an adapter must name its base model, was: null")
     lm, _ = load_base(
-        generation.base, revision=generation.revision, dtype=generation.dtype, trust_remote_code=trust_remote_code
+        generation.base,
+        revision=generation.revision,
+        dtype=generation.dtype,
+        quantization=generation.quantization,
+        trust_remote_code=trust_remote_code,
     )
-    config, weights, input_rows, output_rows = export.load_adapter(folder)
-    peft_model = get_peft_model(lm, config)
-    assert isinstance(peft_model, PeftModel)
-    set_peft_model_state_dict(peft_model, weights)
-    rows = ItemRows(input_rows, first_id=vocab.first_id, tied=output_rows is None)
-    if rows.output_rows is not None and output_rows is not None:
-        with torch.no_grad():
-            rows.output_rows.copy_(output_rows)
-    model = ItemTokenModel(lm, rows, vocab, normaliser=generation.training_normaliser)
-    return model, peft_model
+    return export.from_adapter(lm, vocab, folder, normaliser=generation.training_normaliser)

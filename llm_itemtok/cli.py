@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STOPPED = 143
 STAGES = ("data", "items", "vocab", "train", "evaluate", "report")
-BENCHMARKS = ("decode", "train", "trie", "evaluate", "tokenize", "gpu")
+BENCHMARKS = ("decode", "train", "rows", "trie", "evaluate", "tokenize", "gpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     check = _command(commands, "check", _check, "validate a recipe and its data; print sizes and estimates")
     _recipe_arguments(check)
 
-    inspect = _command(commands, "inspect", _inspect, "examine the item tokens of a run, a model or a codes folder")
+    inspect = _command(commands, "inspect", _inspect, "examine the item tokens of a run, a model, or a file of codes")
     _inspect_arguments(inspect)
 
     evaluate = _command(commands, "evaluate", _evaluate, "measure a run or a model by full ranking")
@@ -102,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
 
     report = _command(commands, "report", _write_report, "write report.html of a run again")
     report.add_argument("run", type=Path)
+
+    _model_commands(commands)
 
     reproduce = _command(
         commands, "reproduce", _reproduce, "carry out an experiment plan, or go on with it; write its results page"
@@ -151,6 +153,33 @@ def _positive(text: str) -> float:
     return number
 
 
+def _model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What a trained model is made into."""
+    merge = _command(commands, "merge", _merge, "write an adapter and its base model as one whole model")
+    merge.add_argument("model", help="run folder, model folder or Hub id, with an adapter")
+    merge.add_argument("out", type=Path, help="folder of the merged model")
+
+    push = _command(commands, "push", _push, "put a run's model into a Hub repository, private unless said otherwise")
+    push.add_argument("path", type=Path, help="run folder or model folder")
+    push.add_argument("repo", help="OWNER/NAME; made when missing")
+    push.add_argument("--revision", help="branch (default: the main one); made when missing")
+    push.add_argument("--public", action="store_true", help="everybody may see a new repository, or does see this one")
+    push.add_argument("--message", help="of the commit")
+    push.add_argument("--merged", action="store_true", help="the whole model in place of an adapter")
+    push.add_argument("--license", metavar="ID", help="for the model card, such as apache-2.0")
+
+    export = _command(commands, "export", _export, "write a model and its items for a server that keeps beams to them")
+    export.add_argument("model", help="run folder, model folder or Hub id")
+    export.add_argument("out", type=Path, help="folder to write")
+    export.add_argument("--format", choices=("flashrec", "paths"), required=True, help="a catalogue, or token ids")
+
+    extend = _command(commands, "extend", _extend, "let a model recommend new items, without training")
+    extend.add_argument("model", help="run folder, model folder or Hub id")
+    extend.add_argument("--items", type=Path, required=True, help="file of the new items: .jsonl, .csv or .parquet")
+    extend.add_argument("--vectors", type=Path, help="their vectors (default: made as the run made those of its items)")
+    extend.add_argument("--out", type=Path, help="folder of the extended model (default: in place of the model)")
+
+
 def _plan_arguments(reproduce: argparse.ArgumentParser) -> None:
     reproduce.add_argument("plan", type=Path)
     instead = reproduce.add_mutually_exclusive_group()
@@ -164,14 +193,8 @@ def _plan_arguments(reproduce: argparse.ArgumentParser) -> None:
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path)
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        dest="overrides",
-        help="override a setting; may be repeated",
-    )
+    text = "override a setting; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help=text)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -310,6 +333,52 @@ def _write_report(options: argparse.Namespace) -> int:
     from llm_itemtok.report import write_report
 
     print(write_report(options.run))
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from llm_itemtok.pipeline.merge import merge
+
+    _quiet()
+    print(merge(options.model, options.out))
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from llm_itemtok.pipeline.push import push, told
+
+    _quiet()
+    try:
+        pushed = push(
+            options.path,
+            options.repo,
+            revision=options.revision,
+            public=options.public,
+            message=options.message,
+            merged=options.merged,
+            licence=options.license,
+        )
+    except KeyboardInterrupt:
+        print("itemtok: interrupted; the same command goes on, and the Hub shows no half of it", file=sys.stderr)
+        return 130
+    print(told(pushed))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from llm_itemtok.pipeline.export import export
+
+    _quiet()
+    print(export(options.model, options.out, options.format))
+    return 0
+
+
+def _extend(options: argparse.Namespace) -> int:
+    from llm_itemtok.pipeline.extend import extend
+
+    _quiet()
+    places = {"vectors": options.vectors, "out": options.out}
+    print(extend(options.model, options.items, **places, log=lambda line: print(line, file=sys.stderr)))
     return 0
 
 

@@ -24,6 +24,7 @@ import yaml
 from llm_itemtok import strict
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.model_settings import Model
+from llm_itemtok.objective_settings import NextTokenObjective, Objective, TokenWeightedObjective
 from llm_itemtok.recipe_file import read_layers
 from llm_itemtok.settings import (
     LATER,
@@ -33,18 +34,19 @@ from llm_itemtok.settings import (
     Examples,
     FileVectors,
     LlmVectors,
-    Objective,
     ResidualKMeansTokenizer,
     RqVaeTokenizer,
     Scoring,
+    TextTokenizer,
     TfidfSvdVectors,
+    TitleTokenizer,
     Tokenizer,
-    Update,
     UserColumnSegments,
     VectorSource,
     Vocab,
 )
 from llm_itemtok.strict import Within
+from llm_itemtok.update_settings import FixedUpdate, SelfImproveUpdate, Update
 
 ALL_POSITIONS_REASON = (
     "`examples.kind: all-positions` needs a decoder-only model: an encoder looks both ways, so within one row it would "
@@ -74,9 +76,9 @@ class RunConfig:
     """The language model."""
     examples: Examples = field(default_factory=Examples)
     """Sequences to training examples."""
-    objective: Objective = field(default_factory=Objective)
+    objective: Objective = field(default_factory=NextTokenObjective)
     """What is minimised."""
-    update: Update = field(default_factory=Update)
+    update: Update = field(default_factory=FixedUpdate)
     """Whether item tokens change during training."""
     scoring: Scoring = field(default_factory=Scoring)
     """How a next item is scored."""
@@ -174,6 +176,69 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     if isinstance(config.tokenizer, RqVaeTokenizer) and not config.tokenizer.hidden:
         yield "`tokenizer.hidden` must have at least one width, was: []"
     yield from _vectors_contradictions(config)
+    if isinstance(config.objective, TokenWeightedObjective):
+        yield from _target_contradictions(config.objective)
+    if isinstance(config.tokenizer, TextTokenizer):
+        yield from _text_contradictions(config, config.tokenizer)
+    if isinstance(config.update, SelfImproveUpdate):
+        yield from _self_improve_contradictions(config, config.update)
+
+
+def _text_contradictions(config: RunConfig, chosen: TextTokenizer) -> Iterator[str]:
+    """What needs item tokens of their own, which identifiers in existing words are not."""
+    here, decoding = f"`tokenizer.kind: {chosen.kind}`", config.evaluation.decode_normaliser
+    if config.objective.normaliser != "vocab":
+        yield (
+            f"{here} needs `objective.normaliser: vocab`, was: {config.objective.normaliser}; its identifiers are "
+            "words of the whole vocabulary, not tokens of a level"
+        )
+    if decoding not in ("same", "vocab", "children"):
+        yield f"`evaluation.decode_normaliser` must be same, vocab or children with {here}, was: {decoding}"
+    if config.update.kind != "fixed":
+        yield (
+            f"{here} needs `update.kind: fixed`, was: {config.update.kind}; a number or a title is no code that could "
+            "be improved; use a tokenizer that is fitted on vectors"
+        )
+    for task, weight in config.examples.tasks.items():
+        if isinstance(chosen, TitleTokenizer) and task != "next-item" and weight > 0:
+            yield (
+                f"`examples.tasks.{task}` must be 0 with {here}, was: {weight:g}; the item's identifier is its title, "
+                "so the task would be to copy it"
+            )
+
+
+def _self_improve_contradictions(config: RunConfig, update: SelfImproveUpdate) -> Iterator[str]:
+    tasks = {str(task): weight for task, weight in config.examples.tasks.items()}
+    every = update.every
+    if (every.steps is None) == (every.epochs is None):
+        yield (
+            "`update.every` must be either {steps: N} or {epochs: N}, null for the one that a parent gives, was: "
+            f"steps {every.steps}, epochs {every.epochs}"
+        )
+    for source, task in (("generate", "title-to-item"), ("embeddings", "next-item")):
+        if update.source in (source, "both") and tasks.get(task, 0) <= 0:
+            yield (
+                f"`update.source: {update.source}` asks the model what it learns by the task `{task}`; give "
+                f"`examples.tasks.{task}` a weight above 0, was: {tasks.get(task, 0):g}"
+            )
+    if update.candidates % update.groups:
+        yield f"`update.groups` must divide `update.candidates`, was: {update.candidates} / {update.groups}"
+    if update.source == "random" and update.scope == "all":
+        yield "`update.source: random` moves a share of the items, `update.outliers`; write `update.scope: outliers`"
+    for name in ("fsdp", "deepspeed"):
+        if config.trainer.get(name):
+            yield (
+                f"`trainer.{name}` shards what `update.kind: {update.kind}` must be able to take back; leave it out, "
+                "or write `update.kind: fixed`"
+            )
+
+
+def _target_contradictions(objective: TokenWeightedObjective) -> Iterator[str]:
+    kinds = [target.kind for target in objective.targets]
+    if not kinds:
+        yield "`objective.targets` must name at least one target, such as {kind: plain}, was: []"
+    if len(set(kinds)) < len(kinds):
+        yield f"`objective.targets` must name each kind once, was: {', '.join(kinds)}"
 
 
 def _vectors_contradictions(config: RunConfig) -> Iterator[str]:
@@ -243,6 +308,8 @@ def _model_contradictions(config: RunConfig) -> Iterator[str]:
         yield "`model.name` must be a Hub id, a folder or `scratch`, was: empty"
     if model.dtype == "bfloat16" and config.trainer.get("fp16") is True:
         yield "`trainer.fp16` needs `model.dtype: float32`; with bfloat16 weights use `trainer.bf16`"
+    if model.quantization == "nf4" and model.dtype != "bfloat16":
+        yield f"`model.quantization: nf4` computes in bfloat16 and needs `model.dtype: bfloat16`, was: {model.dtype}"
     if model.name != "scratch":
         return
     if scratch.width % scratch.heads and not scratch.head_dim:

@@ -28,3 +28,7 @@ class ArtifactError(ItemTokError):
 
 class UnsupportedModelError(ItemTokError):
     """The language model is of a family, or has a feature, that is not known to work here."""
+
+
+class HubError(ItemTokError):
+    """A model cannot be pushed to a Hub repository."""

@@ -6,8 +6,9 @@ It holds no user histories.
 """
 
 import json
+import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -15,21 +16,22 @@ from typing import Any, Self, cast
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from llm_itemtok import bundle
-from llm_itemtok.artifacts import ITEMS, atomic_folder, write_json, write_text
+from llm_itemtok import bundle, hub
+from llm_itemtok import card as model_card
+from llm_itemtok.artifacts import ITEMS, atomic_folder, sha256_of_arrays, write_json, write_text
 from llm_itemtok.bundle import CARD, GENERATION, Generation
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.decoding.beams import beam_search
 from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.scoring import score_items
 from llm_itemtok.errors import ArtifactError, DataError
+from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model import export
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.prompts import Prompts
-from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.trie import ItemTrie
 
 
@@ -59,6 +61,7 @@ class Recommender:
         item_ids: of the catalogue, by row.
         titles: of the catalogue, by row; empty strings where there is none.
         generation: how to decode.
+        quantizer: that gave the item codes, by which new items can be given theirs; None for codes made without one.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Recommender:
         titles: Sequence[str],
         generation: Generation,
         peft_model: PeftModel | None = None,
+        quantizer: Quantizer | None = None,
     ) -> None:
         """Bring the parts of a trained model together.
 
@@ -86,6 +90,7 @@ class Recommender:
         self.item_ids = tuple(item_ids)
         self.titles = tuple(titles)
         self.generation = generation
+        self.quantizer = quantizer
         self._peft_model = peft_model
         self._rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
         self._prompts = Prompts(tokenizer, model.vocab, answer_start=model.answer_start)
@@ -112,25 +117,19 @@ class Recommender:
             ArtifactError: if it is no bundle, a newer one, or its parts do not belong together.
         """
         folder = bundle.locate(path, revision)
-        generation = bundle.read_generation(folder / GENERATION)
-        codes = ItemCodes.load(folder)
-        if codes.sha256 != generation.codes_sha256:
-            raise ArtifactError(
-                f"{folder}: item codes and generation.json must belong together, but the codes' hash is "
-                f"{codes.sha256[:12]} and {generation.codes_sha256[:12]} is expected; were files mixed from two runs?"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        vocab = ItemVocab.resolve(tokenizer, codes)
-        items = bundle.read_items(folder / ITEMS, vocab)
-        model, peft_model = bundle.load_model(folder, vocab, generation, trust_remote_code=trust_remote_code)
+        parts = bundle.read(folder)
+        model, peft_model = bundle.load_model(
+            folder, parts.vocab, parts.generation, trust_remote_code=trust_remote_code
+        )
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(
             model,
-            tokenizer,
-            item_ids=[item["id"] for item in items],
-            titles=[item["title"] for item in items],
-            generation=generation,
+            parts.tokenizer,
+            item_ids=[item["id"] for item in parts.items],
+            titles=[item["title"] for item in parts.items],
+            generation=parts.generation,
             peft_model=peft_model,
+            quantizer=parts.quantizer,
         )
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> Path:
@@ -138,7 +137,7 @@ class Recommender:
 
         Args:
             folder: where; replaced if it exists.
-            card: text of the model card; a short one is written when None.
+            card: text of the model card; one without measurements is written when None.
         """
         vocab = self.model.vocab
         with atomic_folder(folder) as new:
@@ -157,9 +156,71 @@ class Recommender:
                 for row, (item_id, title) in enumerate(zip(self.item_ids, self.titles, strict=True))
             ]
             write_text(new / ITEMS, "\n".join(lines) + "\n")
+            if self.quantizer is not None:
+                self.quantizer.save(new)
             write_json(new / GENERATION, asdict(self.generation))
-            write_text(new / CARD, card or f"# Recommender\n\n{len(self.item_ids)} items.\n")
+            write_text(new / CARD, card or self.card())
+            if vocab.num_tokens > 0:  # items spelled in existing words need this package
+                bundle.write_custom_generate(new)
         return Path(folder)
+
+    def card(self, metrics: Mapping[str, Any] | None = None, recipe: Mapping[str, Any] | None = None) -> str:
+        """Write the model card of this recommender, in the layout it would be saved in.
+
+        Args:
+            metrics: as in `metrics.json`; nothing was measured when None.
+            recipe: resolved, as plain values; local paths and secrets in it are not told.
+        """
+        vocab, generation = self.model.vocab, self.generation
+        shown = range(min(2, len(self.item_ids)))
+        return model_card.card(
+            model_card.Subject(
+                generation=generation,
+                items=len(self.item_ids),
+                levels=vocab.num_levels,
+                example=[self.item_ids[row] for row in shown],
+                codes=[vocab.spell(row) for row in shown] if vocab.num_tokens > 0 else None,
+                start=str(self.tokenizer.convert_ids_to_tokens(self._prompts.start)),
+                end=str(self.tokenizer.eos_token) if self._prompts.encoded else None,
+                tied=self.model.rows.output_rows is None,
+            ),
+            metrics,
+            recipe,
+        )
+
+    def merged(self) -> "Recommender":
+        """The same recommender, saved as one whole model instead of an adapter beside its base model."""
+        return self.with_generation(layout="merged", base=None, revision=None, dtype="auto", quantization="none")
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        revision: str | None = None,
+        private: bool = True,
+        message: str = "Push a recommender",
+        card: str | None = None,
+        licence: str | None = None,
+    ) -> hub.Pushed:
+        """Save the bundle into a Hub repository, in one commit.
+
+        Needs a token with write access, from `hf auth login` or `HF_TOKEN`.
+
+        Args:
+            repo: `OWNER/NAME`; made when missing.
+            revision: branch, made when missing; the main one when None.
+            private: whether a new repository is; into a public one nothing is pushed unless this is False.
+            message: of the commit.
+            card: text of the model card; one without measurements is written when None.
+            licence: identifier such as `apache-2.0`, for the card.
+
+        Raises:
+            HubError: if it cannot be done; the repository then shows what it did before.
+        """
+        bundle.refuse_unshareable(self.generation)
+        with tempfile.TemporaryDirectory() as place:
+            folder = self.save_pretrained(Path(place) / "bundle", card=card)
+            return push_folder(folder, repo, revision=revision, private=private, message=message, licence=licence)
 
     def known(self, history: Iterable[str]) -> tuple[list[int], list[str]]:
         """Split a list of ids, such as a history, into rows of known items, in order, and unknown ids.
@@ -303,7 +364,63 @@ class Recommender:
             titles=self.titles,
             generation=replace(self.generation, **changes),
             peft_model=self._peft_model,
+            quantizer=self.quantizer,
         )
+
+    def extended(self, codes: ItemCodes, item_ids: Sequence[str], titles: Sequence[str]) -> "Recommender":
+        """The same model with more items, to be used from now on instead of this one: none of its weights changes.
+
+        Args:
+            codes: of the items it has, as they are, and of M more, on the same levels.
+            item_ids: of the M more, none known yet.
+            titles: of the M more, empty where there is none.
+
+        Raises:
+            ArtifactError: if an item is known already, or an old one would move.
+        """
+        rows, _ = self.known(item_ids)
+        if rows or len(set(item_ids)) < len(item_ids):
+            few = [self.item_ids[row] for row in rows[:3]]
+            raise ArtifactError(
+                f"new items must be new, each once, but of {len(item_ids):,} {len(rows):,} are known already: {few}"
+            )
+        old = self.model.vocab.codes
+        if codes.sizes != old.sizes or not np.array_equal(codes.table[: old.num_items], old.table):
+            raise ArtifactError("the codes of the items that a model has must stay as they are, but some are others")
+        self.model.take_codes(codes)
+        whole = (*self.item_ids, *item_ids)
+        generation = replace(
+            self.generation,
+            codes_sha256=codes.sha256,
+            items_sha256=bundle.items_sha256(whole),
+            catalog_sha256=sha256_of_arrays(self.generation.catalog_sha256, *item_ids, *titles),
+        )
+        return Recommender(
+            self.model,
+            self.tokenizer,
+            item_ids=whole,
+            titles=(*self.titles, *titles),
+            generation=generation,
+            peft_model=self._peft_model,
+            quantizer=self.quantizer,
+        )
+
+
+def push_folder(
+    folder: Path, repo: str, *, revision: str | None, private: bool, message: str, licence: str | None
+) -> hub.Pushed:
+    """Push a saved bundle as it is, its card made that of the repository; see `Recommender.push_to_hub`.
+
+    Raises:
+        ArtifactError: if it is no bundle, or its parts do not belong together.
+        HubError: if it cannot be pushed.
+    """
+    bundle.refuse_unshareable(bundle.read(folder).generation)
+    files: dict[str, Path | bytes] = dict(bundle.files(folder))
+    if CARD in files:
+        text = (folder / CARD).read_text(encoding="utf-8")
+        files[CARD] = model_card.for_repo(text, repo, licence).encode()
+    return hub.push(repo, files, ours=bundle.FILES, revision=revision, private=private, message=message)
 
 
 def item_id_list(given: Iterable[str]) -> list[str]:

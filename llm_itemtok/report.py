@@ -12,14 +12,14 @@ This module decides what to show, of item tokens `report_codes` does; `report_ru
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
 
-from llm_itemtok import artifacts, report_codes
+from llm_itemtok import artifacts, report_codes, report_updates, report_weights
 from llm_itemtok.evaluation.metrics import METRIC_KEYS
 from llm_itemtok.report_plots import (
     SERIES_COLOURS,
@@ -35,7 +35,7 @@ from llm_itemtok.report_plots import (
     power_text,
     value_text,
 )
-from llm_itemtok.report_run import Item, RunFolder, Version, read_run
+from llm_itemtok.report_run import RunFolder, read_run
 
 _HEADLINE = ("recall@10", "ndcg@10")
 _FEW_USERS = 1000
@@ -89,37 +89,23 @@ def render_report(run: Path | str) -> str:
     return _rendered(read_run(Path(run)))
 
 
-def render_codes(
-    name: str,
-    version: Version,
-    items: tuple[Item, ...],
-    categories: tuple[tuple[str, ...], ...] | None,
-    lead: str,
-) -> str:
+def render_codes(shown: Sequence[RunFolder], lead: str, movement: report_codes.Movement | None = None) -> str:
     """Return a page about item tokens alone.
 
     Args:
-        name: its title.
-        version: the item tokens and their quality.
-        items: in catalogue order; empty where they are not known.
-        categories: in catalogue order; None where they are not known.
+        shown: one or more tables of codes (`report_run.codes_alone`); the first gives the page its title.
         lead: the sentence under the title.
+        movement: what moved from the first to the second.
     """
-    nothing: dict[str, Any] = {"recipe_text": "", "recipe": {}, "environment": {}, "log": (), "metrics": {}}
-    found = RunFolder(
-        name=name,
-        versions=(version,),
-        items=items,
-        categories=categories,
-        examples=(),
-        recommended=None,
-        notes=(),
-        **nothing,
-    )
-    return _rendered(found, lead)
+    return _rendered(shown[0], lead, [report_codes.part(found) for found in shown], movement)
 
 
-def _rendered(found: RunFolder, lead: str = "") -> str:
+def _rendered(
+    found: RunFolder,
+    lead: str = "",
+    token_parts: Sequence[report_codes.Part] = (),
+    movement: report_codes.Movement | None = None,
+) -> str:
     """Lay out what there is; with a `lead`, as a page about item tokens alone."""
     return _template().render(
         run=found,
@@ -132,16 +118,12 @@ def _rendered(found: RunFolder, lead: str = "") -> str:
         metric_rows=_metric_rows(found.metrics),
         fitting_rows=_fitting_rows(found.metrics),
         result_charts=_result_charts(found.metrics),
-        training_charts=_training_charts(found.log),
+        training_charts=[*_training_charts(found.log), *report_weights.charts(found)],
         training_facts=_training_facts(found.metrics.get("training", {})),
         segments=_segments(found.metrics),
-        token_charts=report_codes.usage_charts(found),
-        levels=report_codes.levels(found.quality),
-        tree=report_codes.code_tree(found),
-        changes=report_codes.changes(found),
-        quality_rows=report_codes.quality_rows(found.quality),
-        token_verdict=report_codes.verdict(found.quality),
-        token_findings=report_codes.findings(found.quality),
+        token_parts=token_parts or [report_codes.part(found)],
+        movement=movement,
+        updates=report_updates.part(found),
         examples=_examples(found.examples),
         notes=[*found.notes, *_observations(found)],
         protocol=_flat(found.metrics.get("protocol", {})),

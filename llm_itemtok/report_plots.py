@@ -10,7 +10,7 @@ This module knows numbers and labels; it knows nothing of runs, files or metrics
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,6 +26,7 @@ SERIES_COLOURS = 8
 _MAX_POINTS = 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 10, 40
 _LABEL_WIDTH, _ROW_HEIGHT = 118, 30
+_FLOW_HEIGHT, _FLOW_LINE = 180.0, 16.0
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,32 @@ class Dots:
     values: Sequence[float | None]
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A place on the x axis where something was decided, for better or for worse."""
+
+    x: float
+    text: str
+    good: bool
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How many items went from one place to another, or stayed; places are whole numbers."""
+
+    source: int
+    target: int
+    items: int
+
+
 def line_chart(
-    title: str, series: Sequence[Series], *, x_label: str, from_zero: bool = False, mark_best: bool = False
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    from_zero: bool = False,
+    mark_best: bool = False,
+    marks: Sequence[Mark] = (),
 ) -> Chart:
     """Draw lines over a common x axis.
 
@@ -76,9 +101,10 @@ def line_chart(
         x_label: what x counts.
         from_zero: begin the y axis at 0 instead of near the smallest value.
         mark_best: ring the highest point of each series; the legend then gives that value, else the last one.
+        marks: lines across the picture, with a tick above those that are good and a cross above the others.
     """
     height = 250
-    xs = [x for line in series for x, _ in line.points]
+    xs = [*(x for line in series for x, _ in line.points), *(mark.x for mark in marks)]
     ys = [y for line in series for _, y in line.points]
     x_low, x_high = _widened(min(xs), max(xs))
     y_low, y_high = _widened(0.0 if from_zero else min(ys), max(ys))
@@ -94,6 +120,12 @@ def line_chart(
     parts = [*_y_axis(y_ticks, down), *_x_axis([x for x in ticks(x_low, x_high) if x_low <= x <= x_high], across)]
     parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, height - 4, x_label, "label middle"))
     legend, words = [], []
+    for mark in marks:
+        x = across(mark.x)
+        parts.append(Markup('<path class="grid mark" d="M{:.1f} {}V{}"/>').format(x, _TOP + 6, height - _BOTTOM))
+        sign, style = ("✓", "label middle good") if mark.good else ("✗", "label middle bad")
+        parts.append(_text(x, _TOP + 2, sign, style))
+        words.append(f"{mark.text} was {'accepted' if mark.good else 'refused'} at {x_label} {mark.x:,.6g}")
     for number, line in enumerate(series):
         colour = f"s{number % SERIES_COLOURS}"
         best = max(line.points, key=lambda point: point[1])
@@ -112,6 +144,52 @@ def line_chart(
         )
     summary = f"{title}: " + "; ".join(words) + "."
     return Chart(title, _svg(parts, height, summary), tuple(legend), summary)
+
+
+def flow_chart(title: str, flows: Sequence[Flow], names: Mapping[int, str]) -> Chart:
+    """Draw where items went between two moments: a column of places on either side, a band for each flow.
+
+    Args:
+        title: caption.
+        flows: at least one, in the order of the places from above; one that ends where it begins is drawn pale.
+        names: place → what it is called.
+    """
+    places = sorted({flow.source for flow in flows} | {flow.target for flow in flows})
+    total, left, right = sum(flow.items for flow in flows), 92, WIDTH - 92
+    scale = _FLOW_HEIGHT / total
+    tops, y = {}, 0.0
+    for place in places:
+        tops[place] = y
+        leaving, coming = (sum(f.items for f in flows if end(f) == place) for end in (_source, _target))
+        y += max(scale * max(leaving, coming), _FLOW_LINE) + 4
+    parts, middle = [], (left + right) / 2
+    used = [dict(tops), dict(tops)]
+    for flow in flows:
+        thick = flow.items * scale
+        y0, y1 = used[0][flow.source], used[1][flow.target]
+        used[0][flow.source] += thick
+        used[1][flow.target] += thick
+        path = (
+            f"M{left} {y0:.1f}C{middle} {y0:.1f} {middle} {y1:.1f} {right} {y1:.1f}v{thick:.2f}"
+            f"C{middle} {y1 + thick:.1f} {middle} {y0 + thick:.1f} {left} {y0 + thick:.1f}Z"
+        )
+        colour = f"fill s{places.index(flow.source) % SERIES_COLOURS}" if flow.source != flow.target else "stay"
+        said = f"{names[flow.source]} → {names[flow.target]}: {flow.items:,} items"
+        parts.append(Markup('<path class="flow {}" d="{}"><title>{}</title></path>').format(colour, path, said))
+    for x, style in ((left - 8, "label end"), (right + 8, "label")):
+        parts += [_text(x, tops[place] + 12, names[place], style) for place in places]
+    most = sorted((flow for flow in flows if flow.source != flow.target), key=lambda flow: -flow.items)[:5]
+    words = ", ".join(f"{names[flow.source]} → {names[flow.target]} {flow.items:,}" for flow in most)
+    summary = f"{title}: {total:,} items" + (f"; most: {words}." if most else ".")
+    return Chart(title, _svg(parts, y, summary), (), summary)
+
+
+def _source(flow: Flow) -> int:
+    return flow.source
+
+
+def _target(flow: Flow) -> int:
+    return flow.target
 
 
 def bar_chart(title: str, bars: Sequence[Bar]) -> Chart:

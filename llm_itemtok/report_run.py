@@ -9,7 +9,7 @@ This module knows files; it does not know what the report shows of them.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class RunFolder:
     examples: tuple[Mapping[str, Any], ...]
     recommended: Recommended | None
     notes: tuple[str, ...]
+    token_weights: Mapping[str, Any] = field(default_factory=dict)  # empty where all tokens weigh the same
+    updates: tuple[dict[str, Any], ...] = ()  # rounds of updates of item tokens, oldest first
 
     @property
     def codes(self) -> ItemCodes | None:
@@ -83,6 +85,30 @@ class RunFolder:
     def quality(self) -> dict[str, Mapping[str, Any]]:
         """Quality by version, oldest first, where it was measured."""
         return {version.name: version.quality for version in self.versions if version.quality}
+
+
+def codes_alone(
+    name: str, version: Version, items: tuple[Item, ...], categories: tuple[tuple[str, ...], ...] | None
+) -> RunFolder:
+    """What a page about item tokens shows: codes without a run.
+
+    Args:
+        name: what they are called.
+        version: the codes and their quality.
+        items: in the order of the rows; empty where they are not known.
+        categories: in the same order; None where they are not known.
+    """
+    nothing: dict[str, Any] = {"recipe_text": "", "recipe": {}, "environment": {}, "log": (), "metrics": {}}
+    return RunFolder(
+        name=name,
+        versions=(version,),
+        items=items,
+        categories=categories,
+        examples=(),
+        recommended=None,
+        notes=(),
+        **nothing,
+    )
 
 
 def read_run(folder: Path) -> RunFolder:
@@ -104,11 +130,17 @@ def read_run(folder: Path) -> RunFolder:
     recipe = _parsed_recipe(folder / artifacts.RECIPE, recipe_text)
     environment = _optional_json(folder / artifacts.ENVIRONMENT, {}, "the environment of the run", notes)
     versions = _read_versions(folder, notes)
-    log = _read_log(folder / artifacts.METRICS_LOG, notes)
+    log = _read_lines(folder / artifacts.METRICS_LOG, "the training log", notes)
     num_items = next((version.codes.num_items for version in reversed(versions) if version.codes is not None), None)
     items = read_items(folder / artifacts.MODEL / artifacts.ITEMS, num_items, notes)
     categories = _read_categories(folder / artifacts.CATEGORIES, num_items, notes)
     metrics = _optional_json(folder / artifacts.METRICS, {}, "metrics (the run was not evaluated)", notes)
+    weights: Mapping[str, Any] = {}
+    if recipe.get("objective", {}).get("kind") == "token-weighted":
+        weights = _optional_json(folder / artifacts.TOKEN_WEIGHTS, {}, "weights of target tokens", notes)
+    updates: tuple[dict[str, Any], ...] = ()
+    if recipe.get("update", {}).get("kind", "fixed") != "fixed":
+        updates = _read_lines(folder / artifacts.UPDATES, "the rounds of updates", notes)
     return RunFolder(
         name=folder.resolve().name,
         recipe_text=recipe_text,
@@ -122,6 +154,8 @@ def read_run(folder: Path) -> RunFolder:
         examples=tuple(_optional_json(folder / artifacts.EXAMPLES, [], "example recommendations", notes)),
         recommended=_read_predictions(folder / artifacts.PREDICTIONS, items, notes),
         notes=tuple(notes),
+        token_weights=weights,
+        updates=updates,
     )
 
 
@@ -146,10 +180,10 @@ def _optional_json(path: Path, missing: Any, what: str, notes: list[str]) -> Any
     return value
 
 
-def _read_log(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
-    """Read the training log. A run killed while writing leaves half a line, which is no reason to show nothing."""
+def _read_lines(path: Path, what: str, notes: list[str]) -> tuple[dict[str, Any], ...]:
+    """Read a log. A run killed while writing leaves half a line, which is no reason to show nothing."""
     if not path.exists():
-        notes.append(f"Missing: the training log. There is no {path.name} in the run folder.")
+        notes.append(f"Missing: {what}. There is no {path.name} in the run folder.")
         return ()
     lines, broken = [], []
     for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):

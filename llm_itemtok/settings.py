@@ -25,10 +25,8 @@ CodebookSize = Annotated[int, Within(low=2, high=65536)]
 Collisions = Literal["extra-level", "sinkhorn", "reassign", "matching", "forbid"]
 
 LATER: Mapping[str, tuple[str, ...]] = {
-    "tokenizer.kind": ("numeric", "title"),
-    "update.kind": ("self-improve", "bilevel", "alternate"),
+    "update.kind": ("bilevel", "alternate"),
     "scoring.kind": ("recursive",),
-    "objective.kind": ("token-weighted", "weighted-next-token"),
 }
 """Values that the design names and that a later version will have."""
 
@@ -197,7 +195,11 @@ class RqVaeTokenizer:
     hidden: tuple[Count, ...] = (512, 256, 128)
     """Widths of the encoder's hidden layers; the decoder mirrors them."""
     epochs: Count = 500
-    """Passes over the catalogue at most; training stops early when the loss no longer falls."""
+    """Passes over the catalogue at most; training stops early when `stop` no longer falls."""
+    stop: Literal["reconstruction", "loss"] = "reconstruction"
+    """What ends training and chooses its best epoch: the error of rebuilt vectors, or, for older runs, the loss."""
+    patience: Count = 50
+    """Epochs without a fall of it by 0.1 % before training ends."""
     learning_rate: Positive = 1e-3
     """Of AdamW, constant."""
     batch_size: Count = 1024
@@ -288,8 +290,30 @@ class FileTokenizer:
     """Items with one code: count them in an extra level, spread them, move them one by one or at least cost, stop."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class NumericTokenizer:
+    """The item's number in existing tokens (arXiv:2305.06569, 2203.13366); `vocab` and `vectors` are not read."""
+
+    kind: Literal["numeric"] = "numeric"
+    """No item tokens and no new rows; needs `objective.normaliser: vocab`."""
+    order: Literal["random", "sequential"] = "random"
+    """Numbers dealt at random, which tell nothing, or in the order in which training sequences have the items."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TitleTokenizer:
+    """The item's title in existing tokens (arXiv:2305.06569); `vocab` and `vectors` are not read."""
+
+    kind: Literal["title"] = "title"
+    """No item tokens and no new rows; needs `objective.normaliser: vocab`. Equal titles get a number behind them."""
+    max_tokens: Annotated[int, Within(low=1, high=48)] = 8
+    """Tokens of a title that are kept; the end token, and a number that tells equal titles apart, come on top."""
+
+
 FittedTokenizer = ResidualKMeansTokenizer | RqVaeTokenizer | ProductTokenizer | HierarchicalTokenizer
-Tokenizer = FittedTokenizer | RandomTokenizer | FileTokenizer
+CodeTokenizer = FittedTokenizer | RandomTokenizer | FileTokenizer
+TextTokenizer = NumericTokenizer | TitleTokenizer
+Tokenizer = CodeTokenizer | TextTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,26 +336,6 @@ class Examples:
         default_factory=lambda: {"next-item": 1.0, "title-to-item": 0.0, "item-to-title": 0.0}
     )
     """Task → weight in the loss; 0 leaves it out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What is minimised."""
-
-    kind: Literal["next-token"] = "next-token"
-    """Cross-entropy of each target token."""
-    normaliser: Literal["level", "items", "vocab"] = "level"
-    """The softmax of an item token runs over its level, over all item tokens, or over the whole vocabulary."""
-    label_smoothing: Dropout = 0.0
-    """Share of the target's probability that is spread over the others."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    """Whether item tokens change while the model is trained."""
-
-    kind: Literal["fixed"] = "fixed"
-    """They do not."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ Sockets that leave the loopback are refused by pytest-socket (`--allow-hosts` in
 """
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before any import of torch or transformers, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,11 +13,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 
+import huggingface_hub.constants
 import pytest
 
 from llm_itemtok.data import splits, synthetic
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.interactions import Interactions
+from tests import hub_server
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,3 +51,22 @@ def interactions(_generated) -> Interactions:
 def split(catalog, interactions) -> splits.Split:
     """Leave-last-out of `interactions`."""
     return splits.leave_last_out(interactions, num_items=len(catalog))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.Hub]:
+    """A Hub on this machine that the real client talks to, and a token that may write there."""
+    with hub_server.serve() as server:
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        settings = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+        yield server

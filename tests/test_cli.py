@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from llm_itemtok.cli import STAGES, main
 from llm_itemtok.pipeline.stages import STAGE_NAMES
+from tests.hub_server import Hub
 from tests.test_pipeline import RECIPE
 
 
@@ -32,6 +34,10 @@ def test_commands_and_flags_are_frozen(capsys: pytest.CaptureFixture[str]) -> No
         "evaluate": {"--data", "--json"},
         "recommend": {"--history", "-k", "--allow", "--deny", "--json"},
         "report": set(),
+        "merge": set(),
+        "extend": {"--items", "--vectors", "--out"},
+        "export": {"--format"},
+        "push": {"--revision", "--public", "--message", "--merged", "--license"},
         "explain": set(),
         "bench": {"--json"},
         "reproduce": {"--dry-run", "--rerun", "--workers", "--minutes", "--results", "--runs"},
@@ -59,6 +65,10 @@ def test_commands_and_flags_are_frozen(capsys: pytest.CaptureFixture[str]) -> No
         (["recommend", ".", "--history", "1", "--allow", "@stock.txt"], "stock.txt"),
         (["inspect", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
+        (["push", "nowhere", "anna/toys"], "nowhere"),
+        (["merge", "runs/no/such/thing", "out"], "runs/no/such/thing"),
+        (["extend", "runs/no/such/thing", "--items", "new.csv"], "runs/no/such/thing"),
+        (["export", "runs/no/such/thing", "out", "--format", "paths"], "runs/no/such/thing"),
         (["explain", "tokenizer.nonsense"], "nonsense"),
     ],
 )
@@ -214,3 +224,16 @@ def test_sigterm_stops_after_a_checkpoint_with_143_and_resume_ends_as_an_unbroke
         for baseline in metrics["baselines"].values():
             baseline.pop("seconds", None)
     assert whole == broken
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # as in test_hub.py
+def test_a_run_is_pushed_with_its_numbers(finished: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(finished), "anna/toys"]) == 0
+    assert capsys.readouterr().out.startswith("anna/toys (private, branch main): ")
+    card = ModelCard(hub.model("anna/toys").files()["README.md"].decode())
+    told = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    measured = json.loads((finished / "metrics.json").read_text())["test"]
+    assert told == pytest.approx(measured, abs=1e-6)
+    assert str(finished.parent) not in card.content
+    assert main(["recommend", "anna/toys", "--history", "", "-k", "3", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["items"]) == 3

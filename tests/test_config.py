@@ -5,8 +5,9 @@ import pytest
 import yaml
 
 from llm_itemtok import settings, strict
-from llm_itemtok.config import RunConfig, _field_docs, explain
+from llm_itemtok.config import RunConfig, _contradictions, _field_docs, explain
 from llm_itemtok.errors import RecipeError
+from llm_itemtok.update_settings import SelfImproveUpdate
 
 SYNTHETIC = "data: {source: synthetic}\n"
 
@@ -322,7 +323,6 @@ def test_what_is_not_as_the_schema_says_is_named_and_answered(recipe, override, 
 @pytest.mark.parametrize(
     ("override", "name"),
     [
-        ("tokenizer.kind=numeric", "numeric"),
         ("update.kind=bilevel", "bilevel"),
         ("scoring.kind=recursive", "recursive"),
     ],
@@ -442,3 +442,73 @@ def test_sections_that_share_a_name_explain_it_alike():
     for name in ("levels", "codebook_size", "collisions"):
         having = [kind for kind in kinds if name in strict.annotations_of(kind)]
         assert len({(str(strict.annotations_of(kind)[name]), _field_docs(kind)[name]) for kind in having}) == 1
+
+
+TEXT = ("tokenizer.kind=title", "objective.normaliser=vocab")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("tokenizer.kind=title",), "`tokenizer.kind: title` needs `objective.normaliser: vocab`, was: level"),
+        (
+            ("tokenizer.kind=numeric", "objective.normaliser=items"),
+            "numeric` needs `objective.normaliser: vocab`, was: i",
+        ),
+        ((*TEXT, "evaluation.decode_normaliser=level"), "must be same, vocab or children with `tokenizer.kind: title`"),
+        ((*TEXT, "examples.tasks.title-to-item=0.5"), "`examples.tasks.title-to-item` must be 0 with `tokenizer.kind"),
+        ((*TEXT, "tokenizer.levels=3"), "tokenizer.levels"),
+        ((*TEXT, "tokenizer.collisions=reassign"), "tokenizer.collisions"),
+    ],
+)
+def test_identifiers_in_words_take_what_item_tokens_alone_can_do_from_no_recipe(recipe, overrides, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        RunConfig.load(recipe(SYNTHETIC), overrides)
+
+
+def test_identifiers_in_words_are_never_updated(recipe):
+    config = RunConfig.load(recipe(SYNTHETIC), TEXT)
+    later = dataclasses.replace(config, update=SelfImproveUpdate())
+    assert any("title` needs `update.kind: fixed`, was: self-improve" in said for said in _contradictions(later))
+    assert not [*_contradictions(config)]
+
+
+def test_numbers_may_be_asked_for_by_title(recipe):
+    tokenizer = ("tokenizer.kind=numeric", "objective.normaliser=vocab", "evaluation.decode_normaliser=children")
+    config = RunConfig.load(recipe(SYNTHETIC), (*tokenizer, "examples.tasks.title-to-item=0.5"))
+    assert config.tokenizer.order == "random"
+
+
+IMPROVED = ("update.kind=self-improve", "examples.tasks.title-to-item=0.1")
+
+
+def test_self_improvement_resolves_and_says_what_it_takes(recipe):
+    config = RunConfig.load(recipe(SYNTHETIC), [*IMPROVED, "update.source=both", "update.every.steps=50",
+                                                "update.every.epochs=null"])  # fmt: skip
+    assert (config.update.every.steps, config.update.every.epochs) == (50, None)
+    assert RunConfig.load(recipe(config.to_yaml(), "again.yaml")) == config
+    assert "update.every.epochs: The same in epochs." in explain("update.every")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("update.source=generate", "examples.tasks.title-to-item=0"), "`update.source: generate` asks the model what "
+         "it learns by the task `title-to-item`; give `examples.tasks.title-to-item` a weight above 0, was: 0"),
+        (("update.source=both", "examples.tasks.next-item=0"), "asks the model what it learns by the task `next-item`"),
+        (("update.every={}",), "must be either .* was: steps None, epochs None"),
+        (("update.every={steps: 5, epochs: 1}",), "must be either .* was: steps 5, epochs 1.0"),
+        (("update.every={steps: 1.5}",), "`update.every.steps` must be a whole number"),
+        (("update.source=generate", "update.groups=3"), "`update.groups` must divide `update.candidates`, was: 10 / 3"),
+        (("update.source=embeddings", "update.groups=2"), "applies only with source: generate | both"),
+        (("update.source=random", "update.price=1"), "applies only with another source than random"),
+        (("update.source=random", "update.scope=all"), "write `update.scope: outliers`"),
+        (("update.gate=none", "update.adapt=2"), "applies only with another gate than none"),
+        (("update.scope=all", "update.outliers=0.2"), "applies only with scope: outliers"),
+        (("trainer.fsdp=true",), "`trainer.fsdp` shards what `update.kind: self-improve` must be able to take back"),
+        (("update.tolerance=-1",), "`update.tolerance` must be above -1 and below 1"),
+    ],
+)  # fmt: skip
+def test_self_improvement_that_makes_no_sense_is_refused(recipe, overrides, message):
+    with pytest.raises(RecipeError, match=message.replace("|", r"\|")):
+        RunConfig.load(recipe(SYNTHETIC), [*IMPROVED, *overrides])

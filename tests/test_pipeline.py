@@ -407,7 +407,7 @@ def test_inspect_finds_codes_in_a_run_a_bundle_and_a_codes_folder(finished: Path
 
 def test_a_bundle_holds_no_user(finished: Path) -> None:
     users = set(pq.read_table(finished / "predictions.parquet")["user"].to_pylist())
-    for file in (finished / "model").iterdir():
+    for file in filter(Path.is_file, (finished / "model").rglob("*")):
         content = file.read_bytes()
         assert not any(f'"{user}"'.encode() in content for user in users), file
 

@@ -69,10 +69,11 @@ def test_a_plan_resolves_and_is_named_after_its_file(path, monkeypatch, tmp_path
 
 
 @pytest.mark.recipe
-def test_the_quickstart_leaves_a_whole_run_folder(tmp_path):
+@pytest.mark.parametrize(("name", "further"), [("quickstart", ()), ("siit-quickstart", ("update.every.epochs=2",))])
+def test_a_quickstart_leaves_a_whole_run_folder(tmp_path, name, further):
     out = tmp_path / "run"
-    settings = [part for setting in SMALL for part in ("--set", setting)]
-    recipe = str(ROOT / "recipes" / "quickstart.yaml")
+    settings = [part for setting in (*SMALL, *further) for part in ("--set", setting)]
+    recipe = str(ROOT / "recipes" / f"{name}.yaml")
     command = [sys.executable, "-m", "llm_itemtok", "run", recipe, "--out", str(out), *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

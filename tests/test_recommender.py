@@ -313,8 +313,8 @@ def test_saving_over_a_bundle_replaces_it_whole(tmp_path):
 def test_a_bundle_holds_items_and_nothing_of_users(tmp_path):
     merged().save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "README.md", "config.json", "generation.json", "generation_config.json", "item_codes.safetensors",
-        "items.jsonl", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "config.json", "custom_generate", "generation.json", "generation_config.json",
+        "item_codes.safetensors", "items.jsonl", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert [set(item) for item in items] == [{"id", "title", "code"}] * 60

@@ -129,6 +129,25 @@ def read(
     )
 
 
+def read_items(path: Path | str, *, columns: Mapping[str, str] | None = None) -> Catalog:
+    """Read a file of items alone.
+
+    Args:
+        path: `.csv`, `.jsonl` or `.parquet`, packed or not, with the columns of a data folder's items file.
+        columns: as in `read`; those of the log are passed over.
+
+    Raises:
+        DataError: for everything wrong with the file, naming row and column.
+    """
+    path = Path(path)
+    kinds = ("csv", "jsonl", "parquet")
+    if not path.is_file() or path.name.removesuffix(".gz").rsplit(".", 1)[-1] not in kinds:
+        found = "another kind of file" if path.is_file() else "no such file"
+        raise DataError(f"{path}: items must be in a file .csv, .jsonl or .parquet (or packed, .gz), found: {found}")
+    wanted, _ = _wanted(foreign.ITEM_COLUMNS, foreign.LOG_COLUMNS, columns or {})
+    return _catalog(read_table(path, wanted, foreign.REQUIRED_ITEM_COLUMNS), ())
+
+
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise DataError(f"`{name}` must be one of {', '.join(choices)}, was: {value!r}")

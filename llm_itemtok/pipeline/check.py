@@ -2,11 +2,20 @@
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset as ExampleTable
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.catalog import Catalog
@@ -14,16 +23,37 @@ from llm_itemtok.data.describe import describe, describe_text
 from llm_itemtok.errors import CollisionError, DataError, ItemTokError, UnsupportedModelError
 from llm_itemtok.items import collisions, vectors
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.files import read_codes
+from llm_itemtok.items.files import MOST_LEVELS, read_codes
 from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, of_encoder, refuse_unsupported
-from llm_itemtok.model.load import auto_class
+from llm_itemtok.model.load import auto_class, refuse_four_bits
 from llm_itemtok.model.rows import input_table
 from llm_itemtok.model.scratch import train_tokenizer
-from llm_itemtok.pipeline.fit import count_steps, make_examples, refuse_model
-from llm_itemtok.pipeline.prepare import Dataset, load_data, refuse_textless, scratch_model
+from llm_itemtok.objective_settings import TokenWeightedObjective
+from llm_itemtok.pipeline.fit import count_steps, make_examples, refuse_model, with_lora
+from llm_itemtok.pipeline.prepare import (
+    Dataset,
+    load_data,
+    needed_letters,
+    refuse_textless,
+    scratch_model,
+    text_codes,
+)
+from llm_itemtok.pipeline.updates import Schedule
 from llm_itemtok.pipeline.vectors import needs_vectors
-from llm_itemtok.settings import CollaborativeVectors, FileTokenizer, FileVectors, SentenceTransformersVectors
+from llm_itemtok.settings import (
+    CodeTokenizer,
+    CollaborativeVectors,
+    FileTokenizer,
+    FileVectors,
+    SentenceTransformersVectors,
+    TextTokenizer,
+    TitleTokenizer,
+)
 from llm_itemtok.training.arguments import build_arguments, check_settings
+from llm_itemtok.update_settings import SelfImproveUpdate
+
+LEAST_ROOM_USED = 0.5
+"""Share of the codewords that a level of a file has room for which should be in use."""
 
 
 def check(config: RunConfig) -> str:
@@ -38,20 +68,24 @@ def check(config: RunConfig) -> str:
     data = load_data(config.data, config.seed, config.evaluation.segments)
     refuse_textless(config, data.catalog)
     _refuse_codes(config, data.catalog)
+    shape = _item_shape(config, data)
     table = make_examples(config, data)
     lm = _empty_model(config)
     check_settings(config.trainer)
     arguments = _arguments(config)
     steps, total = count_steps(arguments, len(table))
-    sizes = code_sizes(config, data.catalog)
-    tokens = sum(table["length"]) * len(sizes)
+    tokens = round(sum(table["length"]) * shape.mean)
+    kind = "item tokens" if shape.new else "tokens of items"
     lines = [
         describe_text(describe(data.raw, data.split)),
         *_vector_lines(config, data),
+        *_file_lines(config, data.catalog),
         "",
         "training",
-        f"  {len(table):,} examples, about {tokens:,} item tokens an epoch, {steps:,} steps an epoch",
+        f"  {len(table):,} examples, about {tokens:,} {kind} an epoch, {steps:,} steps an epoch",
         f"  {total:,} steps in all, validation and a checkpoint every {config.evaluation.every:g} epochs",
+        *_curriculum_lines(config, total),
+        *_update_lines(config, steps, total),
     ]
     if config.model.name == "scratch" and "learning_rate" not in config.trainer:
         lines.append(
@@ -61,9 +95,9 @@ def check(config: RunConfig) -> str:
     if lm is None:
         lines.append(f"  `{config.model.name}` cannot be reached from here, so its size and memory are not known")
     else:
-        refuse_model(config, lm, len(sizes))
-        work = _work(config, lm, table, len(sizes)) * total / max(1, steps)
-        lines += _cost(config, lm, sum(sizes), work, arguments.device.type)
+        refuse_model(config, lm, shape.longest)
+        work = _work(config, lm, table, shape.mean) * total / max(1, steps)
+        lines += _cost(config, lm, shape.new, work, arguments.device.type)
     return "\n".join(lines)
 
 
@@ -75,7 +109,7 @@ def estimate_seconds(config: RunConfig) -> float | None:
     data = load_data(config.data, config.seed, {})
     table = make_examples(config, data)
     steps, total = count_steps(_arguments(config), len(table))
-    work = _work(config, lm, table, len(code_sizes(config, data.catalog))) * total / max(1, steps)
+    work = _work(config, lm, table, _item_shape(config, data).mean) * total / max(1, steps)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = _seconds(work)
@@ -101,6 +135,44 @@ def _vector_lines(config: RunConfig, data: Dataset) -> list[str]:
     return ["", "item vectors", *lines] if lines else []
 
 
+def _curriculum_lines(config: RunConfig, total: int) -> list[str]:
+    """When the targets of the loss have equal shares, if they ever do, in a training of `total` steps."""
+    chosen = config.objective
+    if not isinstance(chosen, TokenWeightedObjective) or len(chosen.targets) == 1 or chosen.curriculum == "none":
+        return []
+    level = math.log(2) / chosen.pace
+    line = f"  by the curriculum, targets have equal shares after {level:,.0f} steps"
+    if level > total:
+        line += f"\n  warning: training ends before; `objective.pace: {2 * math.log(2) / total:.1e}` would be halfway"
+    return [line]
+
+
+def _update_lines(config: RunConfig, steps: int, total: int) -> list[str]:
+    """When item tokens are updated; raises `RecipeError` if no round could end before training does."""
+    if not isinstance(config.update, SelfImproveUpdate):
+        return []
+    schedule = Schedule.of(config.update, steps, total)
+    trial = "" if config.update.gate == "none" else f", each tried out for {schedule.adapt:,}"
+    return [f"  item tokens are updated every {schedule.every:,} steps, {schedule.rounds} times at most{trial}"]
+
+
+def _file_lines(config: RunConfig, catalog: Catalog) -> list[str]:
+    """Lines on codes from a file: how they were joined, and rooms that cost rows and hold nothing."""
+    chosen = config.tokenizer
+    if not isinstance(chosen, FileTokenizer):
+        return []
+    codes = _codes_of_file(chosen, catalog)
+    lines = [f"  {codes.provenance['file']}: {codes.num_levels} levels, joined by {codes.provenance['joined_by']}"]
+    for level, (name, size) in enumerate(zip(codes.names, codes.sizes, strict=True)):
+        used = len(np.unique(codes.table[:, level]))
+        if used < LEAST_ROOM_USED * size:
+            lines.append(
+                f"  warning: {name} has room for {size:,} codewords, of which {used:,} are used; each is a row of the "
+                "model, so number them 0, 1, 2, ... unless updates or new items will need them"
+            )
+    return ["", "item codes", *lines]
+
+
 def _minutes(seconds: float) -> str:
     return f"about {seconds / 60:.0f} minutes" if seconds >= 60 else "less than a minute"
 
@@ -116,12 +188,12 @@ def _body(lm: PreTrainedModel) -> int:
     return sum(p.numel() for p in lm.parameters()) - input_table(lm).weight.numel()
 
 
-def _work(config: RunConfig, lm: PreTrainedModel, table: ExampleTable, levels: int) -> float:
-    """Floating-point operations of training on every example once; text is left out."""
-    each, tokens = 4 if config.model.adapter == "lora" else 6, sum(table["length"]) * levels
+def _work(config: RunConfig, lm: PreTrainedModel, table: ExampleTable, item_tokens: float) -> float:
+    """Floating-point operations of training on every example once, with so many tokens an item; text is left out."""
+    each, tokens = 4 if config.model.adapter == "lora" else 6, sum(table["length"]) * item_tokens
     if not lm.config.is_encoder_decoder:
         return float(tokens * each * _body(lm))
-    answers = len(table) * levels  # the decoder writes one item an example, the encoder reads all before it
+    answers = len(table) * item_tokens  # the decoder writes one item an example, the encoder reads all before it
     read = sum(p.numel() for name, p in lm.named_parameters() if of_encoder(name))
     return float(each * ((tokens - answers) * read + answers * (_body(lm) - read)))
 
@@ -132,9 +204,51 @@ def _seconds(work: float) -> float:
     return work / _matmul_rate() * 2
 
 
-def code_sizes(config: RunConfig, catalog: Catalog) -> tuple[int, ...]:
-    """Codewords of each level, as far as that is known before codes are made: an extra level may need more."""
+@dataclass(frozen=True)
+class _ItemShape:
+    """What items are as tokens.
+
+    Attributes:
+        mean: tokens an item, on average over training.
+        longest: tokens of the longest item.
+        new: tokens that the language model does not have yet.
+    """
+
+    mean: float
+    longest: int
+    new: int
+
+
+def _item_shape(config: RunConfig, data: Dataset) -> _ItemShape:
+    """What is known of it before codes are made: an extra level may need more codewords."""
     chosen = config.tokenizer
+    if not isinstance(chosen, TextTokenizer):
+        sizes = _code_sizes(chosen, data.catalog)
+        return _ItemShape(len(sizes), len(sizes), sum(sizes))
+    tokenizer = _words(config, data.catalog)
+    if tokenizer is None:
+        longest = chosen.max_tokens if isinstance(chosen, TitleTokenizer) else len(str(len(data.catalog)))
+        return _ItemShape(longest + 1, longest + 1, 0)
+    lengths = text_codes(chosen, tokenizer, data, config.seed).lengths
+    return _ItemShape(float(lengths[data.split.train_items].mean()), int(lengths.max()), 0)
+
+
+def _words(config: RunConfig, catalog: Catalog) -> PreTrainedTokenizerBase | None:
+    """The language model's tokenizer; None if it is out of reach."""
+    model = config.model
+    if model.name == "scratch":
+        return train_tokenizer(catalog.texts(), vocab_size=model.scratch.vocab_size, letters=needed_letters(config))
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError):
+        return None  # `_empty_model` says why
+    return found
+
+
+def _code_sizes(chosen: CodeTokenizer, catalog: Catalog) -> tuple[int, ...]:
+    """Codewords of each level."""
     if isinstance(chosen, FileTokenizer):
         sizes = _codes_of_file(chosen, catalog).sizes
     else:
@@ -157,19 +271,27 @@ def _refuse_codes(config: RunConfig, catalog: Catalog) -> None:
             if path.startswith((".", "/", "~")) and not Path(path).is_dir():
                 raise DataError(f"`{name}.model` must be a folder or a Hub id, but there is no folder {path}")
     chosen = config.tokenizer
+    if isinstance(chosen, TextTokenizer):
+        return  # unique by construction
     if isinstance(chosen, FileTokenizer):
         codes = _codes_of_file(chosen, catalog)
         if chosen.collisions == "forbid":
             collisions.forbid(codes, catalog.item_ids)
         levels, capacity = f"{codes.num_levels} levels of {codes.sizes}", codes.capacity
+        more = "give `tokenizer.sizes` more room"
+        if len(_code_sizes(chosen, catalog)) > MOST_LEVELS:
+            raise DataError(
+                f"codes must have at most {MOST_LEVELS} levels, called a to z, with the extra one, was: "
+                f"{codes.num_levels + 1}; use another way of `tokenizer.collisions`"
+            )
     else:
         levels = f"{chosen.levels} levels of {chosen.codebook_size}"
+        more = "raise `tokenizer.levels` or `tokenizer.codebook_size`"
         capacity = chosen.codebook_size**chosen.levels
     if chosen.collisions != "extra-level" and capacity < len(catalog):
         raise CollisionError(
             f"every item needs a code of its own, but {levels} codewords make {capacity:,} codes for "
-            f"{len(catalog):,} items; raise `tokenizer.levels` or `tokenizer.codebook_size`, or use "
-            "`collisions: extra-level`"
+            f"{len(catalog):,} items; {more}, or use `collisions: extra-level`"
         )
 
 
@@ -195,6 +317,8 @@ def _empty_model(config: RunConfig) -> PreTrainedModel | None:
     with torch.device("meta"):
         lm: PreTrainedModel = auto_class(found).from_config(found)
     refuse_unsupported(lm)
+    if model.quantization == "nf4":
+        refuse_four_bits(found)
     return lm
 
 
@@ -204,23 +328,21 @@ def _cost(config: RunConfig, lm: PreTrainedModel, codewords: int, work: float, d
     words = config.model.scratch.vocab_size if config.model.name == "scratch" else input_table(lm).num_embeddings
     body = _body(lm)
     rows = codewords * width * (1 if lm.config.tie_word_embeddings else 2)
-    lora = config.model.adapter == "lora"
-    if lora:
-        matrices = [
-            p for p in lm.base_model.parameters() if p.ndim == 2 and p.shape[0] != input_table(lm).num_embeddings
-        ]
-        trained = rows + config.model.lora.rank * sum(sum(matrix.shape) for matrix in matrices)
+    if config.model.adapter == "lora":
+        with_lora(config, lm)  # on no weights, for its refusals
+        trained = rows + sum(p.numel() for p in lm.parameters() if p.requires_grad)
     else:
         trained = rows + body + words * width
     size = 2 if config.model.dtype == "bfloat16" else 4
-    memory = (body + words * width) * size + trained * (size + 8)  # weights; gradients and two moments
+    of_body = 0.5 if config.model.quantization == "nf4" else size
+    memory = body * of_body + words * width * size + trained * (size + 8)  # weights; gradients and two moments
     lines = [
         f"  base model: about {_scaled(body + words * width)}parameters; trained: about {_scaled(trained)}",
         f"  memory for weights, gradients and optimiser: about {_scaled(memory)}B, activations besides",
         f"  work: {_scaled(work)}FLOP",
     ]
     if device == "cpu":
-        lines.append(f"  time here: {_minutes(_seconds(work))}, and validation")
+        lines.append(f"  time here: {_minutes(_seconds(work))} if nothing else runs, and validation")
     return lines
 
 

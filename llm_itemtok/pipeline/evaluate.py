@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from llm_itemtok.artifacts import (
     CATEGORIES,
-    CODES,
     EXAMPLES,
     METRICS,
     MODEL,
@@ -40,8 +39,8 @@ from llm_itemtok.evaluation.metrics import bootstrap, metrics_from_ranks, ranks_
 from llm_itemtok.evaluation.segments import item_order_masks, segment_masks, segment_metrics, user_column_masks
 from llm_itemtok.items.quality import quality
 from llm_itemtok.model.prompts import Prompts
-from llm_itemtok.pipeline.card import card
 from llm_itemtok.pipeline.prepare import Dataset, Log, load_data, progress_lines
+from llm_itemtok.pipeline.updates import newest_version
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.settings import Data, Evaluation, Filter, ItemOrderSegments, Segments
 from llm_itemtok.vocab.trie import ItemTrie
@@ -220,7 +219,7 @@ def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
         seed=config.seed,
         baseline_names=config.evaluation.baselines,
         segments=config.evaluation.segments,
-        quality=read_json(folder / CODES / "v0" / QUALITY),
+        quality=read_json(newest_version(folder) / QUALITY),
         validation=training.pop("validation"),
         training=training,
         speed=speed,
@@ -231,16 +230,7 @@ def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
     write_predictions(folder / PREDICTIONS, ranking, test, recommender.item_ids, config.evaluation.k)
     write_categories(folder / CATEGORIES, data.catalog)
     write_json(folder / EXAMPLES, _examples(ranking, test, recommender))
-    model = recommender.model
-    text = card(
-        metrics,
-        recommender.generation,
-        levels=model.vocab.num_levels,
-        spelling=model.vocab.spell(0),
-        encoder=model.answer_start is not None,
-        tied=model.rows.output_rows is None,
-    )
-    write_text(folder / MODEL / CARD, text)
+    write_text(folder / MODEL / CARD, recommender.card(metrics, config.to_dict()))
     write_json(folder / METRICS, metrics)
     log(table(metrics))
 

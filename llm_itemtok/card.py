@@ -1,0 +1,353 @@
+"""A bundle's model card: what it is, how to use it with and without this package, what was measured, and how.
+
+Decisions:
+- Built from the bundle, `metrics.json` and the recipe alone, so it says nothing about users. Of a local path only the
+  last name is told, of secrets nothing, and the name of whoever made the run is struck out.
+- The metadata block is `huggingface_hub.ModelCardData`, with every test metric as `model-index` and the protocol as its
+  arguments: a number without its protocol compares with nothing.
+- Code in the card runs as it stands. Where the bundle is stands once a block, in `HERE = ...`: the folder until it is
+  pushed, the repository from then on (`for_repo`).
+- No licence is guessed: the weights come from somebody's base model and the titles from somebody's catalogue.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from llm_itemtok.bundle import Generation
+from llm_itemtok.training.next_token import NextToken
+
+_TAGS = ("recommendation", "generative-retrieval", "semantic-ids", "llm-itemtok")
+_HERE = re.compile(r'^HERE = ".*"$', re.MULTILINE)
+_NO_LICENCE = "none is stated here, so ask before you use it"
+
+_LOAD_MERGED = "model = {auto}.from_pretrained(HERE)"
+_LOAD_ADAPTER = """base = {auto}.from_pretrained("{base}"{revision})
+{untie}base.resize_token_embeddings(max(base.config.vocab_size, len(tokenizer)), mean_resizing=False)
+model = PeftModel.from_pretrained(base, HERE)"""
+
+_OURS = """## Use
+
+```python
+from llm_itemtok import Recommender
+
+HERE = "."
+model = Recommender.from_pretrained(HERE)
+for item in model.recommend({ids}, k=10):  # a history of item ids, oldest first
+    print(item.rank, item.item_id, item.title, item.score)
+```
+"""
+_PLAIN = """
+Without that package, with `transformers`{peft} alone (`trust_remote_code` runs `custom_generate/generate.py` of this
+repository, which keeps the beams to items that exist):
+
+```python
+{imports}
+
+HERE = "."
+tokenizer = AutoTokenizer.from_pretrained(HERE)
+{load}
+history = "{history}"{comment}
+prompt = tokenizer(history, add_special_tokens=False, return_tensors="pt")
+ids = model.generate(**prompt, num_return_sequences={k}, custom_generate=HERE, trust_remote_code=True{bundle})
+print(tokenizer.batch_decode(ids[:, -{levels}:]))  # item tokens of the {k} best items, best first
+```
+
+`items.jsonl` has the item tokens (`code`), id and title of every item. {prompt}.
+Rows of several histories are padded on the left. The model reads the {length} most recent items of a history: leave
+older ones out{seen}.
+"""
+_WORDS = """
+The items are spelled in words of the model's own vocabulary, so no plain `transformers` code keeps to them yet.
+"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    Attributes:
+        generation: of the bundle.
+        items: number of items.
+        levels: tokens an item has.
+        example: ids of one or two items.
+        codes: their item tokens; None for items spelled in existing words.
+        start: token that a decoder-only model's prompt begins with.
+        end: token that a prompt ends with which an encoder reads; None for decoder-only models.
+        tied: whether the head is the input table.
+    """
+
+    generation: Generation
+    items: int
+    levels: int
+    example: Sequence[str]
+    codes: Sequence[str] | None
+    start: str
+    end: str | None
+    tied: bool
+
+
+def card(subject: Subject, metrics: Mapping[str, Any] | None = None, recipe: Mapping[str, Any] | None = None) -> str:
+    """Write the card.
+
+    Args:
+        subject: the bundle.
+        metrics: as in `metrics.json`; a card without them says that nothing was measured.
+        recipe: resolved, as plain values; secrets and places are struck out here.
+
+    Returns:
+        Markdown with its metadata block.
+    """
+    base = _hub_base(subject.generation.base) or _hub_base((recipe or {}).get("model", {}).get("name"))
+    recipe = None if recipe is None else redacted(recipe)
+    data = ModelCardData(
+        library_name="transformers" if subject.generation.layout == "merged" else "peft",
+        tags=[*_TAGS, *(["custom_generate"] if subject.codes else [])],
+        base_model=base,
+        model_name=None if metrics is None else "recommender",
+        eval_results=None if metrics is None else list(_results(metrics, recipe)),
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n",
+        _introduction(subject, base),
+        _usage(subject),
+        *(() if metrics is None else (_measured(metrics), _data(metrics), _item_tokens(metrics))),
+        *(() if recipe is None else (_made(recipe),)),
+        f"## Licence\n\nOf the model: {_NO_LICENCE}. Those of the base model and of the item data hold too.\n",
+        _citations(recipe or {}),
+    ]
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def for_repo(text: str, repo: str, licence: str | None = None) -> str:
+    """Make a card that of a Hub repository.
+
+    Args:
+        text: a card of `card`, or any other.
+        repo: `OWNER/NAME`.
+        licence: identifier such as `apache-2.0`, for the metadata and the text.
+    """
+    text = _HERE.sub(f'HERE = "{repo}"', text)
+    made = ModelCard(text)
+    assert isinstance(made.data, ModelCardData)
+    if made.data.eval_results:
+        made.data.model_name = repo.partition("/")[2]
+    if licence is not None:
+        made.data.license = licence
+        made.text = made.text.replace(_NO_LICENCE, licence)
+    return str(made)
+
+
+def redacted(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without places and names of the machine it ran on: of a path its last name, of a secret nothing."""
+    clean = _redact(recipe, "")
+    assert isinstance(clean, dict)
+    return clean
+
+
+def _redact(value: Any, key: str) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _redact(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redact(inner, key) for inner in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if key.endswith(("token", "secret", "password", "api_key")) or value.startswith("hf_"):
+        return "(left out)"
+    if _is_local(value, key):
+        value = Path(value).name or "(local)"
+    user = Path.home().name
+    return re.sub(rf"\b{re.escape(user)}\b", "(user)", value) if user not in ("", "root") else value
+
+
+def _is_local(value: str, key: str) -> bool:
+    """Whether a text names a place on this machine."""
+    if re.match(r"[/~\\]|\.{1,2}([/\\]|$)|[A-Za-z]:[/\\]|\$\{", value):
+        return True
+    return key in ("path", "name", "model", "output_dir") and Path(value).exists()
+
+
+def _hub_base(name: str | None) -> str | None:
+    """The base model if it is one of the Hub."""
+    return None if name in (None, "scratch") or _is_local(str(name), "name") else name
+
+
+def _introduction(subject: Subject, base: str | None) -> str:
+    way = "It is an adapter for" if subject.generation.layout == "adapter" else "It was trained from"
+    told = "" if base is None else f"\n{way} [{base}](https://huggingface.co/{base})."
+    spelled = "" if subject.codes is None else f" (`{subject.codes[0]}` is `{subject.example[0]}`)"
+    kind = "words that it has" if subject.codes is None else "tokens that were added to its vocabulary"
+    return f"""# A recommender over {subject.items:,} items
+
+A language model that writes items: each is a path of {subject.levels} {kind}{spelled}.
+Given the items of a history, it ranks the whole catalogue; items that do not exist cannot come out.{told}
+"""
+
+
+def _usage(subject: Subject) -> str:
+    """Code with this package and without it."""
+    ours = _OURS.format(ids=_python_list(subject.example))
+    if subject.codes is None:
+        return ours + _WORDS
+    generation = subject.generation
+    encoder, adapter = subject.end is not None, generation.layout == "adapter"
+    auto = "AutoModelForSeq2SeqLM" if encoder else "AutoModelForCausalLM"
+    # The library takes every T5's head for tied, and without this would make it so where the table grows.
+    untie = "base.config.tie_word_embeddings = False\n" if encoder and not subject.tied else ""
+    revision = "" if generation.revision is None else f', revision="{generation.revision}"'
+    load = (_LOAD_ADAPTER if adapter else _LOAD_MERGED).format(
+        auto=auto, base=_hub_base(generation.base) or "BASE", revision=revision, untie=untie
+    )
+    prompt = (
+        f"A prompt is the item tokens of the history, oldest first, and `{subject.end}`"
+        if encoder
+        else f"A prompt is `{subject.start}` and the item tokens of the history, oldest first"
+    )
+    return ours + _PLAIN.format(
+        peft=" and `peft`" if adapter else "",
+        imports=("from peft import PeftModel\n" if adapter else "") + f"from transformers import {auto}, AutoTokenizer",
+        load=load,
+        history="".join(subject.codes) + str(subject.end) if encoder else subject.start + "".join(subject.codes),
+        comment="  # " + ", ".join(subject.example) if len(", ".join(subject.example)) <= 40 else "",
+        k=min(10, subject.items),
+        bundle=", bundle=HERE" if adapter else "",
+        levels=subject.levels,
+        prompt=prompt,
+        length=generation.history_length,
+        seen=",\nand drop items of the history from the list, as the package does" if generation.mask_seen else "",
+    )
+
+
+def _python_list(ids: Sequence[str]) -> str:
+    """Ids as a list of Python texts in double quotes."""
+    return "[" + ", ".join('"' + item_id.replace("\\", "\\\\").replace('"', '\\"') + '"' for item_id in ids) + "]"
+
+
+def _dataset(recipe: Mapping[str, Any] | None) -> str:
+    """Name of the data, as far as it may be told."""
+    data = (recipe or {}).get("data", {})
+    return str(data.get("path") or data.get("source") or "interactions")
+
+
+def _protocol(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to agree for numbers to be comparable, without the counts."""
+    return {name: value for name, value in metrics["protocol"].items() if name != "counts"}
+
+
+def _results(metrics: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> Iterator[EvalResult]:
+    """Every test metric."""
+    dataset = _dataset(recipe)
+    for name, value in metrics["test"].items():
+        yield EvalResult(
+            task_type="recommendation",
+            task_name="Next-item recommendation, full ranking",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            dataset_args=_protocol(metrics),
+            metric_type=name,
+            metric_name=name.replace("recall", "Recall").replace("ndcg", "NDCG").replace("mrr", "MRR"),
+            metric_value=round(float(value), 6),
+        )
+
+
+def _measured(metrics: Mapping[str, Any]) -> str:
+    protocol, counts = metrics["protocol"], metrics["protocol"]["counts"]
+    seen = "left out" if protocol["mask_seen"] else "included"
+    rows = [("**this model**", metrics), *metrics["baselines"].items()]
+    return f"""## Measured
+
+Full ranking over all {counts["items"]:,} items by {counts["test_cases"]:,} test users: split {protocol["split"]}, \
+{protocol["k_core"]}-core, histories of {protocol["history_length"]}
+items at most (seen items {seen}), beam {protocol["beam"]}, scores normalised over the {protocol["normaliser"]}, \
+seed {protocol["seed"]}.
+
+{_table(rows, ("recall@5", "recall@10", "ndcg@10", "mrr@20"))}
+
+Intervals are 95 % by bootstrap over users.
+"""
+
+
+def _table(rows: Sequence[tuple[str, Mapping[str, Any]]], keys: Sequence[str]) -> str:
+    lines = ["| | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    for name, part in rows:
+        cells = ["{:.4f} [{:.4f}, {:.4f}]".format(part["test"][key], *part["ci95"][key]) for key in keys]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _data(metrics: Mapping[str, Any]) -> str:
+    counts = metrics["protocol"]["counts"]
+    return f"""## Data
+
+{counts["items"]:,} items; {counts["train_interactions"]:,} training interactions of {counts["train_users"]:,} users; \
+{counts["validation_cases"]:,} validation and {counts["test_cases"]:,} test cases.
+No history of a user is in this repository.
+"""
+
+
+def _item_tokens(metrics: Mapping[str, Any]) -> str:
+    """What `quality.json` says of the codes."""
+    codes = metrics.get("codes") or {}
+    resolved = codes.get("resolved", codes)
+    if "levels" not in resolved:
+        return ""
+    lines = ["| level | codewords | used | perplexity |", "|---|---|---|---|"]
+    lines += [
+        f"| {level['name']} | {level['size']:,} | {level['used']:,} | {level['perplexity']:,.1f} |"
+        for level in resolved["levels"]
+    ]
+    return f"""## Item tokens
+
+{codes["collision_rate"]:.1%} of the items shared their code with another before that was resolved. \
+{resolved.get("verdict", "")}
+
+{chr(10).join(lines)}
+"""
+
+
+def _made(recipe: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("llm-itemtok", "torch", "transformers", "peft"))
+    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return f"""## How it was made
+
+With {versions}, by this recipe (of local paths, the last name):
+
+```yaml
+{text.rstrip()}
+```
+"""
+
+
+_PAPERS = {
+    ("tokenizer", "kind", "rqvae"): ("2203.01941", 2022, "Autoregressive Image Generation using Residual Quantization"),
+    ("tokenizer", "kind", "hierarchical"): (
+        "2305.06569", 2023, "How to Index Item IDs for Recommendation Foundation Models"
+    ),
+    ("tokenizer", "estimator", "rotation"): (
+        "2410.06424", 2024, "Restructuring Vector Quantization with the Rotation Trick"
+    ),
+    ("tokenizer", "collisions", "sinkhorn"): (
+        "2311.09049", 2023, "Adapting Large Language Models by Integrating Collaborative Semantics for Recommendation"
+    ),
+    ("vectors", "source", "sasrec"): ("1808.09781", 2018, "Self-Attentive Sequential Recommendation"),
+    ("model", "adapter", "lora"): ("2106.09685", 2021, "LoRA: Low-Rank Adaptation of Large Language Models"),
+}  # fmt: skip
+"""Section, setting and its value → arXiv number, year and title of the method's paper."""
+
+
+def _citations(recipe: Mapping[str, Any]) -> str:
+    """BibTeX of the objective and of the methods that the recipe names."""
+    entries = [NextToken.citation]
+    for (section, name, value), (number, year, title) in _PAPERS.items():
+        if recipe.get(section, {}).get(name) == value:
+            fields = {"title": title, "eprint": number, "archivePrefix": "arXiv", "year": str(year)}
+            lines = ",\n".join(f"  {field:<13} = {{{text}}}" for field, text in fields.items())
+            entries.append(f"@misc{{arxiv:{number},\n{lines}\n}}")
+    return "## Citation\n\nOf the methods used:\n\n```bibtex\n" + "\n\n".join(entries) + "\n```\n"

@@ -1,0 +1,200 @@
+"""Beam search that can only end in items: `model.generate(..., custom_generate=REPO, trust_remote_code=True)`.
+
+This file stands in the repository of a recommender with item tokens and is all that is needed to decode it: it reads
+`item_codes.safetensors` (the code of every item) and `generation.json` (how to decode), and depends on torch,
+transformers and safetensors alone.
+
+Decisions:
+- The beams are those of `transformers`; only a processor of log-probabilities is added. It knows the codes as sorted
+  arrays, one a level: the number of a prefix is its place in them, and a child of it is found by looking up
+  `number of the prefix * codewords of the level + codeword`. No state is kept between steps but the prompt's length.
+- Log-probabilities are normalised over what `generation.json` says: `level` (the tokens that can stand at this place of
+  a code), `items` (all item tokens), `vocab` (the whole vocabulary) or `children` (the codewords that may follow).
+- More beams than items are never asked for: `transformers` would fill the places up with paths of no item.
+"""
+
+import functools
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.utils import cached_file
+
+SETTINGS, CODES = "generation.json", "item_codes.safetensors"
+
+_NEUTRAL: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "length_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+"""What a base model's own `generation_config.json` must not change, and no caller may: every path is equally long, and
+its score is its log-probability."""
+
+
+def generate(
+    model: Any,
+    inputs: Tensor | None = None,
+    *,
+    num_beams: int | None = None,
+    num_return_sequences: int = 1,
+    bundle: str | None = None,
+    revision: str | None = None,
+    **given: Any,
+) -> Any:
+    """Continue histories by items.
+
+    Args:
+        model: the recommender; with an adapter, the base model that PEFT put it into.
+        inputs: token ids `[B, S]` of the histories, or `input_ids` among the others. A decoder-only model's rows are
+            padded on the left.
+        num_beams: paths kept at every level; the number in `generation.json` when None.
+        num_return_sequences: items of each history, best first, R; the whole catalogue where that has fewer.
+        bundle: folder or repository of `item_codes.safetensors`; the one the model came from when None.
+        revision: of that repository; the commit the model came from when None.
+        **given: as for `generate`: `attention_mask`, `return_dict_in_generate`, …
+
+    Returns:
+        As from `generate`: ids `[B * R, S + L]` (`[B * R, 1 + L]` of an encoder–decoder), whose last L are the tokens
+        of an item; with `return_dict_in_generate=True` also `sequences_scores`, log-probabilities of the items.
+
+    Raises:
+        ValueError: if there are no item codes, or another way of decoding is asked for.
+    """
+    if bundle is None:
+        bundle, revision = model.config._name_or_path, revision or getattr(model.config, "_commit_hash", None)
+    settings, items = _read(str(bundle), revision)
+    wrong = {name: given[name] for name, value in _NEUTRAL.items() if given.get(name, value) not in (None, value)}
+    wrong |= {name: given[name] for name in ("max_new_tokens", "max_length") if given.get(name) is not None}
+    if wrong:
+        raise ValueError(f"items are found by plain beam search over paths of one length; leave these out: {wrong}")
+    returned = min(num_return_sequences, len(items))
+    given = {name: value for name, value in given.items() if value is not None and name not in _NEUTRAL}
+    given.pop("token_type_ids", None)  # some tokenizers make them, and no recommender reads them
+    processors = LogitsProcessorList([*given.pop("logits_processor", ()), ItemsOnly(items, settings["normaliser"])])
+    # By the class: where the model was loaded with `trust_remote_code=True`, `model.generate` is this function.
+    return GenerationMixin.generate(
+        model,
+        inputs,
+        logits_processor=processors,
+        num_beams=min(max(num_beams or settings["beam"], returned), len(items)),
+        num_return_sequences=returned,
+        max_new_tokens=len(items.sizes),
+        **_NEUTRAL,
+        **given,
+    )
+
+
+class Items:
+    """The codes of a catalogue as token ids, one sorted array of prefixes a level.
+
+    Attributes:
+        sizes: codewords of each level.
+        first_ids: token id of codeword 0 of each level.
+        prefixes: per level, int64 `[P]`, ascending: place of the prefix one level above `* size + codeword`.
+    """
+
+    def __init__(self, table: Tensor, sizes: list[int], first_ids: list[int]) -> None:
+        """Number the prefixes of a table of codes, int `[N, L]`."""
+        self.sizes = sizes
+        self.first_ids = first_ids
+        self.prefixes: list[Tensor] = []
+        numbers = torch.zeros(len(table), dtype=torch.long)
+        for level, size in enumerate(sizes):
+            found, numbers = torch.unique(numbers * size + table[:, level], return_inverse=True)
+            self.prefixes.append(found)
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.prefixes[-1])
+
+    def to(self, device: torch.device) -> "Items":
+        """Move the arrays to a device, in place, and return self."""
+        self.prefixes = [found.to(device) for found in self.prefixes]
+        return self
+
+    def may_follow(self, path: Tensor) -> Tensor:
+        """Whether each codeword of the next level goes on towards an item.
+
+        Args:
+            path: int64 `[B, T]`, the tokens since the prompt, fewer than there are levels.
+
+        Returns:
+            bool `[B, size]`, all False for tokens that begin no item's code.
+        """
+        numbers = torch.zeros(len(path), 1, dtype=torch.long, device=path.device)
+        real = torch.ones_like(numbers, dtype=torch.bool)
+        for level in range(path.shape[1]):
+            codewords = path[:, level : level + 1] - self.first_ids[level]
+            numbers, found = self._look_up(level, numbers * self.sizes[level] + codewords)
+            real &= found & (codewords >= 0) & (codewords < self.sizes[level])
+        size = self.sizes[path.shape[1]]
+        codewords = torch.arange(size, device=path.device)
+        return self._look_up(path.shape[1], numbers * size + codewords)[1] & real
+
+    def _look_up(self, level: int, prefixes: Tensor) -> tuple[Tensor, Tensor]:
+        """Places of prefixes in the sorted array, and whether they are there."""
+        known = self.prefixes[level]
+        places = torch.searchsorted(known, prefixes).clamp_(max=len(known) - 1)
+        return places, known[places] == prefixes
+
+
+class ItemsOnly(LogitsProcessor):
+    """Leaves the tokens that go on towards an item, with log-probabilities under the normaliser."""
+
+    def __init__(self, items: Items, normaliser: str) -> None:
+        self.items = items
+        self.normaliser = normaliser
+        self.prompt: int | None = None  # tokens of it, known at the first step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Normalise and mask the log-probabilities `[B, V]` of the next token after rows of ids `[B, S]`."""
+        if self.prompt is None:
+            self.prompt = input_ids.shape[1]
+            self.items.to(scores.device)
+        path = input_ids[:, self.prompt :]
+        legal = self.items.may_follow(path)
+        first, size = self.items.first_ids[path.shape[1]], self.items.sizes[path.shape[1]]
+        steps = scores[:, first : first + size]
+        whole = {
+            "level": steps,
+            "items": scores[:, self.items.first_ids[0] : self.items.first_ids[-1] + self.items.sizes[-1]],
+            "vocab": scores,
+            "children": steps.masked_fill(~legal, -torch.inf),
+        }[self.normaliser]
+        steps = (steps - whole.logsumexp(-1, keepdim=True)).masked_fill(~legal, -torch.inf)
+        only = torch.full_like(scores, -torch.inf)
+        only[:, first : first + size] = steps
+        return only
+
+
+@functools.lru_cache(maxsize=4)
+def _read(bundle: str, revision: str | None) -> tuple[dict[str, Any], Items]:
+    """How a bundle is decoded, and its items."""
+    try:
+        settings_file, codes = (cached_file(bundle, name, revision=revision) for name in (SETTINGS, CODES))
+    except OSError as error:
+        raise ValueError(
+            f"{bundle}: {SETTINGS} and {CODES} must be there, found: {str(error).splitlines()[0]}; "
+            "where the model is a base model with an adapter, name the adapter's repository: bundle=REPO"
+        ) from error
+    assert settings_file is not None  # otherwise the library would have raised
+    with safe_open(codes, framework="pt") as file:
+        header = json.loads(file.metadata()["item_codes"])
+        table = file.get_tensor("table").long()
+    tokenizer = AutoTokenizer.from_pretrained(bundle, revision=revision)
+    spelled = [f"<{string.ascii_lowercase[level]}_0>" for level in range(len(header["sizes"]))]
+    known = tokenizer.get_vocab()
+    if not known.keys() >= set(spelled):
+        raise ValueError(f"{bundle}: the tokenizer must have the item tokens {spelled}, but it does not")
+    return json.loads(Path(settings_file).read_text(encoding="utf-8")), Items(
+        table, header["sizes"], [known[token] for token in spelled]
+    )

@@ -1,0 +1,140 @@
+"""A model card tells what was measured and how, and nothing of the machine or the people it was made by."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from llm_itemtok.card import Subject, card, for_repo, redacted
+from tests.test_recommender import adapter, merged
+from tests.test_report import _metrics
+from tests.tiny import KINDS
+
+RECIPE = {
+    "seed": 3,
+    "data": {"source": "folder", "path": "/home/anna/secret-project/toys", "split": "leave-last-out"},
+    "vectors": {"kind": "concat", "parts": [{"path": "../vectors.npy"}, {"source": "sasrec"}]},
+    "tokenizer": {"kind": "rqvae", "path": "~/codes.csv", "collisions": "sinkhorn"},
+    "model": {"name": "org/base", "adapter": "lora"},
+    "trainer": {"learning_rate": 1e-3, "hub_token": "hf_abcdefghij", "run_name": "for anna"},
+}
+
+
+@pytest.fixture
+def metrics():
+    import numpy as np
+
+    measured = _metrics(np.random.default_rng(0))
+    measured["protocol"]["counts"] = {
+        "items": 60, "train_interactions": 1434, "train_users": 120, "validation_cases": 120, "test_cases": 119,
+    }  # fmt: skip
+    level = {"name": "level-0", "size": 16, "used": 12, "perplexity": 8.25}
+    measured["codes"] = {
+        "collision_rate": 0.0421,
+        "resolved": {"levels": [level], "verdict": "Good: few items collide."},
+    }
+    return measured
+
+
+@pytest.fixture(autouse=True)
+def _at_annas(monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/anna"))
+
+
+def test_every_test_metric_is_in_the_metadata_with_the_protocol(metrics):
+    made = ModelCard(for_repo(merged().card(metrics, RECIPE), "anna/toys"))
+    results = {result.metric_type: result for result in made.data.eval_results}
+    assert {name: result.metric_value for name, result in results.items()} == pytest.approx(metrics["test"], abs=1e-6)
+    protocol = {name: value for name, value in metrics["protocol"].items() if name != "counts"}
+    assert all(result.dataset_args == protocol for result in results.values())
+    assert {(result.dataset_name, result.dataset_split) for result in results.values()} == {("toys", "test")}
+    assert made.data.model_name == "toys"
+    assert len(made.data.to_dict()["model-index"][0]["results"]) == 1  # one group, because the protocol is one
+
+
+def test_the_text_tells_data_counts_item_tokens_numbers_and_recipe(metrics):
+    text = merged().card(metrics, RECIPE)
+    for told in ("1,434 training interactions of 120 users", "4.2% of the items", "Good: few items collide.",
+                 "| level-0 | 16 | 12 | 8.2 |", "| **this model** |", "| markov |", "119 test users",
+                 "learning_rate: 0.001"):  # fmt: skip
+        assert told in text, told
+
+
+def test_places_names_and_secrets_stay_at_home(metrics):
+    told = merged(base="/home/anna/models/base", layout="merged").card(metrics, RECIPE)
+    assert not re.search(r"anna|secret-project|hf_abc|/home|\.\./|~/", told)
+    clean = redacted(RECIPE)
+    assert clean["data"]["path"] == "toys"
+    assert clean["tokenizer"]["path"] == "codes.csv"
+    assert clean["vectors"]["parts"][0]["path"] == "vectors.npy"
+    assert clean["trainer"]["hub_token"] == "(left out)"
+    assert clean["model"]["name"] == "org/base"
+    assert clean["seed"] == 3
+    assert f"```yaml\n{yaml.safe_dump(clean, sort_keys=False, allow_unicode=True, width=100)}```" in told
+
+
+def test_a_relative_folder_is_a_place_too(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert redacted({"model": {"name": "mine/base"}}) == {"model": {"name": "base"}}
+
+
+def test_the_methods_of_the_recipe_are_cited(metrics):
+    text = merged().card(metrics, RECIPE)
+    for paper in ("rajput2023recommender", "arxiv:2203.01941", "arxiv:2106.09685", "arxiv:1808.09781"):
+        assert (paper in text) == (paper != "arxiv:1808.09781")
+    assert "arxiv" not in merged().card()
+
+
+def test_a_licence_is_told_when_it_is_given_and_never_guessed():
+    text = merged().card()
+    assert ModelCard(text).data.license is None
+    assert "none is stated here" in text
+    made = ModelCard(for_repo(text, "anna/toys", "apache-2.0"))
+    assert made.data.license == "apache-2.0"
+    assert "Of the model: apache-2.0." in made.text
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("layout", ["merged", "adapter"])
+def test_the_code_is_python_and_names_the_repository(layout, family, tmp_path):
+    recommender = adapter(tmp_path / "base", family, tied=False) if layout == "adapter" else merged(family)
+    text = for_repo(for_repo(recommender.card(), "someone/else"), "anna/toys")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        ast.parse(block)
+        assert block.count('HERE = "anna/toys"\n') == 1
+    assert str(tmp_path) not in text
+    assert ("PeftModel" in text) == (layout == "adapter")
+    assert ("AutoModelForSeq2SeqLM" in text) == (family == "t5")
+
+
+def test_a_base_model_of_the_hub_is_named():
+    text = merged(layout="adapter", base="org/base", revision="v2").card()
+    assert ModelCard(text).data.base_model == "org/base"
+    assert 'from_pretrained("org/base", revision="v2")' in text
+
+
+def test_a_whole_model_says_what_it_was_trained_from(metrics):
+    made = ModelCard(merged().card(metrics, RECIPE))
+    assert made.data.base_model == "org/base"
+    assert "It was trained from [org/base](https://huggingface.co/org/base)." in made.text
+    made = ModelCard(merged().card(metrics, RECIPE | {"model": {"name": "scratch"}}))
+    assert made.data.base_model is None
+
+
+def test_items_in_words_of_the_model_have_no_plain_route():
+    generation = merged().generation
+    subject = Subject(generation, items=9, levels=4, example=["a"], codes=None, start="<s>", end=None, tied=True)
+    text = card(subject)
+    assert "custom_generate" not in text
+    assert "spelled in words" in text
+    assert 'model.recommend(["a"], k=10)' in text
+
+
+def test_a_card_of_somebody_else_is_left_as_it_is():
+    assert for_repo("# Mine\n", "anna/toys").strip().endswith("# Mine")

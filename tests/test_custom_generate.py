@@ -1,0 +1,192 @@
+"""Plain `transformers` with the bundle's own code gives the items that this package recommends, and no others."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, GenerationConfig
+
+from llm_itemtok.custom_generate import generate as module
+from llm_itemtok.custom_generate.generate import generate
+from llm_itemtok.recommender import Recommender
+from tests import hub_server
+from tests.test_recommender import IDS, adapter, merged
+from tests.tiny import ENCODER_DECODERS, FAMILIES, KINDS, plain_class, tiny_codes
+
+HISTORIES = [["item-3", "item-7", "item-3"], [], ["item-1"]]
+
+
+def prompts(folder: Path, recommender: Recommender, histories, family: str):
+    """Histories as the card says: item tokens after the start token, or before the end token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    codes = {item["id"]: item["code"] for item in items}
+    texts = ["".join(codes[item] for item in history) for history in histories]
+    texts = [text + "</s>" if family in ENCODER_DECODERS else "<s>" + text for text in texts]
+    return tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True)
+
+
+def ids_of(recommender: Recommender, sequences: torch.Tensor, users: int) -> list[list[str]]:
+    """Item ids of generated rows, by user; a KeyError for a path of no item."""
+    vocab = recommender.model.vocab
+    rows = {tuple(path): row for row, path in enumerate(vocab.paths.tolist())}
+    found = [recommender.item_ids[rows[tuple(path)]] for path in sequences[:, -vocab.num_levels :].tolist()]
+    each = len(found) // users
+    return [found[user * each : (user + 1) * each] for user in range(users)]
+
+
+def saved(recommender: Recommender, folder: Path, family: str):
+    recommender.save_pretrained(folder)
+    return plain_class(family).from_pretrained(folder)
+
+
+@pytest.mark.parametrize("normaliser", ["vocab", "level", "items", "children"])
+@pytest.mark.parametrize("family", KINDS)
+def test_the_items_and_scores_are_those_of_the_recommender(family, normaliser, tmp_path):
+    """For every normaliser: over a level or the items, log-probabilities differ from the vocabulary's by a constant."""
+    recommender = merged(family, tied=False, normaliser=normaliser)
+    model = saved(recommender, tmp_path, family)
+    inputs = prompts(tmp_path, recommender, HISTORIES, family)
+    out = generate(model, **inputs, num_return_sequences=12, return_dict_in_generate=True, output_scores=True)
+    expected = recommender.recommend_batch(HISTORIES, 12)
+    assert ids_of(recommender, out.sequences, 3) == [[item.item_id for item in items] for items in expected]
+    scores = torch.tensor([item.score for items in expected for item in items])
+    assert torch.allclose(out.sequences_scores, scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in KINDS])
+def test_other_families_agree_too(family, tmp_path):
+    recommender = merged(family)
+    model = saved(recommender, tmp_path, family)
+    sequences = generate(model, **prompts(tmp_path, recommender, HISTORIES, family), num_return_sequences=20)
+    expected = recommender.recommend_batch(HISTORIES, 20)
+    assert ids_of(recommender, sequences, 3) == [[item.item_id for item in items] for items in expected]
+
+
+@pytest.mark.parametrize("sizes", [(60,), (60, 1), (1, 60), (2, 2, 3, 5), (6, 5, 4)])
+@pytest.mark.parametrize("beams", [1, 3, 25])
+def test_only_items_come_out_each_once(sizes, beams, tmp_path):
+    """Also where fewer codewords may follow than there are beams, which is when `transformers` makes paths up."""
+    recommender = merged(codes=tiny_codes(60, sizes))
+    model = saved(recommender, tmp_path, "llama")
+    inputs = prompts(tmp_path, recommender, HISTORIES, "llama")
+    for found in ids_of(recommender, generate(model, **inputs, num_beams=beams, num_return_sequences=beams), 3):
+        assert len(set(found)) == beams
+
+
+def test_more_than_the_catalogue_are_all_of_it(tmp_path):
+    recommender = merged(codes=tiny_codes(9))
+    model = saved(recommender, tmp_path, "llama")
+    inputs = prompts(tmp_path, recommender, HISTORIES, "llama")
+    for found in ids_of(recommender, generate(model, **inputs, num_return_sequences=50), 3):
+        assert sorted(found) == sorted(IDS[:9])
+
+
+def test_how_the_base_model_likes_to_write_changes_nothing(tmp_path):
+    recommender = merged()
+    model = saved(recommender, tmp_path, "llama")
+    inputs = prompts(tmp_path, recommender, HISTORIES, "llama")
+    plain = generate(model, **inputs, num_return_sequences=9)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.6, top_k=3, top_p=0.5, repetition_penalty=1.7, length_penalty=2.0,
+        no_repeat_ngram_size=1, num_beams=2, max_length=200, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    assert torch.equal(generate(model, **inputs, num_return_sequences=9), plain)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_an_adapter_decodes_on_its_base_model(family, tmp_path):
+    recommender = adapter(tmp_path / "base", family, tied=False)
+    recommender.save_pretrained(tmp_path / "bundle")
+    base = plain_class(family).from_pretrained(tmp_path / "base")
+    base.config.tie_word_embeddings = False
+    base.resize_token_embeddings(36, mean_resizing=False)
+    model = PeftModel.from_pretrained(base, tmp_path / "bundle").base_model.model
+    inputs = prompts(tmp_path / "bundle", recommender, HISTORIES, family)
+    sequences = generate(model, **inputs, num_return_sequences=9, bundle=str(tmp_path / "bundle"))
+    expected = recommender.recommend_batch(HISTORIES, 9)
+    assert ids_of(recommender, sequences, 3) == [[item.item_id for item in items] for items in expected]
+    with pytest.raises(ValueError, match=r"with an adapter, name the adapter's repository: bundle=REPO"):
+        generate(model, **inputs)
+
+
+@pytest.mark.parametrize("given", [{"do_sample": True}, {"max_new_tokens": 20}, {"repetition_penalty": 1.2}])
+def test_other_ways_of_decoding_are_refused(given, tmp_path):
+    recommender = merged()
+    model = saved(recommender, tmp_path, "llama")
+    with pytest.raises(ValueError, match=rf"leave these out: .*{next(iter(given))}"):
+        generate(model, **prompts(tmp_path, recommender, HISTORIES, "llama"), **given)
+
+
+def test_the_file_needs_torch_transformers_and_safetensors_alone(tmp_path):
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    tops = {name.split(".")[0] for name in names}
+    assert tops - sys.stdlib_module_names == {"torch", "transformers", "safetensors"}
+    merged().save_pretrained(tmp_path)
+    for name in ("generate.py", "requirements.txt"):
+        ours = Path(module.__file__).with_name(name)
+        assert (tmp_path / "custom_generate" / name).read_bytes() == ours.read_bytes()
+
+
+ALONE = """
+import contextlib, io, json, re, sys
+sys.modules["llm_itemtok"] = None  # nobody has installed it here
+from huggingface_hub import hf_hub_download
+
+def blocks(repo):
+    card = open(hf_hub_download(repo, "README.md"), encoding="utf-8").read()
+    return re.findall(r"```python\\n(.*?)```", card, re.DOTALL)
+
+for repo in sys.argv[1:]:
+    ours, plain = blocks(repo)
+    try:
+        exec(ours, {})
+    except ImportError:
+        pass
+    else:
+        raise AssertionError("the package was there")
+    space = {}
+    exec(plain, space)
+    if "auto" in repo:  # the other way in: loaded with trust, `model.generate` is the repository's own
+        kind = type(space["model"])
+        model = kind.from_pretrained(repo, trust_remote_code=True)
+        again = model.generate(**space["prompt"], num_return_sequences=10)
+        assert (again == space["ids"]).all()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_the_code_of_the_card_runs_where_this_package_is_not_installed(hub, tmp_path):
+    """By the real loader: the code and the codes come from the Hub, for a whole model, a T5 and an adapter."""
+    recommenders = {"anna/auto": merged("llama", tied=False), "anna/t5": merged("t5", tied=False)}
+    based = adapter(tmp_path / "base")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    hub.repos["models", "anna/base"] = hub_server.Repo("models", private=True)
+    hub.repos["models", "anna/base"].commit("main", files, "a base model")
+    recommenders["anna/adapter"] = based.with_generation(base="anna/base")
+    for repo, recommender in recommenders.items():
+        recommender.push_to_hub(repo)
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": hub_server.READ_TOKEN, "PYTHONPATH": "",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *recommenders],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    for recommender, spelled in zip(recommenders.values(), printed, strict=True):
+        vocab = recommender.model.vocab
+        best = recommender.recommend(["item-0", "item-1"], 10)
+        assert [re.sub(" ", "", text) for text in spelled] == [vocab.spell(IDS.index(item.item_id)) for item in best]
