@@ -9,7 +9,7 @@ on what the levels above left over:
 
     log p(k | residual) = log softmax_k( -||residual - e_k||^2 / (2 sigma_l^2) )
 
-with `sigma_l^2` the mean squared error within the codewords of the level. So an item's codes have log-likelihoods in
+with `sigma_l^2` the mean squared error within the codewords of the level, a dimension. So an item's codes have log-likelihoods in
 nats, as those of a language model have, and the two can be added.
 
 Decisions:
@@ -39,7 +39,7 @@ class LevelMixtures:
     Attributes:
         codebooks: float32 `[L, K, D]`.
         closed: float32 `[L, K]`, infinite for codewords that take no part, else 0.
-        variances: float32 `[L]`, mean squared error within the codewords of each level.
+        variances: float32 `[L]`, mean squared error within the codewords of each level, of one dimension.
     """
 
     codebooks: Tensor
@@ -70,7 +70,7 @@ class LevelMixtures:
         variances, residual = [], x_ND
         for level, codebook in enumerate(codebooks):
             residual = residual - codebook[codes_NL[:, level]]
-            variances.append(residual.square().sum(1).mean().clamp(min=1e-12))
+            variances.append(residual.square().mean().clamp(min=1e-12))
         return cls(codebooks, closed, torch.stack(variances))
 
     @torch.no_grad()
