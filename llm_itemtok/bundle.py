@@ -4,30 +4,34 @@
 to decode) and `items.jsonl` (the catalogue with codes); the others are of the forms that plain libraries read.
 
 The list of files is closed: what else lies in the folder, such as predictions or a log of training, is neither pushed
-to the Hub nor downloaded from it.
+to the Hub nor downloaded from it. No code that a bundle brings is run here, whoever made it: only the base model of an
+adapter may, where the caller says so.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from llm_itemtok import custom_generate, hub
 from llm_itemtok.artifacts import FORMAT_VERSION, ITEMS, RECIPE, read_json, sha256_of_arrays, write_bytes
 from llm_itemtok.decoding.beams import DecodeNormaliser
-from llm_itemtok.errors import ArtifactError, HubError
+from llm_itemtok.errors import ArtifactError, HubError, ItemTokError
 from llm_itemtok.items import codes as item_codes
 from llm_itemtok.items.base import QUANTIZER_FILE, Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.quantizers import read_quantizer
 from llm_itemtok.model import export
 from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
-from llm_itemtok.model.load import load_base, load_lm
+from llm_itemtok.model.load import DTYPES, load_base, load_lm
 from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.text_vocab import resolved
 
@@ -35,9 +39,15 @@ GENERATION, CARD = "generation.json", "README.md"
 CUSTOM_GENERATE = "custom_generate"
 """Folder of the code that `transformers` runs for users without this package."""
 
-_WEIGHTS = {"merged": ("model.safetensors", "model.safetensors.index.json"), "adapter": (export.ADAPTER_WEIGHTS,)}
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = {"merged": ("model.safetensors", _INDEX), "adapter": (export.ADAPTER_WEIGHTS,)}
 """By layout: one of these must be there."""
-_SHARDS = "model-?????-of-?????.safetensors"
+_SHARDS = f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors"
+_LAYOUTS = {
+    "merged": ("config.json", "generation_config.json", *_WEIGHTS["merged"], _SHARDS),
+    "adapter": (export.ADAPTER_CONFIG, export.ADAPTER_WEIGHTS),
+}
+"""By layout: files that the other one does not have."""
 FILES = (
     CARD,
     GENERATION,
@@ -46,8 +56,8 @@ FILES = (
     QUANTIZER_FILE,
     f"{CUSTOM_GENERATE}/generate.py",
     f"{CUSTOM_GENERATE}/requirements.txt",
-    *("config.json", "generation_config.json", *_WEIGHTS["merged"], _SHARDS),
-    *(export.ADAPTER_CONFIG, export.ADAPTER_WEIGHTS),
+    *_LAYOUTS["merged"],
+    *_LAYOUTS["adapter"],
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
 )
@@ -60,7 +70,7 @@ class Generation:
 
     Attributes:
         layout: `merged` (a whole model) or `adapter` (PEFT files beside a base model elsewhere).
-        base: Hub id or path of the base model, for `adapter`.
+        base: Hub id or path of the base model, for `adapter`; None for `merged`, which needs none.
         revision: of the base model.
         normaliser: over what item scores are normalised.
         training_normaliser: the one of the loss.
@@ -98,6 +108,20 @@ class Generation:
 
 _YOUNGER = ("quantization", "items_sha256", "vectors")
 """Settings that bundles of earlier versions lack."""
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "layout": ("merged", "adapter"),
+    "normaliser": get_args(DecodeNormaliser),
+    "training_normaliser": get_args(Normaliser),
+    "dtype": tuple(DTYPES),
+    "quantization": ("none", "nf4"),
+}
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("base", "revision"), (str, type(None))),
+    **dict.fromkeys(("catalog_sha256", "codes_sha256", "items_sha256"), (str,)),
+    **dict.fromkeys(("protocol", "vectors"), (dict,)),
+}
+_COUNTS = ("beam", "history_length")
 
 
 def locate(path: str | Path, revision: str | None) -> Path:
@@ -151,7 +175,8 @@ def read(folder: Path) -> Parts:
             f"{folder}: item codes and generation.json must belong together, but the codes' hash is "
             f"{codes.sha256[:12]} and {generation.codes_sha256[:12]} is expected; were files mixed from two runs?"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with _readable(folder, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     vocab = resolved(tokenizer, codes)
     items = read_items(folder / ITEMS, vocab)
     if generation.items_sha256 not in ("", items_sha256([item["id"] for item in items])):
@@ -168,27 +193,87 @@ def items_sha256(item_ids: Sequence[str]) -> str:
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """The files of a bundle by their names in it, nothing else that lies there.
+    """The files of a bundle by their names in it, nothing else that lies there, weights of its own layout only.
 
     Raises:
-        ArtifactError: if the model's weights, or parts of them, are missing.
+        ArtifactError: if the model's weights, or parts of them, are missing, or a file is a link to another place.
     """
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    ours = {name: path for name, path in found.items() if any(fnmatchcase(name, pattern) for pattern in FILES)}
-    wanted = _WEIGHTS[read_generation(folder / GENERATION).layout]
+    layout = read_generation(folder / GENERATION).layout
+    others = _LAYOUTS["adapter" if layout == "merged" else "merged"]
+    ours = {name: path for name, path in _found(folder).items() if _is_ours(name) and not _matches(name, others)}
+    if "model.safetensors" in ours:  # the libraries read it first; shards beside it are those of another time
+        ours = {name: path for name, path in ours.items() if name != _INDEX and not _matches(name, (_SHARDS,))}
+    wanted = _WEIGHTS[layout]
     if not ours.keys() & set(wanted):
         raise ArtifactError(f"{folder}: a bundle must hold its model's weights, {' or '.join(wanted)}, found: none")
-    if "model.safetensors.index.json" in ours:
-        parts = set(read_json(ours["model.safetensors.index.json"])["weight_map"].values())
+    if _INDEX in ours:
+        parts = set(_parts(ours[_INDEX]))
         if missing := sorted(parts - ours.keys()):
             raise ArtifactError(f"{folder}: all parts of the model must be there, these are missing: {missing}")
+        ours = {name: path for name, path in ours.items() if name in parts or not _matches(name, (_SHARDS,))}
+    here = folder.resolve()
+    if links := sorted(name for name, path in ours.items() if path.resolve() != here / name):
+        raise ArtifactError(
+            f"{folder}: the files of a bundle must lie in it, these are links to another place: {links}; put the files "
+            "there, such as by `cp -rL`"
+        )
     return dict(sorted(ours.items()))
+
+
+def _found(folder: Path) -> dict[str, Path]:
+    """Every file below a folder by its name there; what folders that are links hold is left out, but for our one."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+    return found | {f"{CUSTOM_GENERATE}/{path.name}": path for path in (folder / CUSTOM_GENERATE).glob("*")}
+
+
+def _parts(index: Path) -> list[str]:
+    """Names of the files that an index of shards names.
+
+    Raises:
+        ArtifactError: if it is no such index, or one of them lies elsewhere.
+    """
+    content = read_json(index)
+    parts = content.get("weight_map") if isinstance(content, dict) else None
+    names = [str(name) for name in parts.values()] if isinstance(parts, dict) else []
+    if not names or not all(_matches(name, (_SHARDS, "model.safetensors")) for name in names):
+        raise ArtifactError(f"{index}: an index must name parts such as model-00001-of-00002.safetensors beside it")
+    return names
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_ours(name: str) -> bool:
+    return _matches(name, FILES)
+
+
+def refuse_others(folder: Path, what: str = "a bundle") -> None:
+    """Raise `ArtifactError` where a bundle would be written over something else: the whole folder is replaced.
+
+    Args:
+        folder: where it is to stand.
+        what: is to stand there, for the message.
+    """
+    if folder.is_dir():
+        is_bundle = (folder / GENERATION).is_file()
+        found = sorted(name for name in _found(folder) if not is_bundle or not _is_ours(name))
+        if not found:
+            return
+    elif not folder.exists():
+        return
+    else:
+        found = [folder.name]
+    raise ArtifactError(
+        f"{folder}: {what} must go into a new folder or replace a bundle, found: other files {found[:3]}; choose "
+        "another folder, or move them away"
+    )
 
 
 def refuse_unshareable(generation: Generation) -> None:
     """Raise `HubError` for a bundle that would be of no use elsewhere: an adapter beside a folder of this machine."""
     base = generation.base
-    if base is not None and (Path(base).is_absolute() or Path(base).exists()):
+    if generation.layout == "adapter" and base is not None and not hub.is_id(base):
         raise HubError(
             f"an adapter on the Hub must have a base model on the Hub, was: the folder {base}; push the whole model "
             "(`--merged`, `merged=True`)"
@@ -211,18 +296,38 @@ def read_generation(path: Path) -> Generation:
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise ArtifactError(f"{path}: a bundle's settings must be a JSON object, was: {str(settings)[:80]}")
-    if settings.get("format_version", 0) > FORMAT_VERSION:
+    version = settings.get("format_version", 0)
+    if type(version) is not int:
+        raise ArtifactError(f"{path}: `format_version` must be a whole number, was: {str(version)[:80]!r}")
+    if version > FORMAT_VERSION:
         raise ArtifactError(
-            f"{path}: bundle format {settings['format_version']} is newer than this version reads ({FORMAT_VERSION}); "
-            "update llm-itemtok"
+            f"{path}: bundle format {version} is newer than this version reads ({FORMAT_VERSION}); update llm-itemtok"
         )
     left_out = {name for name in _YOUNGER if name not in settings}
     wrong = sorted(({field.name for field in fields(Generation)} ^ settings.keys()) - left_out)
     if wrong:
         raise ArtifactError(f"{path}: a bundle's settings must be all known and all there, these are not: {wrong}")
-    if settings["layout"] not in ("merged", "adapter"):
-        raise ArtifactError(f"{path}: `layout` must be merged or adapter, was: {settings['layout']!r}")
+    _check_settings(settings, path)
     return Generation(**settings)
+
+
+def _check_settings(settings: dict[str, Any], path: Path) -> None:
+    """Raise `ArtifactError` for the first setting that is not of its kind."""
+
+    def check(name: str, right: bool, must: str) -> None:
+        if not right:
+            raise ArtifactError(f"{path}: `{name}` must be {must}, was: {str(settings[name])[:80]!r}")
+
+    for name, choices in _CHOICES.items():
+        if name in settings:
+            check(name, settings[name] in choices, " or ".join(choices))
+    for name, kinds in _KINDS.items():
+        if name in settings:
+            told = "a text or null" if type(None) in kinds else "a text" if str in kinds else "a JSON object"
+            check(name, isinstance(settings[name], kinds), told)
+    for name in _COUNTS:
+        check(name, type(settings[name]) is int and settings[name] >= 1, "a whole number of at least 1")
+    check("mask_seen", isinstance(settings["mask_seen"], bool), "true or false")
 
 
 def read_items(path: Path, vocab: ItemVocab) -> list[dict[str, str]]:
@@ -230,7 +335,11 @@ def read_items(path: Path, vocab: ItemVocab) -> list[dict[str, str]]:
     if not path.is_file():
         raise ArtifactError(f"{path}: a bundle must hold this file, which is missing")
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path}: items must be UTF-8, found another byte at {error.start}") from error
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         try:
             item = json.loads(line)
         except json.JSONDecodeError as error:
@@ -259,14 +368,36 @@ def load_model(
     Raises:
         ArtifactError: if an adapter does not name its base model, or its files are of another program.
     """
-    if generation.layout == "adapter":
-        return _load_adapter(folder, vocab, generation, trust_remote_code)
-    return _load_merged(folder, vocab, generation), None
+    with _readable(folder, "the model"):
+        if generation.layout == "adapter":
+            return _load_adapter(folder, vocab, generation, trust_remote_code)
+        return _load_merged(folder, vocab, generation), None
+
+
+@contextmanager
+def _readable(folder: Path, what: str) -> Iterator[None]:
+    """Tell what a library cannot read as one message."""
+    try:
+        yield
+    except (ItemTokError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        broken = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+        if not isinstance(error, broken) and type(error) is not Exception:  # as `tokenizers` raise them
+            raise
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(
+            f"{folder}: {what} of a bundle must be as it was saved and need no code of its own, which is never run, "
+            f"but it cannot be read; was a file cut short?\n  {said[:300]}"
+        ) from error
 
 
 def _load_merged(folder: Path, vocab: ItemVocab, generation: Generation) -> ItemTokenModel:
     """The whole model: its item rows are read out of its tables."""
-    lm = load_lm(folder, AutoConfig.from_pretrained(folder), dtype="auto")
+    if not (folder / "model.safetensors").is_file() and (folder / _INDEX).is_file():
+        _parts(folder / _INDEX)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    lm = load_lm(folder, config, dtype="auto", trust_remote_code=False)
     return export.from_merged(lm, vocab, folder, normaliser=generation.training_normaliser)
 
 

@@ -10,6 +10,7 @@ Decisions:
 - No licence is guessed: the weights come from somebody's base model and the titles from somebody's catalogue.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from llm_itemtok import hub
 from llm_itemtok.bundle import Generation
 from llm_itemtok.training.next_token import NextToken
 
 _TAGS = ("recommendation", "generative-retrieval", "semantic-ids", "llm-itemtok")
 _HERE = re.compile(r'^HERE = ".*"$', re.MULTILINE)
+_SECRET = re.compile(r"(^|_)(tokens?|secrets?|secret_name|passwords?|passwd|credentials?|keys?)$|apikey$")
+"""Names of settings, in small letters, whose texts are never told."""
 _NO_LICENCE = "none is stated here, so ask before you use it"
 
 _LOAD_MERGED = "model = {auto}.from_pretrained(HERE)"
@@ -75,12 +79,13 @@ class Subject:
     Attributes:
         generation: of the bundle.
         items: number of items.
-        levels: tokens an item has.
+        levels: tokens an item has, the most where they differ.
         example: ids of one or two items.
         codes: their item tokens; None for items spelled in existing words.
         start: token that a decoder-only model's prompt begins with.
         end: token that a prompt ends with which an encoder reads; None for decoder-only models.
         tied: whether the head is the input table.
+        varied: whether items differ in how many tokens they have.
     """
 
     generation: Generation
@@ -91,6 +96,7 @@ class Subject:
     start: str
     end: str | None
     tied: bool
+    varied: bool = False
 
 
 def card(subject: Subject, metrics: Mapping[str, Any] | None = None, recipe: Mapping[str, Any] | None = None) -> str:
@@ -133,7 +139,7 @@ def for_repo(text: str, repo: str, licence: str | None = None) -> str:
         repo: `OWNER/NAME`.
         licence: identifier such as `apache-2.0`, for the metadata and the text.
     """
-    text = _HERE.sub(f'HERE = "{repo}"', text)
+    text = _HERE.sub(lambda _: f'HERE = "{repo}"', text)  # not a template: a name may hold what `re` would read
     made = ModelCard(text)
     assert isinstance(made.data, ModelCardData)
     if made.data.eval_results:
@@ -146,46 +152,71 @@ def for_repo(text: str, repo: str, licence: str | None = None) -> str:
 
 def redacted(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe without places and names of the machine it ran on: of a path its last name, of a secret nothing."""
-    clean = _redact(recipe, "")
+    clean = _redact(recipe, "", anywhere=False)
     assert isinstance(clean, dict)
     return clean
 
 
-def _redact(value: Any, key: str) -> Any:
+def _redact(value: Any, key: str, *, anywhere: bool) -> Any:
+    """Strike out what must not be told.
+
+    Args:
+        value: of a setting.
+        key: the setting's name.
+        anywhere: whether any text with a separator counts as a path, as among the arguments of the trainer.
+    """
     if isinstance(value, Mapping):
-        return {str(name): _redact(inner, str(name)) for name, inner in value.items()}
+        return {
+            # A data set of the Hub goes by its name there.
+            str(name): _redact(
+                inner,
+                "name" if name == "path" and value.get("source") == "hub" else str(name),
+                anywhere=anywhere or name == "trainer",
+            )
+            for name, inner in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_redact(inner, key) for inner in value]
+        return [_redact(inner, key, anywhere=anywhere) for inner in value]
     if not isinstance(value, str) or not value:
         return value
-    if key.endswith(("token", "secret", "password", "api_key")) or value.startswith("hf_"):
+    if _SECRET.search(key.lower()):
         return "(left out)"
-    if _is_local(value, key):
-        value = Path(value).name or "(local)"
+    value = re.sub(r"hf_\w+", "(left out)", value)
+    value = re.sub(r"([A-Za-z][\w+.-]*://)[^/\s@]*@", r"\1", value)  # who logs in, and by which password
+    if _is_local(value, key) or (anywhere and re.search(r"[/\\]", value)):
+        value = _last_name(value)
+    value = re.sub(r"(?<![\w/:.])/(?:[^\s/'\"]+/)+([^\s/'\"]*)", r"\1", value)
     user = Path.home().name
     return re.sub(rf"\b{re.escape(user)}\b", "(user)", value) if user not in ("", "root") else value
 
 
+def _last_name(place: str) -> str:
+    return re.split(r"[/\\]", place.rstrip("/\\"))[-1].strip(".~") or "(local)"
+
+
 def _is_local(value: str, key: str) -> bool:
-    """Whether a text names a place on this machine."""
-    if re.match(r"[/~\\]|\.{1,2}([/\\]|$)|[A-Za-z]:[/\\]|\$\{", value):
+    """Whether a text names a place: by its form, or because the setting holds one and it can be no Hub id."""
+    if re.match(r"[/~\\]|\.{1,2}([/\\]|$)|[A-Za-z]:[/\\]|\$\{|file:", value):
         return True
-    return key in ("path", "name", "model", "output_dir") and Path(value).exists()
+    if key in ("path", "output_dir"):
+        return re.search(r"[/\\]", value) is not None or Path(value).exists()
+    return key in ("name", "model") and re.search(r"[/\\]", value) is not None and not hub.is_id(value)
 
 
 def _hub_base(name: str | None) -> str | None:
     """The base model if it is one of the Hub."""
-    return None if name in (None, "scratch") or _is_local(str(name), "name") else name
+    return name if name is not None and name != "scratch" and hub.is_id(name) else None
 
 
 def _introduction(subject: Subject, base: str | None) -> str:
     way = "It is an adapter for" if subject.generation.layout == "adapter" else "It was trained from"
     told = "" if base is None else f"\n{way} [{base}](https://huggingface.co/{base})."
-    spelled = "" if subject.codes is None else f" (`{subject.codes[0]}` is `{subject.example[0]}`)"
+    spelled = "" if subject.codes is None else f" (`{subject.codes[0]}` is `{_escaped(subject.example[0])}`)"
     kind = "words that it has" if subject.codes is None else "tokens that were added to its vocabulary"
+    most = "at most " if subject.varied else ""
     return f"""# A recommender over {subject.items:,} items
 
-A language model that writes items: each is a path of {subject.levels} {kind}{spelled}.
+A language model that writes items: each is a path of {most}{subject.levels} {kind}{spelled}.
 Given the items of a history, it ranks the whole catalogue; items that do not exist cannot come out.{told}
 """
 
@@ -200,10 +231,11 @@ def _usage(subject: Subject) -> str:
     auto = "AutoModelForSeq2SeqLM" if encoder else "AutoModelForCausalLM"
     # The library takes every T5's head for tied, and without this would make it so where the table grows.
     untie = "base.config.tie_word_embeddings = False\n" if encoder and not subject.tied else ""
-    revision = "" if generation.revision is None else f', revision="{generation.revision}"'
+    revision = "" if generation.revision is None else f", revision={json.dumps(generation.revision)}"
     load = (_LOAD_ADAPTER if adapter else _LOAD_MERGED).format(
         auto=auto, base=_hub_base(generation.base) or "BASE", revision=revision, untie=untie
     )
+    shown = ", ".join(map(_escaped, subject.example))
     prompt = (
         f"A prompt is the item tokens of the history, oldest first, and `{subject.end}`"
         if encoder
@@ -214,7 +246,7 @@ def _usage(subject: Subject) -> str:
         imports=("from peft import PeftModel\n" if adapter else "") + f"from transformers import {auto}, AutoTokenizer",
         load=load,
         history="".join(subject.codes) + str(subject.end) if encoder else subject.start + "".join(subject.codes),
-        comment="  # " + ", ".join(subject.example) if len(", ".join(subject.example)) <= 40 else "",
+        comment=f"  # {shown}" if len(shown) <= 40 else "",
         k=min(10, subject.items),
         bundle=", bundle=HERE" if adapter else "",
         levels=subject.levels,
@@ -225,8 +257,14 @@ def _usage(subject: Subject) -> str:
 
 
 def _python_list(ids: Sequence[str]) -> str:
-    """Ids as a list of Python texts in double quotes."""
-    return "[" + ", ".join('"' + item_id.replace("\\", "\\\\").replace('"', '\\"') + '"' for item_id in ids) + "]"
+    """Ids as a list of Python texts in double quotes, on one line whatever is in them."""
+    return "[" + ", ".join(f'"{_escaped(item_id)}"' for item_id in ids) + "]"
+
+
+def _escaped(text: str) -> str:
+    """A text as it stands between double quotes, on one line: ids are the catalogue's makers' to choose."""
+    quoted = json.dumps(text, ensure_ascii=False)[1:-1]
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)
 
 
 def _dataset(recipe: Mapping[str, Any] | None) -> str:

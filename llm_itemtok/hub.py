@@ -43,6 +43,8 @@ from huggingface_hub.hf_api import RepoFile
 from llm_itemtok.errors import ArtifactError, HubError
 
 MAIN = "main"
+_NAME = r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+"""A name as the Hub gives them out, of an owner or of a repository."""
 
 _AGAIN = "the repository shows what it did before; give the same command again"
 _REASONS = {
@@ -79,6 +81,11 @@ class Pushed:
     deleted: tuple[str, ...]
 
 
+def is_id(name: str) -> bool:
+    """Whether a name can be that of a model on the Hub, `NAME` or `OWNER/NAME`, and is no place on this machine."""
+    return re.fullmatch(f"(?:{_NAME}/)?{_NAME}", name) is not None and not Path(name).exists()
+
+
 def push(
     repo: str,
     files: Mapping[str, Path | bytes],
@@ -102,8 +109,11 @@ def push(
         HubError: if it cannot be done; the repository then shows what it did before.
     """
     assert all(_matches(name, ours) for name in files), "only files of a bundle are pushed"
-    if not re.fullmatch(r"[^/\s]+/[^/\s]+", repo):
-        raise HubError(f"a Hub repository must be given as OWNER/NAME, was: {repo!r}")
+    if not re.fullmatch(f"{_NAME}/{_NAME}", repo):
+        raise HubError(
+            f"a Hub repository must be given as OWNER/NAME, each of letters and digits with single `.` or `-`, or `_`, "
+            f"between, was: {repo!r}"
+        )
     if is_offline_mode():
         raise HubError(f"{repo}: pushing needs the Hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it")
     if get_token() is None:

@@ -136,9 +136,13 @@ class Recommender:
         """Write the bundle, whole or not at all.
 
         Args:
-            folder: where; replaced if it exists.
+            folder: where; a bundle that is there is replaced.
             card: text of the model card; one without measurements is written when None.
+
+        Raises:
+            ArtifactError: if something else is there.
         """
+        bundle.refuse_others(Path(folder))
         vocab = self.model.vocab
         with atomic_folder(folder) as new:
             if self.generation.layout == "adapter":
@@ -149,7 +153,7 @@ class Recommender:
                 )
             else:
                 export.merged(self.model, self._peft_model).save_pretrained(new)
-            self.tokenizer.save_pretrained(new)
+            export.save_tokenizer(self.tokenizer, new, pad_left=self.model.answer_start is None)
             vocab.codes.save(new)
             lines = [
                 json.dumps({"id": item_id, "title": title, "code": vocab.spell(row)}, ensure_ascii=False)
@@ -183,6 +187,7 @@ class Recommender:
                 start=str(self.tokenizer.convert_ids_to_tokens(self._prompts.start)),
                 end=str(self.tokenizer.eos_token) if self._prompts.encoded else None,
                 tied=self.model.rows.output_rows is None,
+                varied=vocab.lengths is not None,
             ),
             metrics,
             recipe,
@@ -415,8 +420,13 @@ def push_folder(
         ArtifactError: if it is no bundle, or its parts do not belong together.
         HubError: if it cannot be pushed.
     """
-    bundle.refuse_unshareable(bundle.read(folder).generation)
+    generation = bundle.read(folder).generation
+    bundle.refuse_unshareable(generation)
     files: dict[str, Path | bytes] = dict(bundle.files(folder))
+    if generation.layout == "merged" and generation.base is not None:  # a place of this machine, of earlier versions
+        with tempfile.TemporaryDirectory() as place:
+            write_json(Path(place) / GENERATION, asdict(replace(generation, base=None, revision=None)))
+            files[GENERATION] = (Path(place) / GENERATION).read_bytes()
     if CARD in files:
         text = (folder / CARD).read_text(encoding="utf-8")
         files[CARD] = model_card.for_repo(text, repo, licence).encode()

@@ -9,9 +9,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from llm_itemtok.card import Subject, card, for_repo, redacted
-from tests.test_recommender import adapter, merged
+from llm_itemtok.recommender import Recommender
+from tests.test_recommender import adapter, made_of, merged
 from tests.test_report import _metrics
-from tests.tiny import KINDS
+from tests.tiny import KINDS, text_codes, tiny_item_model
 
 RECIPE = {
     "seed": 3,
@@ -138,3 +139,64 @@ def test_items_in_words_of_the_model_have_no_plain_route():
 
 def test_a_card_of_somebody_else_is_left_as_it_is():
     assert for_repo("# Mine\n", "anna/toys").strip().endswith("# Mine")
+
+
+def test_settings_that_hold_a_place_tell_its_last_name_wherever_one_stands():
+    """The card may be made in another folder than the run was, where no relative path exists."""
+    recipe = {
+        "data": {"source": "folder", "path": "clients/acme/toys"},
+        "vectors": {"kind": "file", "path": "s3://KEY:word@bucket/acme/v.npy", "model": "models/acme/minilm"},
+        "tokenizer": {"path": "file:///home/anna/codes.csv"},
+        "model": {"name": "https://anna:hunter2@hub.example/acme/base"},
+        "trainer": {"logging_dir": "acme/logs", "deepspeed": "conf/acme/ds.json", "fsdp_config": {"x": "\\\\acme\\y"}},
+        "seed": 3,
+    }
+    clean = redacted(recipe)
+    assert "acme" not in str(clean)
+    assert clean["data"]["path"] == "toys"
+    assert clean["tokenizer"]["path"] == "codes.csv"
+    assert clean["trainer"] == {"logging_dir": "logs", "deepspeed": "ds.json", "fsdp_config": {"x": "y"}}
+    assert redacted({"data": {"source": "hub", "path": "org/toys"}})["data"]["path"] == "org/toys"
+
+
+def test_secrets_stay_at_home_whatever_their_setting_is_called():
+    clean = redacted(
+        {
+            "trainer": {"HUB_TOKEN": "abc", "wandb_key": "abc", "hub_tokens": {"mine": "hf_abc"}, "credentials": "abc"},
+            "model": {"revision": "Bearer hf_abcDEF09"},
+            "note": "see https://anna:abc@corp.example/x or /home/anna/x.py --token hf_abc",
+        }
+    )
+    assert "abc" not in str(clean)
+    assert "anna" not in str(clean)
+    assert clean["note"] == "see https://corp.example/x or x.py --token (left out)"
+
+
+@pytest.mark.parametrize("item", ['x\nimport os; os.system("id") #', 'a"b\\', "\u2028\x00", "東京", "```"])
+def test_ids_are_texts_in_the_code_whatever_they_hold(item):
+    """Ids are whatever a catalogue has, and the code of a card is there to be run."""
+    recommender = merged()
+    ids = (item, *recommender.item_ids[1:])
+    text = Recommender(
+        recommender.model,
+        recommender.tokenizer,
+        item_ids=ids,
+        titles=recommender.titles,
+        generation=recommender.generation,
+    ).card()
+    start = text.index("```python\n") + len("```python\n")
+    calls = [
+        node for node in ast.walk(ast.parse(text[start : text.index("\n```\n", start)])) if isinstance(node, ast.List)
+    ]
+    assert [ast.literal_eval(call) for call in calls] == [[item, "item-1"]]
+    assert "import os; os.system" not in text.replace("\\nimport os", "")
+
+
+def test_items_of_several_lengths_have_at_most_so_many_words():
+    codes = text_codes(["toy car", "kids", "kids toy car"])
+    whole = made_of(*tiny_item_model(codes=codes, normaliser="vocab"), normaliser="vocab", training_normaliser="vocab")
+    assert f"each is a path of at most {codes.num_levels} words" in whole.card()
+
+
+def test_a_name_is_written_into_a_card_as_it_is():
+    assert 'HERE = "anna/a\\1"' in for_repo(merged().card(), "anna/a\\1")

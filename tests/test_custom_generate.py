@@ -117,11 +117,107 @@ def test_an_adapter_decodes_on_its_base_model(family, tmp_path):
         generate(model, **inputs)
 
 
-@pytest.mark.parametrize("given", [{"do_sample": True}, {"max_new_tokens": 20}, {"repetition_penalty": 1.2}])
+TASTES = [
+    {"forced_eos_token_id": 2}, {"forced_bos_token_id": 1}, {"suppress_tokens": list(range(21, 30))},
+    {"begin_suppress_tokens": [21, 22, 23]}, {"min_length": 30}, {"min_new_tokens": 20}, {"bad_words_ids": [[22]]},
+    {"sequence_bias": [[[22], -9.0]]}, {"early_stopping": True}, {"renormalize_logits": True}, {"guidance_scale": 1.5},
+    {"max_length": 2}, {"eos_token_id": list(range(21, 36))}, {"stop_strings": "<a_1>"}, {"max_time": 0.0},
+    {"encoder_no_repeat_ngram_size": 1}, {"typical_p": 0.3, "min_p": 0.1}, {"prompt_lookup_num_tokens": 3},
+    {"exponential_decay_length_penalty": (1, 1.5)}, {"num_return_sequences": 3, "num_beams": 4},
+    {"watermarking_config": {"greenlist_ratio": 0.25, "bias": 9.0}}, {"output_scores": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_no_setting_of_the_models_own_configuration_changes_what_comes_out(family, tmp_path):
+    """Each of these once changed the items, or ended in an error."""
+    recommender = merged(family)
+    model = saved(recommender, tmp_path, family)
+    inputs = prompts(tmp_path, recommender, HISTORIES, family)
+    plain = generate(model, **inputs, num_return_sequences=9)
+    for taste in TASTES:
+        own = GenerationConfig.from_model_config(model.config)
+        for name, value in taste.items():
+            setattr(own, name, value)
+        model.generation_config = own
+        assert torch.equal(generate(model, **inputs, num_return_sequences=9), plain), taste
+        assert model.generation_config is own
+
+
+def test_a_bundle_exchanged_in_its_place_is_read_anew(tmp_path):
+    for seed in (0, 5):
+        recommender = merged(codes=tiny_codes(seed=seed))
+        model = saved(recommender, tmp_path / "bundle", "llama")
+        inputs = prompts(tmp_path / "bundle", recommender, HISTORIES, "llama")
+        expected = [[item.item_id for item in items] for items in recommender.recommend_batch(HISTORIES, 9)]
+        assert ids_of(recommender, generate(model, **inputs, num_return_sequences=9), 3) == expected
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_codes_of_another_run_are_refused(own, tmp_path):
+    """Beside the model, or where `bundle` says: its paths would be items of another catalogue."""
+    recommender = merged()
+    model = saved(recommender, tmp_path / "bundle", "llama")
+    inputs = prompts(tmp_path / "bundle", recommender, HISTORIES, "llama")
+    if own:
+        tiny_codes(seed=5).save(tmp_path / "bundle")
+        with pytest.raises(ValueError, match=r"the model and item_codes.safetensors must belong together"):
+            generate(model, **inputs)
+        model.config.item_codes_sha256 = None  # of an earlier version
+        with pytest.raises(ValueError, match=r"generation.json and item_codes.safetensors must belong together"):
+            generate(model, **inputs)
+    else:
+        merged(codes=tiny_codes(seed=5)).save_pretrained(tmp_path / "other")
+        with pytest.raises(
+            ValueError, match=r"the model is of the codes \w{12} and these are \w{12}; were files mixed"
+        ):
+            generate(model, **inputs, bundle=str(tmp_path / "other"))
+
+
+def test_what_is_kept_between_calls_is_not_changed_by_them(tmp_path):
+    recommender = merged()
+    model = saved(recommender, tmp_path, "llama")
+    sha256 = model.config.item_codes_sha256
+    _, kept = module._read(str(tmp_path), None, sha256)
+    before = list(kept.prefixes)
+    generate(model, **prompts(tmp_path, recommender, HISTORIES, "llama"))
+    assert module._read(str(tmp_path), None, sha256)[1] is kept
+    assert all(now is then for now, then in zip(kept.prefixes, before, strict=True))
+    assert kept.to(torch.device("cpu")) is not kept
+
+
+def test_padding_on_the_right_is_refused_and_the_tokenizer_pads_on_the_left(tmp_path):
+    recommender = merged()
+    model = saved(recommender, tmp_path, "llama")
+    left = prompts(tmp_path, recommender, HISTORIES, "llama")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    texts = tokenizer.batch_decode(left["input_ids"])
+    assert tokenizer.padding_side == "left"
+    tokenizer.padding_side = "right"
+    right = tokenizer([texts[0], "<s>"], add_special_tokens=False, return_tensors="pt", padding=True)
+    with pytest.raises(ValueError, match=r"must be padded on the left, but `attention_mask` ends in 0; set `tokenizer"):
+        generate(model, **right)
+
+
+@pytest.mark.parametrize("given", [{"num_beams": 0}, {"num_return_sequences": 0}, {"num_return_sequences": -1}])
+def test_numbers_below_one_are_refused(given, tmp_path):
+    recommender = merged()
+    model = saved(recommender, tmp_path, "llama")
+    with pytest.raises(ValueError, match=rf"`{next(iter(given))}` must be at least 1, was: "):
+        generate(model, **prompts(tmp_path, recommender, HISTORIES, "llama"), **given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"do_sample": True}, {"max_new_tokens": 20}, {"repetition_penalty": 1.2}, {"foo": 1},
+     {"generation_config": GenerationConfig()}, {"prefix_allowed_tokens_fn": list}, {"logits_processor": [len]}],
+)  # fmt: skip
 def test_other_ways_of_decoding_are_refused(given, tmp_path):
     recommender = merged()
     model = saved(recommender, tmp_path, "llama")
-    with pytest.raises(ValueError, match=rf"leave these out: .*{next(iter(given))}"):
+    with pytest.raises(
+        ValueError, match=rf"which takes inputs, .*attention_mask.*; leave these out: .*{next(iter(given))}"
+    ):
         generate(model, **prompts(tmp_path, recommender, HISTORIES, "llama"), **given)
 
 

@@ -267,7 +267,26 @@ def test_a_card_that_the_hub_does_not_take_is_told_before_anything_is_sent(hub):
     assert not hub.asked("PUT|commit")
 
 
-@pytest.mark.parametrize("name", ["toys", "anna/toys/more", "anna toys", ""])
+def test_what_was_pulled_and_is_pushed_again_sends_nothing(hub):
+    merged().push_to_hub(REPO)
+    pushed = Recommender.from_pretrained(REPO).push_to_hub(REPO)
+    assert (pushed.uploaded, pushed.deleted) == ((), ())
+
+
+def test_a_whole_model_tells_no_place_of_the_base_model_that_it_came_from(hub, tmp_path):
+    """Bundles of earlier versions say it."""
+    (tmp_path / "base").mkdir()
+    folder = merged(base=str(tmp_path / "base"), revision="v2").save_pretrained(tmp_path / "run" / "model")
+    assert main(["push", str(folder), REPO]) == 0
+    assert not [name for name, content in hub.model(REPO).files().items() if str(tmp_path).encode() in content]
+    assert Recommender.from_pretrained(REPO).generation.base is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["toys", "anna/toys/more", "anna toys", "", "anna/..", "anna/-a", "anna/a.", "anna/a--b", "anna/a.git", 'anna/a"',
+     "anna/a\\1", "anna/a\n", "anna/" + "a" * 97],
+)  # fmt: skip
 def test_a_name_that_is_none_is_refused(hub, name):
     with pytest.raises(HubError, match="must be given as OWNER/NAME"):
         merged().push_to_hub(name)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -9,8 +10,10 @@ from llm_itemtok.bundle import items_sha256
 from llm_itemtok.cli import main
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.pipeline.merge import merge
+from llm_itemtok.pipeline.push import card_of
 from llm_itemtok.recommender import Recommender
 from tests.test_recommender import adapter, merged
+from tests.test_report import _metrics
 
 
 @pytest.fixture
@@ -88,3 +91,27 @@ def test_bundles_of_earlier_versions_load(bundle):
         del settings[name]
     (bundle / "generation.json").write_text(json.dumps(settings))
     assert Recommender.from_pretrained(bundle).generation.quantization == "none"
+
+
+def test_a_bundle_with_something_of_ones_own_in_it_is_not_replaced(bundle, tmp_path):
+    merge(bundle, tmp_path / "merged")
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"found: other files \['notes.txt'\]; choose another folder"):
+        merge(bundle, tmp_path / "merged")
+    assert (tmp_path / "merged" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("place", "catalog", "items", "told"), [
+    ("model", "0" * 64, 60, True), ("other", "0" * 64, 60, False), ("model", "1" * 64, 60, False),
+    ("model", "0" * 64, 99_999, False),
+])  # fmt: skip
+def test_numbers_are_told_of_the_model_that_they_were_measured_with(place, catalog, items, told, tmp_path):
+    """A folder around a bundle need not be its run, nor are numbers those of a catalogue that has grown since."""
+    run = tmp_path / "run"
+    saved = adapter(tmp_path / "base")
+    saved.save_pretrained(run / place)
+    measured = _metrics(np.random.default_rng(0))
+    counts = dict.fromkeys(("train_interactions", "train_users", "validation_cases", "test_cases"), 100)
+    measured["protocol"]["counts"] = {"items": items} | counts
+    (run / "metrics.json").write_text(json.dumps(measured))
+    assert ("## Measured" in card_of(saved.with_generation(catalog_sha256=catalog), run)) == told

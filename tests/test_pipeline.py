@@ -271,6 +271,26 @@ def test_models_that_are_not_there_are_bad_input(tmp_path: Path, override: str) 
         check(recipe(tmp_path, override))
 
 
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_only_an_adapter_says_where_its_base_model_is(adapter: str, finished: Path, tmp_path: Path) -> None:
+    """A path tells of this machine, and a whole model needs none."""
+    config = recipe(tmp_path, f"model={{name: {finished / 'base'}, adapter: {adapter}}}", "trainer.max_steps=2")
+    out = run(config, tmp_path / "run")
+    told = json.loads((out / "model" / "generation.json").read_text())["base"]
+    assert told == (None if adapter == "none" else str(finished / "base"))
+    assert str(finished) not in (out / "model" / "README.md").read_text()
+
+
+def test_training_does_not_begin_where_its_bundle_could_not_be_written(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "model" / "notes.txt").write_text("mine")
+    checkpoints = sorted((out / "checkpoints").iterdir())
+    with pytest.raises(ArtifactError, match=r"found: other files \['notes.txt'\]"):
+        run(recipe(tmp_path), out, start="train")
+    assert (out / "model" / "notes.txt").read_text() == "mine"
+    assert sorted((out / "checkpoints").iterdir()) == checkpoints
+
+
 def test_a_folder_that_is_no_run_is_never_emptied(tmp_path: Path) -> None:
     out = tmp_path / "precious"
     out.mkdir()

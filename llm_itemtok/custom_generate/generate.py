@@ -10,9 +10,13 @@ Decisions:
   `number of the prefix * codewords of the level + codeword`. No state is kept between steps but the prompt's length.
 - Log-probabilities are normalised over what `generation.json` says: `level` (the tokens that can stand at this place of
   a code), `items` (all item tokens), `vocab` (the whole vocabulary) or `children` (the codewords that may follow).
+- How the model's makers like it to write changes nothing: of its own configuration only tokens with a role are taken,
+  and of the caller's arguments those that cannot change which items come out. Others are refused by name.
+- Codes and model must be of one run: their hashes are compared at each call.
 - More beams than items are never asked for: `transformers` would fill the places up with paths of no item.
 """
 
+import copy
 import functools
 import json
 import string
@@ -22,22 +26,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.utils import cached_file
 
 SETTINGS, CODES = "generation.json", "item_codes.safetensors"
+TOKENIZER = "tokenizer_config.json"
 
-_NEUTRAL: dict[str, Any] = {
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 50,
-    "length_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
-"""What a base model's own `generation_config.json` must not change, and no caller may: every path is equally long, and
-its score is its log-probability."""
+_TAKEN = ("input_ids", "attention_mask", "return_dict_in_generate", "output_scores", "use_cache", "synced_gpus")
+"""What may be given besides `generate`'s own arguments: nothing that could change which items come out."""
+_PASSED_OVER = ("token_type_ids", "custom_generate", "trust_remote_code")
+"""What some tokenizers make and no recommender reads, and what has been heard once this code runs."""
+_MODELS_OWN = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""All that is taken from the model's own `generation_config.json`: the rest is how its makers like it to write."""
 
 
 def generate(
@@ -60,37 +60,71 @@ def generate(
         num_return_sequences: items of each history, best first, R; the whole catalogue where that has fewer.
         bundle: folder or repository of `item_codes.safetensors`; the one the model came from when None.
         revision: of that repository; the commit the model came from when None.
-        **given: as for `generate`: `attention_mask`, `return_dict_in_generate`, …
+        **given: as for `generate`: `attention_mask`, `return_dict_in_generate`, `output_scores`, `use_cache`.
 
     Returns:
         As from `generate`: ids `[B * R, S + L]` (`[B * R, 1 + L]` of an encoder–decoder), whose last L are the tokens
         of an item; with `return_dict_in_generate=True` also `sequences_scores`, log-probabilities of the items.
 
     Raises:
-        ValueError: if there are no item codes, or another way of decoding is asked for.
+        ValueError: if there are no item codes or other ones than the model's, another way of decoding is asked for, or
+            rows of a decoder-only model are padded on the right.
     """
+    own = {name: given.pop(name) for name in _TAKEN if given.get(name) is not None}
+    if wrong := sorted(
+        name for name, value in given.items() if value is not None and name not in (*_TAKEN, *_PASSED_OVER)
+    ):
+        taken = ", ".join(("inputs", "num_beams", "num_return_sequences", "bundle", "revision", *_TAKEN))
+        raise ValueError(
+            f"items are found by plain beam search over paths of one length, which takes {taken}; "
+            f"leave these out: {wrong}"
+        )
+    _check(model, own.get("attention_mask"), num_beams, num_return_sequences)
     if bundle is None:
         bundle, revision = model.config._name_or_path, revision or getattr(model.config, "_commit_hash", None)
-    settings, items = _read(str(bundle), revision)
-    wrong = {name: given[name] for name, value in _NEUTRAL.items() if given.get(name, value) not in (None, value)}
-    wrong |= {name: given[name] for name in ("max_new_tokens", "max_length") if given.get(name) is not None}
-    if wrong:
-        raise ValueError(f"items are found by plain beam search over paths of one length; leave these out: {wrong}")
+    settings, items = _read(str(bundle), revision, getattr(model.config, "item_codes_sha256", None))
     returned = min(num_return_sequences, len(items))
-    given = {name: value for name, value in given.items() if value is not None and name not in _NEUTRAL}
-    given.pop("token_type_ids", None)  # some tokenizers make them, and no recommender reads them
-    processors = LogitsProcessorList([*given.pop("logits_processor", ()), ItemsOnly(items, settings["normaliser"])])
-    # By the class: where the model was loaded with `trust_remote_code=True`, `model.generate` is this function.
-    return GenerationMixin.generate(
-        model,
-        inputs,
-        logits_processor=processors,
+    plain = GenerationConfig(
+        do_sample=False,
         num_beams=min(max(num_beams or settings["beam"], returned), len(items)),
         num_return_sequences=returned,
         max_new_tokens=len(items.sizes),
-        **_NEUTRAL,
-        **given,
+        length_penalty=0.0,  # every path is equally long, and its score is its log-probability
+        **_own_tokens(model, items),
     )
+    # The library fills whatever a configuration leaves open from the model's own. A shallow copy shares every weight.
+    view = copy.copy(model)
+    view.generation_config = plain
+    # By the class: where the model was loaded with `trust_remote_code=True`, `model.generate` is this function.
+    return GenerationMixin.generate(
+        view,
+        inputs,
+        generation_config=plain,
+        logits_processor=LogitsProcessorList([ItemsOnly(items, settings["normaliser"])]),
+        **own,
+    )
+
+
+def _check(model: Any, mask: Tensor | None, num_beams: int | None, num_return_sequences: int) -> None:
+    """Raise `ValueError` for numbers below 1, and for rows that a decoder-only model would go on after padding."""
+    for name, number in (("num_beams", num_beams), ("num_return_sequences", num_return_sequences)):
+        if number is not None and number < 1:
+            raise ValueError(f"`{name}` must be at least 1, was: {number}")
+    if mask is not None and not model.config.is_encoder_decoder and mask.shape[-1] and not bool(mask[:, -1].all()):
+        raise ValueError(
+            "rows of a decoder-only model must be padded on the left, but `attention_mask` ends in 0; "
+            'set `tokenizer.padding_side = "left"`'
+        )
+
+
+def _own_tokens(model: Any, items: "Items") -> dict[str, Any]:
+    """Tokens that the model's own configuration names, without item tokens: none of those ends or fills a row."""
+    found = {name: getattr(model.generation_config, name, None) for name in _MODELS_OWN}
+    ends = found["eos_token_id"]
+    ends = [ends] if isinstance(ends, int) else list(ends or ())
+    span = range(items.first_ids[0], items.first_ids[-1] + items.sizes[-1])
+    found["eos_token_id"] = [token for token in ends if token not in span] or None
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class Items:
@@ -117,9 +151,10 @@ class Items:
         return len(self.prefixes[-1])
 
     def to(self, device: torch.device) -> "Items":
-        """Move the arrays to a device, in place, and return self."""
-        self.prefixes = [found.to(device) for found in self.prefixes]
-        return self
+        """The same on a device; these are shared between calls, and stay where they are."""
+        moved = copy.copy(self)
+        moved.prefixes = [found.to(device) for found in self.prefixes]
+        return moved
 
     def may_follow(self, path: Tensor) -> Tensor:
         """Whether each codeword of the next level goes on towards an item.
@@ -159,7 +194,7 @@ class ItemsOnly(LogitsProcessor):
         """Normalise and mask the log-probabilities `[B, V]` of the next token after rows of ids `[B, S]`."""
         if self.prompt is None:
             self.prompt = input_ids.shape[1]
-            self.items.to(scores.device)
+            self.items = self.items.to(scores.device)
         path = input_ids[:, self.prompt :]
         legal = self.items.may_follow(path)
         first, size = self.items.first_ids[path.shape[1]], self.items.sizes[path.shape[1]]
@@ -176,25 +211,44 @@ class ItemsOnly(LogitsProcessor):
         return only
 
 
-@functools.lru_cache(maxsize=4)
-def _read(bundle: str, revision: str | None) -> tuple[dict[str, Any], Items]:
-    """How a bundle is decoded, and its items."""
+def _read(bundle: str, revision: str | None, trained_with: str | None) -> tuple[dict[str, Any], Items]:
+    """How a bundle is decoded, and its items.
+
+    Args:
+        bundle: folder or repository.
+        revision: of the repository.
+        trained_with: hash of the codes that the model says it was trained with; None where it does not say.
+    """
     try:
-        settings_file, codes = (cached_file(bundle, name, revision=revision) for name in (SETTINGS, CODES))
+        files = [cached_file(bundle, name, revision=revision) for name in (SETTINGS, CODES, TOKENIZER)]
     except OSError as error:
         raise ValueError(
             f"{bundle}: {SETTINGS} and {CODES} must be there, found: {str(error).splitlines()[0]}; "
             "where the model is a base model with an adapter, name the adapter's repository: bundle=REPO"
         ) from error
-    assert settings_file is not None  # otherwise the library would have raised
+    settings_file, codes, tokenizer = map(str, files)
+    settings = json.loads(Path(settings_file).read_text(encoding="utf-8"))
+    with safe_open(codes, framework="pt") as file:
+        sha256 = json.loads(file.metadata()["item_codes"])["sha256"]
+    for what, other in (("the model", trained_with), (SETTINGS, settings["codes_sha256"])):
+        if other not in (None, sha256):
+            raise ValueError(
+                f"{bundle}: {what} and {CODES} must belong together, but {what} is of the codes {other[:12]} and these "
+                f"are {sha256[:12]}; were files mixed from two runs, or the model loaded before they were exchanged?"
+            )
+    written = Path(tokenizer).stat().st_mtime_ns
+    return settings, _items(bundle, revision, str(Path(codes).resolve()), sha256, written)
+
+
+@functools.lru_cache(maxsize=4)
+def _items(bundle: str, revision: str | None, codes: str, sha256: str, written: int) -> Items:
+    """The items of a file of codes; its hash and the tokenizer's age are there so that an exchanged file is read."""
     with safe_open(codes, framework="pt") as file:
         header = json.loads(file.metadata()["item_codes"])
         table = file.get_tensor("table").long()
-    tokenizer = AutoTokenizer.from_pretrained(bundle, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(bundle, revision=revision, trust_remote_code=False)
     spelled = [f"<{string.ascii_lowercase[level]}_0>" for level in range(len(header["sizes"]))]
     known = tokenizer.get_vocab()
     if not known.keys() >= set(spelled):
         raise ValueError(f"{bundle}: the tokenizer must have the item tokens {spelled}, but it does not")
-    return json.loads(Path(settings_file).read_text(encoding="utf-8")), Items(
-        table, header["sizes"], [known[token] for token in spelled]
-    )
+    return Items(table, header["sizes"], [known[token] for token in spelled])

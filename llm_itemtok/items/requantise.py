@@ -9,8 +9,8 @@ on what the levels above left over:
 
     log p(k | residual) = log softmax_k( -||residual - e_k||^2 / (2 sigma_l^2) )
 
-with `sigma_l^2` the mean squared error within the codewords of the level, a dimension. So an item's codes have log-likelihoods in
-nats, as those of a language model have, and the two can be added.
+with `sigma_l^2` the mean squared error within the codewords of the level, of one dimension. So an item's codes have
+log-likelihoods in nats, as those of a language model have, and the two can be added.
 
 Decisions:
 - Codewords that no item uses take no part: nothing is known of what they would mean.

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import Embedding
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_itemtok.artifacts import write_bytes, write_json
 from llm_itemtok.errors import ArtifactError
@@ -31,8 +31,13 @@ from llm_itemtok.vocab.item_vocab import ItemVocab
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CODES = "item_codes_sha256"
 """Under this name a model says which codes it was trained with."""
+FIRST_ID = "item_tokens_first_id"
+"""Under this name it says which token id is the first item token's."""
 _ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name; the values are absolute rows, not differences
 _MIXED = "were files mixed from two runs?"
+_PASSING = ("is_local", "local_files_only", "max_length", "stride", "truncation_strategy",
+            "pad_to_multiple_of", "pad_token_type_id", "padding")  # fmt: skip
+"""What a tokenizer remembers of how it was loaded and called last."""
 _NAME_THE_BASE = "name the model that the adapter was trained on as `base` in generation.json"
 
 
@@ -67,7 +72,8 @@ def merged(model: ItemTokenModel, peft_model: PeftModel | None) -> PreTrainedMod
         peft_model: PEFT's view of `model.lm` if it has LoRA, else None.
     """
     lm = copy.deepcopy(model.lm) if peft_model is None else _with_lora_merged(copy.deepcopy(peft_model))
-    lm.config.item_codes_sha256 = model.vocab.codes.sha256
+    setattr(lm.config, CODES, model.vocab.codes.sha256)
+    setattr(lm.config, FIRST_ID, model.vocab.first_id)
     return fold_rows(lm, model).eval()
 
 
@@ -116,7 +122,28 @@ def save_adapter(
         if isinstance(value, set):  # its order would differ from run to run
             settings[name] = sorted(value)
     write_json(folder / ADAPTER_CONFIG, json.loads(json.dumps(settings, default=str)))
-    write_bytes(folder / ADAPTER_WEIGHTS, _weights_file(tensors, {"format": "pt", CODES: model.vocab.codes.sha256}))
+    metadata = {"format": "pt", CODES: model.vocab.codes.sha256, FIRST_ID: str(model.vocab.first_id)}
+    write_bytes(folder / ADAPTER_WEIGHTS, _weights_file(tensors, metadata))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, pad_left: bool) -> None:
+    """Write a tokenizer that neither cuts nor pads unless it is told to, whatever it was told before.
+
+    Args:
+        tokenizer: stays as it is.
+        folder: existing folder to write into.
+        pad_left: on which side it pads when told to: decoder-only models go on at the right.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    for name in _PASSING:
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.padding_side = "left" if pad_left else "right"
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # only what stands here is written
+    tokenizer.save_pretrained(folder)
 
 
 def _weights_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -189,6 +216,7 @@ def from_merged(
             f"{folder}: model and tokenizer must belong together, but item tokens have ids up to {span.stop - 1:,} and "
             f"the model's table has {input_table(lm).num_embeddings:,} rows; {_MIXED}"
         )
+    _refuse_other_place(getattr(lm.config, FIRST_ID, None), vocab, folder)
     tied = bool(lm.config.tie_word_embeddings)
     rows = ItemRows(input_table(lm).weight[span].detach(), first_id=vocab.first_id, tied=tied)
     if rows.output_rows is not None:
@@ -217,6 +245,8 @@ def from_adapter(
     config, weights, input_rows, output_rows = load_adapter(folder)
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         _refuse_other_codes((file.metadata() or {}).get(CODES), vocab, folder)
+    if trained := _trained_tokens(folder):
+        _refuse_other_place(trained[0], vocab, folder)
     width = input_table(lm).embedding_dim
     if input_rows is None:  # identifiers in existing words
         input_rows = input_table(lm).weight.new_empty(0, width)
@@ -267,4 +297,19 @@ def _refuse_other_codes(trained_with: str | None, vocab: ItemVocab, folder: Path
         raise ArtifactError(
             f"{folder}: model and item codes must belong together, but the model was trained with the codes "
             f"{str(trained_with)[:12]} and these are {vocab.codes.sha256[:12]}; {_MIXED}"
+        )
+
+
+def _trained_tokens(folder: Path) -> list[int]:
+    """Ids of the tokens that an adapter has rows for, ascending; none where it has no rows."""
+    given = LoraConfig.from_pretrained(str(folder)).trainable_token_indices or []
+    return sorted({token for ids in (given.values() if isinstance(given, dict) else [given]) for token in ids})
+
+
+def _refuse_other_place(first_id: int | None, vocab: ItemVocab, folder: Path) -> None:
+    """Raise if a model's item rows belong to other token ids; whole models of earlier versions do not say."""
+    if vocab.num_tokens > 0 and first_id not in (None, vocab.first_id):
+        raise ArtifactError(
+            f"{folder}: model and tokenizer must belong together, but the model's item tokens begin at id {first_id} "
+            f"and the tokenizer's at {vocab.first_id}; {_MIXED}"
         )

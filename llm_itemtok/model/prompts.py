@@ -104,8 +104,11 @@ class Prompts:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenise texts without special tokens, each cut to `MAX_TEXT_TOKENS`."""
+    """Tokenise texts without special tokens, each cut to `MAX_TEXT_TOKENS`.
+
+    Cut here, because a tokenizer that was told to cut goes on doing it, and is saved with it.
+    """
     if not texts:
         return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=MAX_TEXT_TOKENS)
-    return [list(ids) for ids in encoded["input_ids"]]
+    encoded = tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False)
+    return [list(ids[:MAX_TEXT_TOKENS]) for ids in encoded["input_ids"]]

@@ -137,7 +137,7 @@ def _refuse_place(model: str | Path, folder: Path, run: Path | None, out: Path |
         raise ArtifactError(f"{model}: the copy of a Hub repository must stay as it is; name a folder with `--out`")
     others = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     others -= bundle.files(folder).keys()
-    if run is None and others:
+    if others:
         raise ArtifactError(
             f"{folder}: a bundle that is exchanged must hold nothing else, found: {sorted(others)[:3]}; name another "
             "folder with `--out`"

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from llm_itemtok.artifacts import METRICS_LOG, MODEL, TOKEN_WEIGHTS, TRAINING, read_json, write_json
-from llm_itemtok.bundle import Generation, items_sha256
+from llm_itemtok.bundle import Generation, items_sha256, refuse_others
 from llm_itemtok.card import redacted
 from llm_itemtok.config import ALL_POSITIONS_REASON, RunConfig
 from llm_itemtok.errors import DataError, RecipeError
@@ -180,9 +180,11 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
     Raises:
         Stopped: on SIGTERM, after a checkpoint.
         DataError: if no validation case exists, by which the best checkpoint could be chosen.
+        ArtifactError: if the folder that the bundle will take the place of holds something else.
     """
     if not len(data.split.validation):
         raise DataError("training needs at least one validation case to choose the best checkpoint by, found none")
+    refuse_others(folder / MODEL)  # now, and not after hours
     codes, _ = read_vocab(folder)
     model, tokenizer, peft_model = make_model(config, data, codes, folder, log)
     if config.update.kind != "fixed":
@@ -332,11 +334,12 @@ def bundle(
 ) -> Recommender:
     """The trained model as what users load: an adapter beside its base, or a whole model."""
     name = config.model.name
-    scratch = name == "scratch"
+    layout = "merged" if name == "scratch" or peft_model is None else "adapter"
+    place = str(Path(name).resolve()) if Path(name).exists() else name
     generation = Generation(
-        layout="merged" if scratch or peft_model is None else "adapter",
-        base=None if scratch else str(Path(name).resolve()) if Path(name).exists() else name,
-        revision=config.model.revision,
+        layout=layout,
+        base=place if layout == "adapter" else None,  # a whole model needs none, and a path tells of this machine
+        revision=config.model.revision if layout == "adapter" else None,
         normaliser=decode_normaliser(config),
         training_normaliser=config.objective.normaliser,
         beam=config.evaluation.beam,

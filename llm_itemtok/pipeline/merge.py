@@ -16,7 +16,7 @@ def merge(path: str | Path, out: Path) -> Path:
 
     Args:
         path: run folder, bundle or Hub id with an adapter.
-        out: folder of the merged bundle; one that is there already is replaced only if it is a bundle.
+        out: folder of the merged bundle; one that is there already is replaced only if it is a bundle and nothing else.
 
     Returns:
         `out`, written whole or not at all.
@@ -24,8 +24,7 @@ def merge(path: str | Path, out: Path) -> Path:
     Raises:
         ArtifactError: if there is no adapter at `path`, its parts do not belong together, or `out` is in use.
     """
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not (out / bundle.GENERATION).is_file():
-        raise ArtifactError(f"{out}: a merged bundle must go into a new folder or replace a bundle, found: other files")
+    bundle.refuse_others(out, "a merged bundle")
     folder = bundle.locate(path, None)
     if bundle.read_generation(folder / bundle.GENERATION).layout == "merged":
         raise ArtifactError(f"{path}: what is merged must be an adapter, found: a whole model; use it as it is")

@@ -7,7 +7,7 @@ Only a merged model is made anew, and with it the card: of the run's numbers whe
 from pathlib import Path
 
 from llm_itemtok import bundle
-from llm_itemtok.artifacts import METRICS, RECIPE, read_json
+from llm_itemtok.artifacts import METRICS, MODEL, RECIPE, read_json
 from llm_itemtok.config import RunConfig
 from llm_itemtok.hub import Pushed
 from llm_itemtok.recommender import Recommender, push_folder
@@ -54,8 +54,21 @@ def push(
 
 
 def card_of(recommender: Recommender, run: Path) -> str:
-    """The card with the numbers of a run folder, as far as it has any."""
+    """The card with the recipe of a run folder, and its numbers if they were measured on this very catalogue.
+
+    A folder around a bundle is its run only if the bundle is the run's model: any other bundle may lie there, too, and
+    items added later were not ranked when the numbers were taken.
+    """
+    if not (run / MODEL / bundle.GENERATION).is_file():
+        return recommender.card()
+    theirs = bundle.read_generation(run / MODEL / bundle.GENERATION)
     metrics = read_json(run / METRICS) if (run / METRICS).is_file() else None
+    if metrics is not None and (
+        theirs.catalog_sha256 != recommender.generation.catalog_sha256
+        or theirs.codes_sha256 != recommender.generation.codes_sha256
+        or metrics["protocol"]["counts"]["items"] != len(recommender.item_ids)
+    ):
+        metrics = None
     recipe = RunConfig.load(run / RECIPE).to_dict() if (run / RECIPE).is_file() else None
     return recommender.card(metrics, recipe)
 

@@ -91,3 +91,16 @@ def test_the_start_token_is_bos_or_else_eos():
     tokenizer.eos_token = None
     with pytest.raises(ItemTokError, match="must have a BOS or an EOS token to begin a prompt with"):
         start_id(tokenizer)
+
+
+def test_cutting_texts_leaves_no_trace_in_the_tokenizer():
+    """A tokenizer that was told to cut goes on doing it, and a bundle would be saved with that."""
+    tokenizer = tiny_tokenizer()
+    before = tokenizer.backend_tokenizer.to_str()
+    texts = ["toy", "kids toy " * 100]
+    cut = encode_text(tokenizer, texts)
+    assert tokenizer.backend_tokenizer.to_str() == before
+    whole = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert cut == [ids[:MAX_TEXT_TOKENS] for ids in whole]
+    told = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=MAX_TEXT_TOKENS)["input_ids"]
+    assert cut == told
