@@ -5,9 +5,6 @@ Each of these was wrong in the obvious implementation, or hangs on a private hoo
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.training.callbacks import StopOnSignal, read_log
 from llm_itemtok.training.next_token import MODEL_INPUTS
 from llm_itemtok.vocab import init
+from tests.process_pairs import run_alone_and_in_pair
 from tests.tiny import KINDS, tiny_codes, tiny_lm, tiny_tokenizer
 from tests.training.runs import TASKS, make_trainer, weights
 
@@ -220,31 +218,8 @@ def test_rows_of_like_length_can_be_batched_together(tmp_path):
 @EVERY_KIND
 def test_two_processes_train_as_one(tmp_path, family):
     """gloo on the loopback; an untied model, whose base head gets no gradient."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pair = alone | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.runs", str(tmp_path / name), batch, "2", family],
-            env={**os.environ, **settings},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, batch, settings in (
-            ("one", "4", alone),
-            ("two", "2", pair | {"RANK": "0", "LOCAL_RANK": "0"}),
-            ("two", "2", pair | {"RANK": "1", "LOCAL_RANK": "1"}),
-        )
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    one, two = [tmp_path / "one", 4, 2, family], [tmp_path / "two", 2, 2, family]
+    run_alone_and_in_pair("tests.training.runs", one, two, two)
     one, two = tmp_path / "one", tmp_path / "two"
     assert_close(load_file(two / "weights.safetensors"), load_file(one / "weights.safetensors"), atol=1e-7, rtol=1e-5)
     assert (two / "effort.json").read_text() == (one / "effort.json").read_text()

@@ -1,10 +1,6 @@
 """Self-improvement: what the sources say is what the model says, and what comes of it is always a table of codes."""
 
 import itertools
-import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ from llm_itemtok.training.examples import TASKS
 from llm_itemtok.training.item_states import predicting_states
 from llm_itemtok.training.self_improve import Candidates, RandomMoves, Search, conflict
 from llm_itemtok.training.updates import Moment, Rules
+from tests.process_pairs import run_alone_and_in_pair
 from tests.tiny import KINDS, tiny_codes, tiny_item_model
 from tests.training.update_runs import TEXTS, make_self_improving, make_updating
 
@@ -222,31 +219,8 @@ def test_random_moves_move_just_as_many_to_free_codes():
 @EVERY_KIND
 def test_two_processes_propose_what_one_does(tmp_path, family):
     """gloo on the loopback; identical codes from identical weights."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pair = alone | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.update_runs", str(tmp_path / name), family],
-            env={**os.environ, **settings},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, settings in (
-            ("alone", alone),
-            ("first", pair | {"RANK": "0", "LOCAL_RANK": "0"}),
-            ("second", pair | {"RANK": "1", "LOCAL_RANK": "1"}),
-        )
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    arguments = [[tmp_path / name, family] for name in ("alone", "first", "second")]
+    run_alone_and_in_pair("tests.training.update_runs", *arguments)
     found = [np.load(tmp_path / f"{name}.npz") for name in ("alone", "first", "second")]
     for name in found[0]:
         np.testing.assert_array_equal(found[1][name], found[0][name])

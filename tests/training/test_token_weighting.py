@@ -1,10 +1,6 @@
 """What token-weighted training promises: the weights it claims, at the step it claims, however the step is cut."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +12,7 @@ from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import TASKS as ALL_TASKS
 from llm_itemtok.training.next_token import MODEL_INPUTS
 from llm_itemtok.training.token_weighting import Target, TokenWeighted, WithTargetItems, figures, log_pace
+from tests.process_pairs import run_alone_and_in_pair
 from tests.tiny import KINDS, states, tiny_codes, tiny_item_model, tiny_prompts
 from tests.training.runs import TASKS, make_trainer, weights
 from tests.training.test_invariants import assert_close, training_lines, without_times
@@ -289,31 +286,8 @@ def test_figures_are_means_over_training_targets():
 @EVERY_KIND
 def test_two_processes_train_as_one(tmp_path, family):
     """The mix has its gradient from every process, and a distributed wrapper does not take it for unused."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pair = alone | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.weighted", str(tmp_path / name), batch, "2", family],
-            env={**os.environ, **settings},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, batch, settings in (
-            ("one", "4", alone),
-            ("two", "2", pair | {"RANK": "0", "LOCAL_RANK": "0"}),
-            ("two", "2", pair | {"RANK": "1", "LOCAL_RANK": "1"}),
-        )
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    one, two = [tmp_path / "one", 4, 2, family], [tmp_path / "two", 2, 2, family]
+    run_alone_and_in_pair("tests.training.weighted", one, two, two)
     one, two = (load_file(Path(tmp_path) / name / "weights.safetensors") for name in ("one", "two"))
     assert one["mix.bias"].abs().min() > 1e-4
     assert_close(two, one, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,36 @@
+"""Runs of a test module in one process, and in two that talk by gloo on the loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+
+def run_alone_and_in_pair(module: str, alone: Sequence[object], first: Sequence[object], second: Sequence[object]):
+    """Run `python -m MODULE ARGUMENTS` three times at once: alone, and twice as the processes of one group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    plain = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pair = plain | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            env={**os.environ, **settings},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for arguments, settings in (
+            (alone, plain),
+            (first, pair | {"RANK": "0", "LOCAL_RANK": "0"}),
+            (second, pair | {"RANK": "1", "LOCAL_RANK": "1"}),
+        )
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
