@@ -27,6 +27,11 @@ def run_alone_and_in_pair(module: str, alone: Sequence[object], first: Sequence[
             (second, pair | {"RANK": "1", "LOCAL_RANK": "1"}),
         )
     ]
+    finish(processes)
+
+
+def finish(processes: Sequence[subprocess.Popen]):
+    """Wait for all to end well; whatever happens, none is left behind."""
     try:
         for process in processes:
             _, errors = process.communicate(timeout=200)

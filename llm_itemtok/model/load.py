@@ -180,11 +180,11 @@ def add_lora(
     )
     try:
         peft_model = get_peft_model(lm, config)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # PEFT's two ways to refuse a layer
         raise UnsupportedModelError(
             f"`model.lora` must be what PEFT can put on every linear layer of {type(lm).__name__}, was: "
-            f"dora {str(dora).lower()}, dropout {dropout:g}; PEFT says: {str(error).splitlines()[0]} Packed experts "
-            "take neither DoRA nor dropout: set `dora: false` and `dropout: 0.0`, or choose another `model.name`"
+            f"dora {str(dora).lower()}, dropout {dropout:g}; PEFT says: {str(error).splitlines()[0]} Set `dora: "
+            "false` and `dropout: 0.0`, of which packed experts take neither, or choose another `model.name`"
         ) from error
     assert isinstance(peft_model, PeftModel)
     return lm, peft_model

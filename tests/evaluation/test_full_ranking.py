@@ -14,6 +14,7 @@ from llm_itemtok.evaluation.full_ranking import rank_cases
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.vocab.trie import ItemTrie
 from tests.evaluation.shared import SIZES, make_cases, ranked
+from tests.process_pairs import finish
 from tests.tiny import tiny_item_model
 
 
@@ -73,13 +74,7 @@ def test_two_processes_rank_as_one_to_the_last_digit(tmp_path: Path) -> None:
     """Also with fewer batches than processes, and with no case at all; each process gets everything."""
     script = [sys.executable, "-m", "tests.evaluation.shared", str(tmp_path)]
     processes = [subprocess.Popen([*script, place, "2"], stderr=subprocess.PIPE, text=True) for place in "01"]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    finish(processes)
     for size in SIZES:
         alone = ranked(make_cases(size), mask_seen=size == 8)
         for place in "01":

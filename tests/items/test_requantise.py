@@ -56,6 +56,16 @@ def test_likelihoods_of_all_codes_add_up_to_one_and_a_wide_beam_finds_the_best_o
     np.testing.assert_allclose(mixtures.score(queries, found), best, rtol=1e-4, atol=1e-4)
 
 
+def test_a_likelihood_is_that_of_gaussians_with_the_variance_of_one_dimension():
+    """Four items on two codewords, worked by hand: centres (0, 0) and (4, 0), each item 1 from its own."""
+    vectors = np.array([[0, 1], [0, -1], [4, 1], [4, -1]], dtype=np.float32)
+    mixtures = LevelMixtures.follow(vectors, ItemCodes(np.array([[0], [0], [1], [1]]), (2,)), np.arange(4), steps=0)
+    variance = 1 / 2  # squared error 1, over two dimensions
+    own, other = -1 / (2 * variance), -17 / (2 * variance)
+    expected = own - np.logaddexp(own, other), other - np.logaddexp(own, other)
+    np.testing.assert_allclose(mixtures.score(vectors[:1], np.array([[[0], [1]]]))[0], expected, atol=1e-5)
+
+
 def test_codewords_that_nobody_uses_take_no_part(planted):
     vectors, codes = planted
     wider = ItemCodes(codes.table, (6, 3))
