@@ -420,7 +420,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from llm_itemtok.config import explain
+    from llm_itemtok.explain import explain
 
     print(explain(options.setting))
     return 0

@@ -5,14 +5,10 @@ changes and holds nothing derived. Beside `pipeline.py` and `cli.py` no module r
 arguments. `trainer` is passed through and checked by `training/arguments.py`, because it needs transformers.
 """
 
-import ast
 import dataclasses
 import hashlib
-import inspect
-import itertools
 import json
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +30,7 @@ from llm_itemtok.settings import (
     Examples,
     FileVectors,
     LlmVectors,
+    RecursiveScoring,
     ResidualKMeansTokenizer,
     RqVaeTokenizer,
     Scoring,
@@ -41,6 +38,7 @@ from llm_itemtok.settings import (
     TfidfSvdVectors,
     TitleTokenizer,
     Tokenizer,
+    TokensScoring,
     UserColumnSegments,
     VectorSource,
     Vocab,
@@ -80,7 +78,7 @@ class RunConfig:
     """What is minimised."""
     update: Update = field(default_factory=FixedUpdate)
     """Whether item tokens change during training."""
-    scoring: Scoring = field(default_factory=Scoring)
+    scoring: Scoring = field(default_factory=TokensScoring)
     """How a next item is scored."""
     trainer: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `transformers.TrainingArguments`, under their own names."""
@@ -108,7 +106,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain values; settings that do not apply are left out, so it loads again."""
-        plain: dict[str, Any] = _plain(self)
+        plain: dict[str, Any] = as_plain(self)
         return plain
 
     def defaults(self) -> dict[str, Any]:
@@ -182,6 +180,30 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         yield from _text_contradictions(config, config.tokenizer)
     if isinstance(config.update, SelfImproveUpdate):
         yield from _self_improve_contradictions(config, config.update)
+    if isinstance(config.scoring, RecursiveScoring):
+        yield from _recursive_contradictions(config)
+    elif config.scoring.item_embedding and isinstance(config.tokenizer, TextTokenizer):
+        yield (
+            "`scoring.item_embedding` needs item tokens to be carried by, and `tokenizer.kind: "
+            f"{config.tokenizer.kind}` has none; write 0, or choose another tokenizer"
+        )
+
+
+def _recursive_contradictions(config: RunConfig) -> Iterator[str]:
+    """What a recursive network cannot do: its scores are those of a level, and its codebooks are item tokens."""
+    here, decoding = "`scoring.kind: recursive`", config.evaluation.decode_normaliser
+    if isinstance(config.tokenizer, TextTokenizer):
+        yield f"{here} needs item tokens, and `tokenizer.kind: {config.tokenizer.kind}` has none; choose another one"
+    if config.objective.normaliser != "level":
+        yield f"{here} needs `objective.normaliser: level`, was: {config.objective.normaliser}"
+    if decoding not in ("same", "level", "children"):
+        yield f"`evaluation.decode_normaliser` must be same, level or children with {here}, was: {decoding}"
+    chosen = config.objective
+    if isinstance(chosen, TokenWeightedObjective) and any(part.kind == "counterfactual" for part in chosen.targets):
+        yield (
+            f"`objective.targets` cannot have `counterfactual` with {here}: it compares rows of item tokens, which "
+            "this model does not read; leave it out"
+        )
 
 
 def _text_contradictions(config: RunConfig, chosen: TextTokenizer) -> Iterator[str]:
@@ -340,17 +362,18 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
+    """Settings as values of YAML and JSON; those that do not apply are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            name: _plain(getattr(value, name))
+            name: as_plain(getattr(value, name))
             for name, annotation in strict.annotations_of(type(value)).items()
             if all(mark.holds(getattr(value, mark.key)) for mark in strict.conditions_of(annotation))
         }
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: as_plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [as_plain(inner) for inner in value]
     return value
 
 
@@ -361,71 +384,5 @@ def _defaults(section: Any) -> Any:
         if dataclasses.is_dataclass(value):
             found[part.name] = _defaults(value)
         elif default is not dataclasses.MISSING:
-            found[part.name] = _plain(default)
+            found[part.name] = as_plain(default)
     return found
-
-
-def explain(dotted: str = "") -> str:
-    """Say what a setting means, what it takes and what it is by default; for a section, its settings.
-
-    Args:
-        dotted: such as `tokenizer.levels`; empty for the whole recipe.
-
-    Raises:
-        RecipeError: if there is no such setting, with the nearest one.
-    """
-    sections: list[type] = [RunConfig]
-    path: tuple[str, ...] = ()
-    names = [name for name in dotted.split(".") if name]
-    while names:
-        path = (*path, names.pop(0))
-        owners = [section for section in sections if path[-1] in strict.annotations_of(section)]
-        if not owners:
-            strict.Checker("explain").fail_unknown(path, {n for s in sections for n in strict.annotations_of(s)})
-        annotations = [strict.annotations_of(owner)[path[-1]] for owner in owners]
-        sections = [part for annotation in annotations for part in strict.sections_in(annotation)]
-        entries = [part for annotation in annotations for part in strict.entries_in(annotation)]
-        if entries and names:
-            path, sections = (*path, names.pop(0)), entries  # the recipe names its entries as it likes
-        elif not sections:
-            return _explain_leaf(dotted, path, names, owners, entries)
-    return "\n\n".join(_explain_section(dotted, section) for section in sections)
-
-
-def _explain_leaf(
-    dotted: str, path: tuple[str, ...], below: Sequence[str], owners: Sequence[type], entries: Sequence[type]
-) -> str:
-    """Explain a setting that is no section, `below` being what was asked for under it."""
-    if below and dotted.startswith("trainer."):
-        return f"{dotted}: passed to transformers.TrainingArguments under this name; see its documentation."
-    if below:
-        strict.Checker("explain").fail_unknown((*path, below[0]), ())
-    fields = "\n".join(dict.fromkeys(_explain_field(dotted, owner, path[-1]) for owner in owners))
-    return "\n\n".join([fields, *(_explain_section(f"{dotted}.NAME", entry) for entry in entries)])
-
-
-def _explain_section(dotted: str, section: type) -> str:
-    prefix = f"{dotted}." if dotted else ""
-    fields = [_explain_field(prefix + name, section, name) for name in strict.annotations_of(section)]
-    return "\n".join([f"{dotted or 'recipe'}: {section.__doc__}", *fields])
-
-
-def _explain_field(dotted: str, section: type, name: str) -> str:
-    annotation = strict.annotations_of(section)[name]
-    default = next(strict.default_of(part) for part in dataclasses.fields(section) if part.name == name)
-    facts = [strict.type_name(annotation), *(f"only with {mark}" for mark in strict.conditions_of(annotation))]
-    if not strict.sections_in(annotation):
-        given = default is not dataclasses.MISSING
-        facts.append(f"default {json.dumps(_plain(default))}" if given else "must be given")
-    return f"  {dotted}: {_field_docs(section)[name]}\n      ({'; '.join(facts)})"
-
-
-def _field_docs(section: type) -> dict[str, str]:
-    """Field → the text under it, read from the source of the class."""
-    (node,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
-    assert isinstance(node, ast.ClassDef)
-    return {
-        part.target.id: ast.literal_eval(text.value)
-        for part, text in itertools.pairwise(node.body)
-        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and isinstance(text, ast.Expr)
-    }

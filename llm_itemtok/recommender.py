@@ -93,7 +93,7 @@ class Recommender:
         self.quantizer = quantizer
         self._peft_model = peft_model
         self._rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
-        self._prompts = Prompts(tokenizer, model.vocab, answer_start=model.answer_start)
+        self._prompts = Prompts.of(model, tokenizer)
         self._trie = ItemTrie(model.vocab.codes).to(model.device)
 
     @classmethod

@@ -26,7 +26,6 @@ Collisions = Literal["extra-level", "sinkhorn", "reassign", "matching", "forbid"
 
 LATER: Mapping[str, tuple[str, ...]] = {
     "update.kind": ("bilevel", "alternate"),
-    "scoring.kind": ("recursive",),
 }
 """Values that the design names and that a later version will have."""
 
@@ -339,11 +338,34 @@ class Examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scoring:
-    """How a next item is scored."""
+class TokensScoring:
+    """Next items are scored by a row of item tokens, as long as their codes."""
 
     kind: Literal["tokens"] = "tokens"
-    """By the probabilities of its item tokens."""
+    """By the probabilities of its item tokens, one position each."""
+    item_embedding: CountOrNone = 0
+    """Dimensions of an embedding of each item's own, carried by its last token in what is read; 0 leaves it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecursiveScoring:
+    """One vector an item goes in, and a recursive network yields its tokens (IntRR, arXiv:2602.20704)."""
+
+    kind: Literal["recursive"] = "recursive"
+    """By a network that goes through the levels; the model runs once, over one position an item."""
+    guidance: Literal["uid", "vectors", "both"] = "uid"
+    """What an item's vector is made by: an embedding of its own, its item vector, or both, which knows new items."""
+    embedding: Annotated[Count, Unless("guidance", ("vectors",))] = 512
+    """Dimensions of an item's own embedding."""
+    hidden: Count = 512
+    """Width of the inner layer of the network, one a level."""
+    mixing: Literal["hard", "soft"] = "hard"
+    """An item's vector sums its best codewords (gradients pass to all), or means of all by their probability."""
+    alignment: NotNegative = 0.1
+    """Weight of the loss that ties an item's vector to its code; 0, the released setting, leaves it out."""
+
+
+Scoring = TokensScoring | RecursiveScoring
 
 
 @dataclass(frozen=True, kw_only=True)

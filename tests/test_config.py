@@ -5,8 +5,9 @@ import pytest
 import yaml
 
 from llm_itemtok import settings, strict
-from llm_itemtok.config import RunConfig, _contradictions, _field_docs, explain
+from llm_itemtok.config import RunConfig, _contradictions
 from llm_itemtok.errors import RecipeError
+from llm_itemtok.explain import _field_docs, explain
 from llm_itemtok.update_settings import SelfImproveUpdate
 
 SYNTHETIC = "data: {source: synthetic}\n"
@@ -324,7 +325,6 @@ def test_what_is_not_as_the_schema_says_is_named_and_answered(recipe, override, 
     ("override", "name"),
     [
         ("update.kind=bilevel", "bilevel"),
-        ("scoring.kind=recursive", "recursive"),
     ],
 )
 def test_kinds_of_later_versions_are_refused_as_such(recipe, override, name):

@@ -17,8 +17,9 @@ from llm_itemtok.custom_generate import generate as module
 from llm_itemtok.custom_generate.generate import generate
 from llm_itemtok.recommender import Recommender
 from tests import hub_server
-from tests.test_recommender import IDS, adapter, merged
-from tests.tiny import ENCODER_DECODERS, FAMILIES, KINDS, plain_class, tiny_codes
+from tests.test_bundle import shifted
+from tests.test_recommender import IDS, adapter, made_of, merged
+from tests.tiny import ENCODER_DECODERS, FAMILIES, KINDS, plain_class, tiny_codes, tiny_item_model
 
 HISTORIES = [["item-3", "item-7", "item-3"], [], ["item-1"]]
 
@@ -172,6 +173,16 @@ def test_codes_of_another_run_are_refused(own, tmp_path):
             ValueError, match=r"the model is of the codes \w{12} and these are \w{12}; were files mixed"
         ):
             generate(model, **inputs, bundle=str(tmp_path / "other"))
+
+
+def test_a_tokenizer_of_another_run_is_refused(tmp_path):
+    """Its item tokens stand elsewhere; where the table has padding, nothing else would tell."""
+    recommender = made_of(*tiny_item_model("llama", padding=40))
+    model = saved(recommender, tmp_path, "llama")
+    inputs = prompts(tmp_path, recommender, HISTORIES, "llama")
+    shifted(tmp_path, recommender)
+    with pytest.raises(ValueError, match=r"item tokens begin at id 21 and the tokenizer's at 22; were files mixed"):
+        generate(model, **inputs)
 
 
 def test_what_is_kept_between_calls_is_not_changed_by_them(tmp_path):

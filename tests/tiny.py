@@ -240,7 +240,7 @@ def tiny_item_model(
 def tiny_prompts(model: ItemTokenModel, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     """Prompts whose item texts are three words; every tenth item has none."""
     texts = [" ".join(WORDS[(row + step) % len(WORDS)] for step in range(3)) if row % 10 else "" for row in range(60)]
-    return Prompts(tokenizer, model.vocab, texts, answer_start=model.answer_start)
+    return Prompts.of(model, tokenizer, texts)
 
 
 def plain_class(family: str) -> type:

@@ -12,7 +12,7 @@ Decisions:
   a code), `items` (all item tokens), `vocab` (the whole vocabulary) or `children` (the codewords that may follow).
 - How the model's makers like it to write changes nothing: of its own configuration only tokens with a role are taken,
   and of the caller's arguments those that cannot change which items come out. Others are refused by name.
-- Codes and model must be of one run: their hashes are compared at each call.
+- Codes and model must be of one run: their hashes are compared at each call, and where the item tokens begin.
 - More beams than items are never asked for: `transformers` would fill the places up with paths of no item.
 """
 
@@ -67,8 +67,8 @@ def generate(
         of an item; with `return_dict_in_generate=True` also `sequences_scores`, log-probabilities of the items.
 
     Raises:
-        ValueError: if there are no item codes or other ones than the model's, another way of decoding is asked for, or
-            rows of a decoder-only model are padded on the right.
+        ValueError: if there are no item codes or other ones than the model's, the tokenizer is another one than the
+            model's, another way of decoding is asked for, or rows of a decoder-only model are padded on the right.
     """
     own = {name: given.pop(name) for name in _TAKEN if given.get(name) is not None}
     if wrong := sorted(
@@ -83,6 +83,7 @@ def generate(
     if bundle is None:
         bundle, revision = model.config._name_or_path, revision or getattr(model.config, "_commit_hash", None)
     settings, items = _read(str(bundle), revision, getattr(model.config, "item_codes_sha256", None))
+    _refuse_other_place(getattr(model.config, "item_tokens_first_id", None), items, str(bundle))
     returned = min(num_return_sequences, len(items))
     plain = GenerationConfig(
         do_sample=False,
@@ -114,6 +115,15 @@ def _check(model: Any, mask: Tensor | None, num_beams: int | None, num_return_se
         raise ValueError(
             "rows of a decoder-only model must be padded on the left, but `attention_mask` ends in 0; "
             'set `tokenizer.padding_side = "left"`'
+        )
+
+
+def _refuse_other_place(trained_from: int | None, items: "Items", bundle: str) -> None:
+    """Raise `ValueError` if a model's item rows belong to other token ids; one that does not say is taken."""
+    if trained_from not in (None, items.first_ids[0]):
+        raise ValueError(
+            f"{bundle}: the model and the tokenizer must belong together, but the model's item tokens begin at id "
+            f"{trained_from} and the tokenizer's at {items.first_ids[0]}; were files mixed from two runs?"
         )
 
 

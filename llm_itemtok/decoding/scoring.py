@@ -21,9 +21,10 @@ from torch import Tensor
 
 from llm_itemtok.decoding.beams import DecodeNormaliser
 from llm_itemtok.decoding.blocks import Blocks, cut, join
+from llm_itemtok.decoding.recursive import RecursiveDecoder
 from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.tree import TreeDecoder, TreeState
-from llm_itemtok.errors import DataError
+from llm_itemtok.errors import DataError, ItemTokError
 from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
 from llm_itemtok.vocab.trie import ItemTrie
 
@@ -110,6 +111,9 @@ class _Scoring:
     def fill(self, prompts: Sequence[np.ndarray], items: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> None:
         """Write the scores of each user's distinct items into `scores`; users that share an array share its tree."""
         decoder = decoder_for(self.model)
+        if isinstance(decoder, RecursiveDecoder):
+            self._fill_recursive(decoder, prompts, items, scores)
+            return
         if not isinstance(decoder, TreeDecoder):
             for prompt, rows, out in zip(prompts, items, scores, strict=True):
                 self._fill_alone(prompt, rows, out)
@@ -118,6 +122,23 @@ class _Scoring:
         for group in _groups([len(prompt) for prompt in prompts], asked, self.nodes_per_pass):
             state = decoder.encode([prompts[user] for user in group])
             self._fill_group(decoder, state, [items[user] for user in group], [scores[user] for user in group])
+
+    def _fill_recursive(
+        self,
+        decoder: RecursiveDecoder,
+        prompts: Sequence[np.ndarray],
+        items: Sequence[np.ndarray],
+        scores: Sequence[np.ndarray],
+    ) -> None:
+        """Score by a recursive network, which needs nothing of a history but its last state."""
+        if self.normaliser not in ("level", "children"):
+            raise ItemTokError(f"a recursive model is normalised over `level` or `children`, was: {self.normaliser}")
+        trie = self.trie if self.normaliser == "children" else None
+        asked = [user for user, rows in enumerate(items) if len(rows)]
+        for group in _groups([len(prompt) for prompt in prompts], asked, self.nodes_per_pass):
+            states = decoder.encode([prompts[user] for user in group]).last
+            for user, state in zip(group, states, strict=True):
+                scores[user][:] = decoder.score(state, items[user], trie).cpu().numpy()
 
     def _fill_group(
         self, decoder: TreeDecoder, state: TreeState, items: Sequence[np.ndarray], scores: Sequence[np.ndarray]

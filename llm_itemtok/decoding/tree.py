@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llm_itemtok.decoding.masks import attention_masks
+from llm_itemtok.decoding.padding import padded
 from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
 from llm_itemtok.model.rows import input_table
 
@@ -168,15 +169,6 @@ def copied(cache: DynamicCache, users: Tensor) -> DynamicCache:
     for number, (keys, values, *_) in enumerate(cache):
         copies.update(keys[users], values[users], number)
     return copies
-
-
-def padded(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Token ids int64 `[B, S]` of prompts, padded on the right, and their lengths int64 `[B]`."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    input_ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, : len(prompt)] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
-    return input_ids, lengths
 
 
 def takes_tree_masks(model: ItemTokenModel) -> bool:

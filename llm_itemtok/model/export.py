@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.nn import Embedding
+from torch.nn import Embedding, Linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from llm_itemtok.artifacts import write_bytes, write_json
 from llm_itemtok.errors import ArtifactError
@@ -280,6 +282,8 @@ def _with_lora(lm: PreTrainedModel, config: LoraConfig, weights: dict[str, Tenso
         absent = [name for name in found.missing_keys if ".lora_" in name]
         if absent or found.unexpected_keys:
             problem = f"{len(absent)} weights of its LoRA are missing, {len(found.unexpected_keys)} are of no layer"
+        elif bare := _without_lora(lm):
+            problem = f"{len(bare)} layers would go without LoRA, such as {bare[0]}"
     except (ValueError, RuntimeError) as error:  # no such layers, or layers of other sizes
         problem = f"PEFT says: {str(error).strip().splitlines()[-1].strip()}"
     if problem:
@@ -289,6 +293,17 @@ def _with_lora(lm: PreTrainedModel, config: LoraConfig, weights: dict[str, Tenso
         )
     assert isinstance(peft_model, PeftModel)
     return peft_model
+
+
+def _without_lora(lm: PreTrainedModel) -> list[str]:
+    """Linear layers without LoRA beside others of their name that have it.
+
+    PEFT saves the names of few layers in full, and then says nothing of a base model with more of them.
+    """
+    adapted = {name for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
+    linear = {name for name, module in lm.named_modules() if isinstance(module, Linear | Conv1D)}
+    kinds = {name.rsplit(".", 1)[-1] for name in adapted} - {"base_layer"}  # what LoRA itself wraps
+    return sorted(name for name in linear - adapted if name.rsplit(".", 1)[-1] in kinds)
 
 
 def _refuse_other_codes(trained_with: str | None, vocab: ItemVocab, folder: Path) -> None:

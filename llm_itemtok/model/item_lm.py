@@ -17,37 +17,49 @@ Normalisers of an item token at level `l`: `level` (softmax over the codewords o
 tokens), `vocab` (over the whole extended vocabulary, as plain `generate` has it). Text tokens always use `vocab`, and
 so do identifiers in words of the existing vocabulary, which have no item tokens and no rows.
 
-Shape letters: B rows, S positions, C context positions of an encoder, D model width, T item tokens.
+How items stand in what the model reads (`Reads`): as the tokens of their paths, `tokens`; as these, the last of which
+also says which item it is and carries an embedding of the item's own, `named`; or as one vector, `items`, by which a
+recursive network is guided (`model/recursive.py`). An id below 0 says which item it is: -1 - row.
+
+Shape letters: B rows, S positions, C context positions of an encoder, D model width, T item tokens, L levels, U items.
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_itemtok.errors import ItemTokError, UnsupportedModelError
+from llm_itemtok.errors import ItemTokError
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.model.rows import ItemRows, input_table, output_head
+from llm_itemtok.model import state
+from llm_itemtok.model.families import answer_start, refuse_unsupported
+from llm_itemtok.model.item_embeddings import ItemEmbeddings
+from llm_itemtok.model.recursive import Recursion
+from llm_itemtok.model.rows import ItemRows, embedding_scale, input_table, output_head
 from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.text_vocab import TextVocab
 
 Normaliser = Literal["level", "items", "vocab"]
+Reads = Literal["tokens", "named", "items"]
 
 CACHED_PIECE, PIECE = 2048, 16384
 """Words of the vocabulary whose logits are held at once where only the sum over all of them is wanted: on a processor
 as many as its caches hold, on an accelerator so many that their number does not matter."""
 
-DECODER_FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "granite",
-    "mixtral", "qwen3_moe", "gpt2", "gpt_neox", "opt", "bloom", "falcon",
-)  # fmt: skip
-ENCODER_DECODER_FAMILIES = ("t5", "mt5")
-SUPPORTED_FAMILIES = DECODER_FAMILIES + ENCODER_DECODER_FAMILIES
-"""Model types whose training, decoding and export are proven equal to plain `transformers` by the tests."""
+
+class Named(NamedTuple):
+    """Items that ids below 0 name, each once, and what stands for them."""
+
+    rows: Tensor
+    """int64 `[U]`, ascending."""
+    vectors: Tensor
+    """`[U, D]`, at the scale that embeddings have inside the body."""
+    logits: list[Tensor]
+    """Of the item side of a recursive network, for each level `[U, K]`; empty without one."""
 
 
 class ItemTokenModel(nn.Module):
@@ -60,7 +72,10 @@ class ItemTokenModel(nn.Module):
             place (`take_codes`), and so does a state dict of a model that holds its codes (`hold_codes`).
         normaliser: over what an item token's probability is normalised in training.
         label_smoothing: in `[0, 1)`, share of the target spread evenly over the normaliser's tokens.
+        own: embeddings of the items' own, which their last tokens carry; None for most models.
+        recursion: the network of a recursive model; None for one that reads and writes item tokens.
         mix: what an objective learns besides, such as the weights of its terms; None for most objectives.
+        beside: what else an objective makes of the states, with what it learns for it; None for most objectives.
         tree_masks: whether the body takes the masks of tree-shaped beams, by attention implementation and dtype, as far
             as it was tried (`decoding.tree.takes_tree_masks`).
     """
@@ -91,23 +106,27 @@ class ItemTokenModel(nn.Module):
         self.vocab = vocab
         self.normaliser: Normaliser = normaliser
         self.label_smoothing = label_smoothing
+        self.own: ItemEmbeddings | None = None
+        self.recursion: Recursion | None = None
         self.mix: nn.Module | None = None
+        self.beside: nn.Module | None = None
+        self._codes_there: tuple[ItemVocab, Tensor] | None = None
         self.tree_masks: dict[tuple[str, torch.dtype], bool] = {}
         self.input_dropout = nn.Dropout(input_dropout)
         self.output_dropout = nn.Dropout(output_dropout)
-        self.register_state_dict_post_hook(_keep_trainable)
-        self.register_load_state_dict_post_hook(_expect_trainable)
-        self.register_load_state_dict_post_hook(_follow_codes)
+        self.register_state_dict_post_hook(state.keep_trained)
+        self.register_load_state_dict_post_hook(state.expect_trained)
+        self.register_load_state_dict_post_hook(state.follow_codes)
 
     def hold_codes(self) -> None:
         """Let the item codes travel with the weights: in the state dict, so in checkpoints, and back out of it."""
-        self.register_buffer("item_codes", torch.from_numpy(self.vocab.codes.table.copy()).to(self.device))
+        self.register_buffer(state.CODES, torch.from_numpy(self.vocab.codes.table.copy()).to(self.device))
 
     def take_codes(self, codes: ItemCodes) -> None:
         """Let the item tokens spell other codes, of the same level sizes, from now on."""
         self.vocab = self.vocab.with_codes(codes)
-        if "item_codes" in self._buffers:
-            self.get_buffer("item_codes").copy_(torch.from_numpy(codes.table.copy()))
+        if state.CODES in self._buffers:
+            self.get_buffer(state.CODES).copy_(torch.from_numpy(codes.table.copy()))
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +139,13 @@ class ItemTokenModel(nn.Module):
         return self.lm.config
 
     @property
+    def reads(self) -> Reads:
+        """How items stand in what the model reads; see the module."""
+        if self.recursion is not None:
+            return "items"
+        return "tokens" if self.own is None else "named"
+
+    @property
     def answer_start(self) -> int | None:
         """Token id that the decoder of an encoder–decoder begins with; None for a decoder-only model."""
         return answer_start(self.lm)
@@ -128,34 +154,70 @@ class ItemTokenModel(nn.Module):
         """Trade time for memory in the body; called by `transformers.Trainer`."""
         self.lm.activation_checkpointing_enable(**settings)
 
-    def read(self, context_ids: Tensor, context_seen: Tensor) -> Tensor:
+    def codebooks(self) -> list[Tensor]:
+        """Rows of the item tokens that states are multiplied with, level by level `[K, D]`."""
+        return list(self.rows.head().split(list(self.vocab.codes.sizes)))
+
+    def codes_of(self, items: Tensor) -> Tensor:
+        """Codes int64 `[n, L]` of items, int64 `[n]`, on their device."""
+        if self._codes_there is None or self._codes_there[0] is not self.vocab:
+            self._codes_there = (self.vocab, torch.from_numpy(self.vocab.codes.table.astype("int64")).to(items.device))
+        return self._codes_there[1][items]
+
+    def named(self, *ids: Tensor | None) -> Named | None:
+        """What stands for the items that ids below 0 name; None for a model to which no id names one."""
+        if self.reads == "tokens":
+            return None
+        rows = torch.cat([-1 - part[part < 0] for part in ids if part is not None]).unique()
+        codes = self.codes_of(rows)
+        logits: list[Tensor] = []
+        if self.recursion is not None:
+            vectors, logits = self.recursion.item_side(rows, codes, self.codebooks())
+        else:
+            assert self.own is not None
+            vectors = self.rows.input_rows[codes[:, -1] + self.vocab.level_starts[-1]] + self.own(rows)
+        return Named(rows, vectors * embedding_scale(input_table(self.lm)).to(vectors.device), logits)
+
+    def _embed(self, ids: Tensor, named: Named | None) -> Tensor:
+        """Input embeddings `[..., D]` of token ids and of named items, which may have been looked up before."""
+        if self.reads == "tokens":
+            return self.rows.embed(ids, input_table(self.lm))
+        found = self.named(ids) if named is None else named
+        assert found is not None
+        embeds = self.rows.embed(ids.clamp(min=0), input_table(self.lm))
+        places = torch.searchsorted(found.rows, -1 - ids[ids < 0])
+        return embeds.masked_scatter((ids < 0).unsqueeze(-1), found.vectors[places].to(embeds.dtype))
+
+    def read(self, context_ids: Tensor, context_seen: Tensor, named: Named | None = None) -> Tensor:
         """Run the encoder of an encoder–decoder.
 
         Args:
             context_ids: int64 `[B, C]`.
             context_seen: int64 `[B, C]`, 0 where there is padding, else 1.
+            named: what `named` found for these ids, where it was asked before.
 
         Returns:
             States `[B, C, D]`, for the body as `encoder_hidden_states`, beside the mask.
         """
-        embeds = self.rows.embed(context_ids, input_table(self.lm))
+        embeds = self._embed(context_ids, named)
         states: Tensor = self.lm.get_encoder()(
             inputs_embeds=self.input_dropout(embeds), attention_mask=context_seen
         ).last_hidden_state
         return states
 
-    def hidden(self, input_ids: Tensor, **body_arguments: Any) -> Any:
+    def hidden(self, input_ids: Tensor, named: Named | None = None, **body_arguments: Any) -> Any:
         """Run the body: of an encoder–decoder, its decoder.
 
         Args:
             input_ids: int64 `[B, S]`.
+            named: what `named` found for these ids, where it was asked before.
             body_arguments: passed to the body, such as `attention_mask`, `position_ids`, `past_key_values`; to a
                 decoder that follows an encoder also `encoder_hidden_states` and `encoder_attention_mask`.
 
         Returns:
             The body's output; its `last_hidden_state` is `[B, S, D]`, after the final norm, as the head takes it.
         """
-        embeds = self.rows.embed(input_ids, input_table(self.lm))
+        embeds = self._embed(input_ids, named)
         if self.answer_start is None:
             return self.lm.base_model(inputs_embeds=self.input_dropout(embeds), **body_arguments)
         assert "encoder_hidden_states" in body_arguments  # without them a decoder passes its cross-attention over
@@ -264,13 +326,16 @@ class ItemTokenModel(nn.Module):
         blank_ids: Tensor | None = None,
         blank_places: Tensor | None = None,
         blank_context: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Negative log-likelihood of every target token.
 
         Args:
             input_ids: int64 `[B, S]`, right-padded.
-            labels: int64 `[B, S]`, the token id that follows each position; read only where `levels >= 0`.
-            levels: int64 `[B, S]`: the level of the label, `num_levels` for a text token, -1 where there is no target.
+            labels: int64 `[B, S]`, the token id that follows each position; read only where `levels >= 0`. Of a
+                recursive model `[B, S * L]`: each position has room for all tokens of an item.
+            levels: int64, beside `labels`: the level of the label, `num_levels` for a text token, -1 where there is no
+                target.
             context_ids: int64 `[B, C]`, what an encoder reads; None for a decoder-only model.
             context_seen: int64 `[B, C]`, 0 where there is padding, else 1.
             blank_ids: int64 `[U, P]`, right-padded rows of items that have no history before them; None where the
@@ -278,36 +343,62 @@ class ItemTokenModel(nn.Module):
             blank_places: int64 `[B, S]`: which position of `blank_ids`, counted row by row, predicts the same token
                 without the history, -1 where none does.
             blank_context: int64 `[1, C']`, what an encoder reads where there is no history.
+            beside: what the module `beside` takes, besides states `[B, S, D]`, those of the encoder (or None) and
+                `context_seen` (or None).
 
         Returns:
-            float32 `[B, S]` in nats; 0 where there is no target. With `blank_ids` `[2, B, S]`, the second by the effect
-            of the history: the softmax of the logits with it less those without. With a `mix`, what it computes as
-            well: here and not beside, so that a distributed wrapper knows that its parameters are used.
+            float32, beside `labels`, in nats; 0 where there is no target. With `blank_ids` `[2, B, S]`, the second by
+            the effect of the history: the softmax of the logits with it less those without. Where a part of the model
+            has more to tell, that as well, by name: here and not beside, so that a distributed wrapper knows that its
+            parameters are used. `mix` is what that module computes; `alignment`, float32 `[B, S]` (`[B, C]` of an
+            encoder), the mean over the levels of how unlikely the item side of a recursive network finds the code of
+            the item that is read there.
         """
-        hidden = self._states(input_ids, context_ids, context_seen)
+        named = self.named(input_ids, context_ids)
+        hidden, context = self._states(input_ids, context_ids, context_seen, named)
         nll = self._nll(hidden, labels, levels)
         if blank_ids is not None and blank_places is not None:
             if blank_context is not None:
                 blank_context = blank_context.expand(len(blank_ids), -1)
             seen = None if blank_context is None else torch.ones_like(blank_context)
-            blank = self._states(blank_ids, blank_context, seen).flatten(0, 1)[blank_places.clamp(min=0)]
+            blank = self._states(blank_ids, blank_context, seen)[0].flatten(0, 1)[blank_places.clamp(min=0)]
             levels = levels.masked_fill(blank_places < 0, -1)
             nll = torch.stack([nll, self._nll(hidden, labels, levels, blank)])
-        return nll if self.mix is None else (nll, self.mix())
+        told: dict[str, Tensor] = {}
+        if self.mix is not None:
+            told["mix"] = self.mix()
+        if self.recursion is not None and self.recursion.aligns and named is not None:
+            told["alignment"] = self._alignment(named, input_ids if context_ids is None else context_ids)
+        if self.beside is not None and beside is not None:
+            told |= self.beside(hidden, context, context_seen, **beside)
+        return (nll, told) if told else nll
 
-    def _states(self, input_ids: Tensor, context_ids: Tensor | None, context_seen: Tensor | None) -> Tensor:
-        """Final states `[B, S, D]` while training, after the encoder has read what it is given."""
+    def _states(
+        self, input_ids: Tensor, context_ids: Tensor | None, context_seen: Tensor | None, named: Named | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Final states `[B, S, D]` while training, and before them those of an encoder `[B, C, D]`, if there is one."""
         context: dict[str, Tensor] = {}
         if context_ids is not None and context_seen is not None:
             context = {
-                "encoder_hidden_states": self.read(context_ids, context_seen),
+                "encoder_hidden_states": self.read(context_ids, context_seen, named),
                 "encoder_attention_mask": context_seen,
             }
-        states: Tensor = self.output_dropout(self.hidden(input_ids, use_cache=False, **context).last_hidden_state)
-        return states
+        states: Tensor = self.hidden(input_ids, named, use_cache=False, **context).last_hidden_state
+        return self.output_dropout(states), context.get("encoder_hidden_states")
+
+    def _alignment(self, named: Named, ids: Tensor) -> Tensor:
+        """NLL of the codes of named items `[B, S]`; 0 elsewhere, and for an item without embedding to go by."""
+        assert self.recursion is not None
+        codes = self.codes_of(named.rows)
+        each = [F.cross_entropy(part.float(), codes[:, at], reduction="none") for at, part in enumerate(named.logits)]
+        mean = torch.stack(each).mean(0) * self.recursion.items.has(named.rows)
+        places = torch.searchsorted(named.rows, -1 - ids[ids < 0])
+        return mean.new_zeros(ids.shape).masked_scatter(ids < 0, mean[places])
 
     def _nll(self, hidden: Tensor, labels: Tensor, levels: Tensor, blank: Tensor | None = None) -> Tensor:
         """NLL `[B, S]` by states `[B, S, D]`; with others, `blank`, by the difference of their logits."""
+        if self.recursion is not None:
+            return self._recursive_nll(self.recursion, hidden, labels, levels)
         nll = hidden.new_zeros(labels.shape, dtype=torch.float32)
         groups = range(self.vocab.num_levels + 1)
         if self.normaliser == "vocab":  # the same words for all: the table, most of the work, is then read once
@@ -318,6 +409,28 @@ class ItemTokenModel(nn.Module):
                 without = None if blank is None else blank[where]
                 nll[where] = self._level_nll(hidden[where], labels[where], level, without)
         return nll
+
+    def _recursive_nll(self, recursion: Recursion, hidden: Tensor, labels: Tensor, levels: Tensor) -> Tensor:
+        """NLL `[B, S * L]` of items' tokens by the recursive network, and of text tokens as everywhere."""
+        shape = (*hidden.shape[:2], self.vocab.num_levels)
+        nll = hidden.new_zeros(shape, dtype=torch.float32)
+        labels, levels = labels.view(shape), levels.view(shape)
+        where = levels[..., 0] == 0
+        starts = torch.tensor(self.vocab.level_starts, device=labels.device) + self.vocab.first_id
+        codes = labels[where] - starts
+        logits = recursion.user_side(hidden[where].float(), codes, self.codebooks())
+        smoothing = self.label_smoothing
+        nll[where] = torch.stack(
+            [
+                F.cross_entropy(part.float(), codes[:, at], reduction="none", label_smoothing=smoothing)
+                for at, part in enumerate(logits)
+            ],
+            dim=1,
+        )
+        where = levels[..., 0] == self.vocab.num_levels
+        if where.any():
+            nll[..., 0][where] = self._level_nll(hidden[where], labels[..., 0][where], self.vocab.num_levels)
+        return nll.flatten(1)
 
     def _level_nll(self, hidden: Tensor, labels: Tensor, level: int, blank: Tensor | None = None) -> Tensor:
         """NLL `[n]` of labels that all belong to one level (or to the text)."""
@@ -333,64 +446,3 @@ class ItemTokenModel(nn.Module):
         if self.normaliser == "items":
             return self.item_logits(hidden), self.rows.first_id
         return self.item_logits(hidden, level), self.rows.first_id + self.vocab.level_starts[level]
-
-
-def refuse_unsupported(lm: PreTrainedModel) -> None:
-    """Raise `UnsupportedModelError` for models whose results the tests do not vouch for."""
-    config = lm.config
-    if config.model_type not in SUPPORTED_FAMILIES:
-        raise UnsupportedModelError(
-            f"the base model must be one of the tested families {', '.join(SUPPORTED_FAMILIES)}, "
-            f"was: {config.model_type}; choose another `model.name`"
-        )
-    head = lm.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise UnsupportedModelError(
-            f"the output head must have no bias, but that of {type(lm).__name__} has one; choose another `model.name`"
-        )
-
-
-def answer_start(lm: PreTrainedModel) -> int | None:
-    """Token id that the decoder of an encoder–decoder begins with; None for a decoder-only model."""
-    if not lm.config.is_encoder_decoder:
-        return None
-    start = lm.config.decoder_start_token_id
-    return int(lm.config.pad_token_id if start is None else start)
-
-
-def of_encoder(name: str) -> bool:
-    """Whether a module or parameter of an encoder–decoder works on what the encoder reads, by its dotted name.
-
-    Beside the encoder that is what makes keys and values of its states, in the decoder's cross-attention.
-    """
-    parts = name.split(".")
-    return "encoder" in parts or ("EncDecAttention" in parts and not {"k", "v"}.isdisjoint(parts))
-
-
-def _trainable(module: nn.Module) -> set[str]:
-    """Names of what training changes, once each: no frozen table, no tied copy."""
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def _keep_trainable(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
-    """Leave what training does not change out of checkpoints; codes that are held are in."""
-    kept = {prefix + name for name in (*_trainable(module), "item_codes")}
-    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
-        del state[name]
-
-
-def _expect_trainable(module: nn.Module, incompatible: Any) -> None:
-    """Do not call missing what a checkpoint leaves out on purpose."""
-    expected = _trainable(module) | ({"item_codes"} & set(module._buffers))
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name in expected]
-
-
-def _follow_codes(module: nn.Module, _incompatible: Any) -> None:
-    """Let the vocabulary of a model that holds its codes be the one that was loaded."""
-    assert isinstance(module, ItemTokenModel)
-    if "item_codes" not in module._buffers:
-        return
-    before, table = module.vocab.codes, module.get_buffer("item_codes").cpu().numpy()
-    if not np.array_equal(table, before.table):
-        codes = ItemCodes(table, before.sizes, names=before.names, provenance=before.provenance)
-        module.vocab = module.vocab.with_codes(codes)

@@ -26,7 +26,8 @@ from transformers import (
 
 from llm_itemtok.errors import ItemTokError, UnsupportedModelError
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, ItemTokenModel, Normaliser, refuse_unsupported
+from llm_itemtok.model.families import SUPPORTED_FAMILIES, refuse_unsupported
+from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
 from llm_itemtok.model.rows import ItemRows, input_table, output_head
 from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.text_vocab import extended
@@ -200,6 +201,7 @@ def with_item_tokens(
     label_smoothing: float = 0.0,
     input_dropout: float = 0.0,
     output_dropout: float = 0.0,
+    one_table: bool = False,
 ) -> ItemTokenModel:
     """Extend tokenizer and model by the item tokens of a code table, if its codewords need any.
 
@@ -212,13 +214,14 @@ def with_item_tokens(
         label_smoothing: in `[0, 1)`.
         input_dropout: share of each input embedding dropped while training.
         output_dropout: share of each final state dropped while training.
+        one_table: read and write item tokens by the same rows, whatever the base does with its own.
     """
     vocab = extended(tokenizer, codes)
     rows = ItemRows(
         # Float32 whatever the base has: small updates of few rows would be rounded away in bfloat16.
         initial_rows(vocab, input_table(lm).weight.detach()).float(),
         first_id=vocab.first_id,
-        tied=bool(lm.config.tie_word_embeddings),
+        tied=one_table or bool(lm.config.tie_word_embeddings),
     )
     return ItemTokenModel(
         lm,

@@ -6,6 +6,9 @@ history is the item tokens of its items, one path after the other, so an empty h
 for the model's unconditional answer. Items are given by their rows; token ids are looked up when a prompt is built, so
 prompts always follow the current codes. Identifiers of existing words stand there with their end token, which tells
 where the next one begins.
+
+What a model reads of an item may be other than what it writes (`Reads`): one that knows items beyond their tokens reads
+an id below 0, -1 - row, in place of the last token, or of all of them.
 """
 
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llm_itemtok.errors import ItemTokError
+from llm_itemtok.model.item_lm import ItemTokenModel, Reads
 from llm_itemtok.model.load import start_id
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
@@ -33,6 +37,7 @@ class Prompts:
             encoder.
         end: id that ends a text, or None if the tokenizer has no EOS.
         encoded: whether an encoder reads the prompts.
+        reads: how items stand in what the model reads.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Prompts:
         texts: Sequence[str] = (),
         *,
         answer_start: int | None = None,
+        reads: Reads = "tokens",
     ) -> None:
         """Prepare for a vocabulary.
 
@@ -50,6 +56,7 @@ class Prompts:
             vocab: the current item tokens.
             texts: one per item row, for text tasks only.
             answer_start: `ItemTokenModel.answer_start`: None for a decoder-only model.
+            reads: `ItemTokenModel.reads`.
 
         Raises:
             ItemTokError: if the tokenizer lacks the token that a prompt begins or ends with.
@@ -59,15 +66,39 @@ class Prompts:
         if self.encoded and self.end is None:
             raise ItemTokError("the tokenizer must have an EOS token to end a prompt with, but it has none")
         self.start = start_id(tokenizer) if answer_start is None else answer_start
+        self.reads = reads
         self._paths = vocab.paths.numpy()
         self._lengths = vocab.lengths
         self._title_words = encode_text(tokenizer, [TITLE])[0] if texts else []
         self._item_words = encode_text(tokenizer, [ITEM])[0] if texts else []
         self._texts = encode_text(tokenizer, texts)
 
+    @classmethod
+    def of(
+        cls,
+        model: ItemTokenModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str] = (),
+        *,
+        vocab: ItemVocab | None = None,
+    ) -> "Prompts":
+        """Prepare for a model as it is; in the spelling of another vocabulary, if one is given."""
+        return cls(tokenizer, vocab or model.vocab, texts, answer_start=model.answer_start, reads=model.reads)
+
     def history(self, items: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Token ids int64 of a history of item rows: `paths`, begun or ended as the model takes it."""
-        return self._prompt(self.paths(items))
+        """Ids int64 of a history of item rows: `read`, begun or ended as the model takes it."""
+        return self._prompt(self.read(items))
+
+    def read(self, items: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Ids int64 of item rows as the model reads them, one item after the other."""
+        if self.reads == "tokens":
+            return self.paths(items)
+        rows = np.asarray(items, dtype=np.int64)
+        if self.reads == "items":
+            return -1 - rows
+        paths: np.ndarray = self._paths[rows]
+        paths[:, -1] = -1 - rows
+        return paths.reshape(-1)
 
     def paths(self, items: np.ndarray | Sequence[int]) -> np.ndarray:
         """Token ids int64 of item rows, one path after the other: `num_levels` an item, or fewer where it ends."""
@@ -95,7 +126,7 @@ class Prompts:
     def item_to_title(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """The item's path first, then its text and the end token: prompt and targets, as `title_to_item`."""
         target = np.array([*self._texts[item], *([] if self.end is None else [self.end])], dtype=np.int64)
-        return self._prompt([*self._item_words, *self.paths([item]), *self._title_words]), target
+        return self._prompt([*self._item_words, *self.read([item]), *self._title_words]), target
 
     def _prompt(self, words: np.ndarray | Sequence[int]) -> np.ndarray:
         """Begin or end a prompt."""

@@ -24,7 +24,7 @@ from llm_itemtok.errors import CollisionError, DataError, ItemTokError, Unsuppor
 from llm_itemtok.items import collisions, vectors
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.files import MOST_LEVELS, read_codes
-from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, of_encoder, refuse_unsupported
+from llm_itemtok.model.families import SUPPORTED_FAMILIES, of_encoder, refuse_unsupported
 from llm_itemtok.model.load import auto_class, refuse_four_bits
 from llm_itemtok.model.rows import input_table
 from llm_itemtok.model.scratch import train_tokenizer

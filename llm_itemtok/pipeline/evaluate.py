@@ -52,7 +52,7 @@ def rank(recommender: Recommender, cases: Cases, *, batch_size: int, log: Log, w
     return rank_cases(
         recommender.model,
         ItemTrie(recommender.model.vocab.codes),
-        Prompts(recommender.tokenizer, recommender.model.vocab, answer_start=recommender.model.answer_start),
+        Prompts.of(recommender.model, recommender.tokenizer),
         cases,
         beam=generation.beam,
         history_length=generation.history_length,

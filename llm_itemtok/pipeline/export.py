@@ -90,7 +90,7 @@ def _refuse_model(recommender: Recommender, format: Format) -> None:
 
 
 def _prompts(recommender: Recommender) -> Prompts:
-    return Prompts(recommender.tokenizer, recommender.model.vocab, answer_start=recommender.model.answer_start)
+    return Prompts.of(recommender.model, recommender.tokenizer)
 
 
 def _serving(recommender: Recommender) -> dict[str, Any]:

@@ -37,11 +37,13 @@ from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.pipeline.objective import make_aim, token_figures
 from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, item_vectors, read_vocab
+from llm_itemtok.pipeline.scoring import give_items
 from llm_itemtok.pipeline.stages import environment
 from llm_itemtok.pipeline.updates import keep_versions_until, make_updates, newest_version
 from llm_itemtok.pipeline.validation import Validation, decode_normaliser
 from llm_itemtok.pipeline.vectors import needs_vectors
 from llm_itemtok.recommender import Recommender
+from llm_itemtok.settings import RecursiveScoring
 from llm_itemtok.training import examples
 from llm_itemtok.training.arguments import build_arguments
 from llm_itemtok.training.callbacks import MetricsLog, Progress, StopOnSignal
@@ -90,7 +92,9 @@ def make_model(
         label_smoothing=config.objective.label_smoothing,
         input_dropout=config.model.input_dropout,
         output_dropout=config.model.output_dropout,
+        one_table=isinstance(config.scoring, RecursiveScoring),
     )
+    give_items(config, data, model, lambda: item_vectors(config, data, folder, log))
     return model, tokenizer, peft_model
 
 
@@ -112,12 +116,13 @@ def refuse_model(config: RunConfig, lm: PreTrainedModel, levels: int) -> None:
     """Raise `RecipeError` if the model cannot take the recipe's examples: their kind, or their length."""
     if lm.config.is_encoder_decoder and config.examples.kind == "all-positions":
         raise RecipeError(f"{ALL_POSITIONS_REASON}; `model.name: {config.model.name}` is an encoder–decoder")
-    needed = 1 + (config.examples.history_length + 1) * levels
+    each = 1 if isinstance(config.scoring, RecursiveScoring) else levels
+    needed = 1 + (config.examples.history_length + 1) * each
     positions = most_positions(lm.config)
     if positions is not None and needed > positions:
         raise RecipeError(
-            f"`examples.history_length: {config.examples.history_length}` needs {needed:,} positions at {levels} "
-            f"tokens an item, but the model has {positions:,}; shorten the histories or choose another model"
+            f"`examples.history_length: {config.examples.history_length}` needs {needed:,} positions at {each} "
+            f"an item, but the model has {positions:,}; shorten the histories or choose another model"
         )
 
 
@@ -280,7 +285,7 @@ def _trainer(
     texts = data.catalog.titles if set(tasks) - {"next-item"} else ()
     binding = None if config.update.kind == "fixed" else LateBinding(model)
     vocab = model.vocab if binding is None else binding.placeholders()
-    prompts = Prompts(tokenizer, vocab, texts, answer_start=model.answer_start)
+    prompts = Prompts.of(model, tokenizer, texts, vocab=vocab)
     vectors = partial(item_vectors, config, data, folder, log)
     validate = Validation(config, model, tokenizer, data.split.validation)
     updates = None

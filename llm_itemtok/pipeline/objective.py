@@ -16,11 +16,13 @@ from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.pipeline.vectors import weighs_by_vectors
+from llm_itemtok.settings import RecursiveScoring
 from llm_itemtok.training import token_weights
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import TASKS
 from llm_itemtok.training.next_token import NextToken
 from llm_itemtok.training.objective import Objective
+from llm_itemtok.training.recursive import Aligned
 from llm_itemtok.training.token_weighting import FollowSteps, Target, TokenWeighted, WithTargetItems, figures
 
 
@@ -59,8 +61,13 @@ def make_aim(
     """
     chosen = config.objective
     tasks = [str(task) for task, weight in config.examples.tasks.items() if weight > 0]
+    weight = config.scoring.alignment if isinstance(config.scoring, RecursiveScoring) else 0.0
+
+    def aligned(objective: Objective) -> Objective:
+        return Aligned(objective, weight) if weight else objective
+
     if isinstance(chosen, settings.NextTokenObjective):
-        return Aim(NextToken(tasks), collator)
+        return Aim(aligned(NextToken(tasks)), collator)
     counts = target_counts(table, model.vocab.codes.num_items)
     matrix = vectors() if weighs_by_vectors(config) else None
     objective = TokenWeighted(
@@ -73,11 +80,13 @@ def make_aim(
         answer_start=model.answer_start,
     )
     model.mix = objective.mix
-    return Aim(objective, WithTargetItems(collator), (FollowSteps(objective),))
+    return Aim(aligned(objective), WithTargetItems(collator), (FollowSteps(objective),))
 
 
 def token_figures(objective: Objective, table: ExampleTable) -> dict[str, Any]:
     """What the report shows of token weights as they are now; empty where all tokens weigh the same."""
+    if isinstance(objective, Aligned):
+        objective = objective.objective
     if not isinstance(objective, TokenWeighted):
         return {}
     return {"targets": figures(objective, target_counts(table, objective.tables().shape[1]))}

@@ -54,7 +54,7 @@ class Validation:
         if self._model.vocab is not self._vocab:
             self._vocab = self._model.vocab
             self._trie = ItemTrie(self._vocab.codes)
-            self._prompts = Prompts(self._tokenizer, self._vocab, answer_start=self._model.answer_start)
+            self._prompts = Prompts.of(self._model, self._tokenizer)
         ranking = rank_cases(
             self._model,
             self._trie,

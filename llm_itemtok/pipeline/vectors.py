@@ -31,7 +31,7 @@ MOVING = ("sinkhorn", "reassign", "matching")
 
 def needs_vectors(config: RunConfig) -> bool:
     """Tell whether a run cannot do without item vectors."""
-    if weighs_by_vectors(config) or improves_by_vectors(config):
+    if weighs_by_vectors(config) or improves_by_vectors(config) or guided_by_vectors(config):
         return True
     if isinstance(config.tokenizer, settings.TextTokenizer):
         return False
@@ -56,6 +56,12 @@ def improves_by_vectors(config: RunConfig) -> bool:
     if not isinstance(chosen, SelfImproveUpdate) or chosen.source not in ("embeddings", "both"):
         return False
     return chosen.vectors_weight > 0
+
+
+def guided_by_vectors(config: RunConfig) -> bool:
+    """Tell whether the model reads item vectors."""
+    chosen = config.scoring
+    return isinstance(chosen, settings.RecursiveScoring) and chosen.guidance in ("vectors", "both")
 
 
 def text_sources(config: RunConfig) -> list[str]:

@@ -18,7 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import ExportableState
 
-from llm_itemtok.model.item_lm import ItemTokenModel, of_encoder
+from llm_itemtok.model.families import of_encoder
+from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.rows import output_head
 
 

@@ -59,6 +59,7 @@ def predicting_states(
         batch = collate([dict(zip(columns, example, strict=True)) for example in zip(*columns.values(), strict=True)])
         first = batch["levels"] == 0
         items = binding.items(batch["labels"])[first]
+        first = first.unflatten(1, (batch["input_ids"].shape[1], -1))[..., 0]  # a position may have several labels
         states = _states(model, {name: value.to(model.device) for name, value in binding(batch).items()})
         units = torch.nn.functional.normalize(states[first.to(states.device)].float(), dim=-1)
         sums.index_add_(0, items, (units.cpu().double() * _UNIT).round().long())
@@ -69,7 +70,7 @@ def predicting_states(
 
 def _states(model: ItemTokenModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Final states `[B, S, D]`."""
-    context = {}
+    context: dict[str, Any] = {}
     if "context_ids" in batch:
         seen = batch["context_seen"]
         context = {"encoder_hidden_states": model.read(batch["context_ids"], seen), "encoder_attention_mask": seen}

@@ -41,6 +41,7 @@ class NextToken:
         self, model: nn.Module, batch: Mapping[str, Tensor], totals: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Weighted negative log-likelihood in nats, one term per task."""
-        nll = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+        found = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+        nll = found[0] if isinstance(found, tuple) else found
         by_row = (nll * batch["loss_weights"]).sum(1) / totals["weight"]
         return {task: by_row[batch["tasks"] == TASKS.index(task)].sum() for task in self.tasks}

@@ -156,9 +156,9 @@ class TokenWeighted:
         asks_effect = any(target.effect for target in self.targets)
         blank = self._without_history(batch) if asks_effect else {}
         found = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch}, **blank)
-        nll, log_weights = found if isinstance(found, tuple) else (found, None)
+        nll, told = found if isinstance(found, tuple) else (found, {})
         nll, by_effect = nll if blank else (nll, None)
-        shares = self.shares(log_weights)
+        shares = self.shares(told.get("mix"))
         terms: dict[str, Tensor] = {}
         for target, weights, share in zip(self.targets, self._weights(batch), shares, strict=True):
             loss = nll if by_effect is None or not target.effect else nll + target.effect * by_effect

@@ -160,13 +160,20 @@ def test_an_adapter_of_another_base_model_is_refused(changes, message, tmp_path)
         export.from_adapter(lm, vocab, tmp_path)
 
 
-def test_an_adapter_of_a_base_model_with_fewer_layers_is_refused(tmp_path):
-    """PEFT would say nothing, and leave the further layers as they are."""
-    lm, peft_model = add_lora(tiny_lm("llama", padding=7, num_hidden_layers=3), **LORA)
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (2, r"7 layers would go without LoRA, such as model.layers.2.mlp.down_proj"),
+        (3, r"14 weights of its LoRA are missing, 0 are of no layer"),
+    ],
+)
+def test_an_adapter_of_a_base_model_with_fewer_layers_is_refused(layers, message, tmp_path):
+    """PEFT would say nothing, and leave the further layers as they are; of few layers it saves the names in full."""
+    lm, peft_model = add_lora(tiny_lm("llama", padding=7, num_hidden_layers=layers), **LORA)
     model = with_item_tokens(lm, tiny_tokenizer(), tiny_codes(), lambda vocab, table: init.normal(vocab, table, seed=0))
     export.save_adapter(model, peft_model, tmp_path, base="somewhere", revision=None)
-    with pytest.raises(ArtifactError, match=r"14 weights of its LoRA are missing, 0 are of no layer"):
-        export.from_adapter(tiny_lm("llama", padding=7, num_hidden_layers=4), model.vocab, tmp_path)
+    with pytest.raises(ArtifactError, match=message):
+        export.from_adapter(tiny_lm("llama", padding=7, num_hidden_layers=layers + 1), model.vocab, tmp_path)
 
 
 def test_an_adapter_beside_other_codes_is_refused(tmp_path):

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, StableLmC
 from llm_itemtok.errors import UnsupportedModelError
 from llm_itemtok.model import item_lm
 from llm_itemtok.model.export import fold_rows
-from llm_itemtok.model.item_lm import SUPPORTED_FAMILIES, ItemTokenModel, of_encoder, refuse_unsupported
+from llm_itemtok.model.families import SUPPORTED_FAMILIES, of_encoder, refuse_unsupported
+from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.load import add_lora
 from llm_itemtok.model.rows import input_table
 from llm_itemtok.training.collator import Collator

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from llm_itemtok.errors import ItemTokError
 from llm_itemtok.model import scratch
-from llm_itemtok.model.item_lm import refuse_unsupported
+from llm_itemtok.model.families import refuse_unsupported
 from tests.tiny import plain_class
 
 SIZES = {"layers": 2, "width": 16, "heads": 2, "dropout": 0.0}

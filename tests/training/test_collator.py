@@ -39,7 +39,7 @@ def test_a_history_with_every_item_a_target():
 
 def test_a_history_with_its_last_item_a_target():
     batch = collator()([example(0, [2, 1, 0], first=2, weight=0.5)])
-    assert batch["labels"].tolist() == [[A + 2, B + 1, A + 1, B, A, B + 1]]
+    assert batch["labels"].tolist() == [[0, 0, 0, 0, A, B + 1]]
     assert batch["levels"].tolist() == [[-1, -1, -1, -1, 0, 1]]
     assert batch["loss_weights"].tolist() == [[0, 0, 0, 0, 0.5, 0.5]]
 
@@ -47,7 +47,7 @@ def test_a_history_with_its_last_item_a_target():
 def test_title_to_item():
     batch = collator()([example(1, [2], weight=2.0)])
     assert batch["input_ids"].tolist() == [[START, UNK, UNK, OLD, UNK, UNK, A + 2]]
-    assert batch["labels"].tolist() == [[UNK, UNK, OLD, UNK, UNK, A + 2, B + 1]]
+    assert batch["labels"].tolist() == [[0, 0, 0, 0, 0, A + 2, B + 1]]
     assert batch["levels"].tolist() == [[-1, -1, -1, -1, -1, 0, 1]]
     assert batch["loss_weights"].tolist() == [[0, 0, 0, 0, 0, 2, 2]]
 
@@ -55,7 +55,7 @@ def test_title_to_item():
 def test_item_to_title():
     batch = collator()([example(2, [0])])
     assert batch["input_ids"].tolist() == [[START, UNK, UNK, A, B + 1, UNK, UNK, RED, LAMP]]
-    assert batch["labels"].tolist() == [[UNK, UNK, A, B + 1, UNK, UNK, RED, LAMP, END]]
+    assert batch["labels"].tolist() == [[0, 0, 0, 0, 0, 0, RED, LAMP, END]]
     assert batch["levels"].tolist() == [[-1, -1, -1, -1, -1, -1, 2, 2, 2]]
     assert batch["loss_weights"].tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 1]]
 
@@ -146,9 +146,9 @@ def test_identifiers_of_unlike_lengths_stand_one_after_the_other_without_gaps():
     collate = Collator(Prompts(tokenizer, vocab, ["red lamp", "old"]), vocab.num_levels)
     batch = collate([example(0, [0, 1, 0], first=1), example(2, [1])])
     assert batch["input_ids"][0].tolist() == [START, RED, LAMP, END, OLD, END, RED, LAMP]
-    assert batch["labels"][0].tolist() == [RED, LAMP, END, OLD, END, RED, LAMP, END]
+    assert batch["labels"][0].tolist() == [0, 0, 0, OLD, END, RED, LAMP, END]
     assert batch["levels"][0].tolist() == [-1, -1, -1, 0, 1, 0, 1, 2]
-    assert batch["labels"][1, :7].tolist() == [UNK, UNK, OLD, END, UNK, UNK, OLD]
+    assert batch["labels"][1, :7].tolist() == [0, 0, 0, 0, 0, 0, OLD]
     batch = Collator(Prompts(tokenizer, vocab, answer_start=UNK), 3)([example(0, [0, 1], first=1)])
     assert batch["context_ids"].tolist() == [[RED, LAMP, END, END]]
     assert (batch["input_ids"].tolist(), batch["labels"].tolist()) == ([[UNK, OLD]], [[OLD, END]])

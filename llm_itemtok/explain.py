@@ -1,0 +1,78 @@
+"""What each setting of a recipe means, read off the classes that hold them: `itemtok explain`."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import textwrap
+from collections.abc import Sequence
+
+from llm_itemtok import strict
+from llm_itemtok.config import RunConfig, as_plain
+
+
+def explain(dotted: str = "") -> str:
+    """Say what a setting means, what it takes and what it is by default; for a section, its settings.
+
+    Args:
+        dotted: such as `tokenizer.levels`; empty for the whole recipe.
+
+    Raises:
+        RecipeError: if there is no such setting, with the nearest one.
+    """
+    sections: list[type] = [RunConfig]
+    path: tuple[str, ...] = ()
+    names = [name for name in dotted.split(".") if name]
+    while names:
+        path = (*path, names.pop(0))
+        owners = [section for section in sections if path[-1] in strict.annotations_of(section)]
+        if not owners:
+            strict.Checker("explain").fail_unknown(path, {n for s in sections for n in strict.annotations_of(s)})
+        annotations = [strict.annotations_of(owner)[path[-1]] for owner in owners]
+        sections = [part for annotation in annotations for part in strict.sections_in(annotation)]
+        entries = [part for annotation in annotations for part in strict.entries_in(annotation)]
+        if entries and names:
+            path, sections = (*path, names.pop(0)), entries  # the recipe names its entries as it likes
+        elif not sections:
+            return _explain_leaf(dotted, path, names, owners, entries)
+    return "\n\n".join(_explain_section(dotted, section) for section in sections)
+
+
+def _explain_leaf(
+    dotted: str, path: tuple[str, ...], below: Sequence[str], owners: Sequence[type], entries: Sequence[type]
+) -> str:
+    """Explain a setting that is no section, `below` being what was asked for under it."""
+    if below and dotted.startswith("trainer."):
+        return f"{dotted}: passed to transformers.TrainingArguments under this name; see its documentation."
+    if below:
+        strict.Checker("explain").fail_unknown((*path, below[0]), ())
+    fields = "\n".join(dict.fromkeys(_explain_field(dotted, owner, path[-1]) for owner in owners))
+    return "\n\n".join([fields, *(_explain_section(f"{dotted}.NAME", entry) for entry in entries)])
+
+
+def _explain_section(dotted: str, section: type) -> str:
+    prefix = f"{dotted}." if dotted else ""
+    fields = [_explain_field(prefix + name, section, name) for name in strict.annotations_of(section)]
+    return "\n".join([f"{dotted or 'recipe'}: {section.__doc__}", *fields])
+
+
+def _explain_field(dotted: str, section: type, name: str) -> str:
+    annotation = strict.annotations_of(section)[name]
+    default = next(strict.default_of(part) for part in dataclasses.fields(section) if part.name == name)
+    facts = [strict.type_name(annotation), *(f"only with {mark}" for mark in strict.conditions_of(annotation))]
+    if not strict.sections_in(annotation):
+        given = default is not dataclasses.MISSING
+        facts.append(f"default {json.dumps(as_plain(default))}" if given else "must be given")
+    return f"  {dotted}: {_field_docs(section)[name]}\n      ({'; '.join(facts)})"
+
+
+def _field_docs(section: type) -> dict[str, str]:
+    """Field → the text under it, read from the source of the class."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(node, ast.ClassDef)
+    return {
+        part.target.id: ast.literal_eval(text.value)
+        for part, text in itertools.pairwise(node.body)
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and isinstance(text, ast.Expr)
+    }
