@@ -188,7 +188,9 @@ def curves(rows: Iterable[Row], records: Mapping[str, Mapping[str, Any]]) -> lis
         points = _metrics(row, records).get("training", {}).get("curve") or []
         if points:
             ordered = tuple(sorted((float(step), float(value)) for step, value in points))
-            found.append(Curve(row["dataset"], row["arm"], row["seed"], ordered))
+            # Of a confirmation, the block: entries of a plan may share a data set.
+            panel = row["block"] if row["stage"] == "confirm" else row["dataset"]
+            found.append(Curve(panel, row["arm"], row["seed"], ordered))
     return found
 
 

@@ -38,6 +38,8 @@ class PlannedData:
     """Recipe that all arms start from; relative to the plan."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What this data set changes in it, nested as in a recipe."""
+    folder: str = ""
+    """Name of the data folder, where several entries share one, such as to begin with other codes; empty is its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,7 @@ class Plan:
     question: str
     """What it asks, in a sentence."""
     datasets: Mapping[str, PlannedData]
-    """Name of the data folder → recipe."""
+    """Name of the data folder → recipe; or another name, with `folder`. Arms are compared within each entry."""
     arms: Mapping[str, Arm]
     """Name → what is compared."""
     tuning: Tuning | None = None
@@ -111,7 +113,7 @@ class Cell:
     Attributes:
         stage: `screen` cells end before test is opened.
         block: rows of one block are matched.
-        dataset: name in the plan.
+        dataset: name of the data folder.
         arm: name in the plan.
         point: the tuned settings, empty where nothing is tuned.
         name: for a progress line; no other cell of the plan has it.
@@ -159,7 +161,8 @@ class LoadedPlan:
                 for own in _own_points(self.plan.arms[arm]):
                     name = " · ".join([block, arm, *map(_short, own), f"seed {tuning.seed}"])
                     config = self._config(tuning.dataset, arm, tuning.seed, (*shared, *own))
-                    cells.append(Cell("screen", block, tuning.dataset, arm, (*shared, *own), name, config))
+                    folder = self._folder(tuning.dataset)
+                    cells.append(Cell("screen", block, folder, arm, (*shared, *own), name, config))
         return cells
 
     def confirm_cells(self, chosen: Mapping[str, Point]) -> list[Cell]:
@@ -173,10 +176,13 @@ class LoadedPlan:
                     if arm.variant:
                         point = ((VARIANT, arm.variant), *(pair for pair in point if pair[0] != VARIANT))
                     config = self._config(dataset, name, seed, point)
-                    cells.append(
-                        Cell("confirm", dataset, dataset, name, point, f"{dataset} · {name} · seed {seed}", config)
-                    )
+                    title = f"{dataset} · {name} · seed {seed}"
+                    cells.append(Cell("confirm", dataset, self._folder(dataset), name, point, title, config))
         return cells
+
+    def _folder(self, dataset: str) -> str:
+        """Name of the data folder of an entry of `datasets`."""
+        return self.plan.datasets[dataset].folder or dataset
 
     def _config(self, dataset: str, arm: str, seed: int, point: Point) -> RunConfig:
         planned = self.plan.datasets[dataset]

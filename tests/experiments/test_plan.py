@@ -85,6 +85,16 @@ def test_confirm_carries_the_chosen_point_over_and_probes_may_have_fewer_runs(lo
     assert all(cell.block == cell.dataset and cell.stage == "confirm" for cell in cells)
 
 
+def test_entries_that_share_a_data_folder_are_blocks_of_their_own(load):
+    shared = {"recipe": "base.yaml", "folder": "first", "settings": {"tokenizer": {"levels": 2}}}
+    plan = load(datasets={**PLAN["datasets"], "first, two levels": shared})
+    cells = [
+        cell for cell in plan.confirm_cells({}) if (cell.dataset, cell.arm, cell.config.seed) == ("first", "demo", 1)
+    ]
+    assert [(cell.block, cell.config.tokenizer.levels) for cell in cells] == [("first", 3), ("first, two levels", 2)]
+    assert {cell.dataset for cell in load().tuning_cells()} == {"first"}
+
+
 def test_variants_are_tuned_as_wholes_and_another_arm_may_take_one_that_was_not_chosen(load):
     few, many = {"tokenizer": {"kind": "rqvae", "epochs": 5}}, {"tokenizer": {"kind": "product", "levels": 4}}
     plan = load(
