@@ -30,5 +30,9 @@ class UnsupportedModelError(ItemTokError):
     """The language model is of a family, or has a feature, that is not known to work here."""
 
 
+class TrainingError(ItemTokError):
+    """Training cannot go on with these settings here: the loss is no number any more, or memory or disk is full."""
+
+
 class HubError(ItemTokError):
     """A model cannot be pushed to a Hub repository."""

@@ -123,7 +123,7 @@ def test_check_knows_how_long_identifiers_are(recipe, base):
     assert "tokens of items an epoch" in check(recipe("title"))
     assert "tokens of items an epoch" in check(recipe("numeric", f"model.name={base}", "model.adapter=lora"))
     assert "cannot be reached" in check(recipe("numeric", "model.name=no/such", "model.adapter=lora"))
-    with pytest.raises(RecipeError, match=r"needs [0-9,]+ positions at [0-9]+ tokens an item, but the model has 128"):
+    with pytest.raises(RecipeError, match=r"needs [0-9,]+ positions at [0-9]+ an item, but the model has 128"):
         check(recipe("numeric", f"model.name={base}", "model.adapter=lora", "examples.history_length=60"))
 
 

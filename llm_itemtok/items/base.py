@@ -134,7 +134,8 @@ class Quantizer(nn.Module, abc.ABC):
         """
         codes = np.empty((len(vectors), self.num_levels), dtype=np.int32)
         for rows, block in read_blocks(vectors):
-            codes[rows] = self.encode(torch.from_numpy(check_vectors(block))).numpy()
+            there = torch.from_numpy(check_vectors(block)).to(self.codebooks.device)
+            codes[rows] = self.encode(there).cpu().numpy()
         return codes
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -174,17 +175,25 @@ class Quantizer(nn.Module, abc.ABC):
         Returns:
             L tensors, float `[N, K]`, rows summing to 1.
         """
-        probabilities = []
+        logits = self.assignment_logits(latent, straight_through_residual=straight_through_residual)
+        return [torch.softmax(each, dim=1) for each in logits]
+
+    def assignment_logits(self, latent: Tensor, *, straight_through_residual: bool = False) -> list[Tensor]:
+        """What `soft_assign_latent` takes the softmax of: minus squared distances, L tensors, float `[N, K]`.
+
+        Where probabilities are compared, their logarithms are made of these: far codewords have a probability of 0.
+        """
+        found = []
         residual, prices = latent, self.prices()
         for level, codebook in enumerate(self.used_codebooks()):
             distances = squared_distances(residual, codebook)
             if prices is not None:
                 distances = distances + prices[level]
-            probabilities.append(torch.softmax(-distances, dim=1))
+            found.append(-distances)
             residual = residual - codebook.detach()[lowest(distances)]
             if straight_through_residual:
                 residual = residual.detach()
-        return probabilities
+        return found
 
     def forward(self, vectors: Tensor, *, estimator: Estimator = straight_through) -> Quantized:
         """Quantise and rebuild, with the losses that train codebooks, encoder and decoder.

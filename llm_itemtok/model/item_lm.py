@@ -26,7 +26,7 @@ Shape letters: B rows, S positions, C context positions of an encoder, D model w
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_itemtok.errors import ItemTokError
+from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model import state
 from llm_itemtok.model.families import answer_start, refuse_unsupported
-from llm_itemtok.model.item_embeddings import ItemEmbeddings
+from llm_itemtok.model.item_embeddings import ItemEmbeddings, Named
 from llm_itemtok.model.recursive import Recursion
 from llm_itemtok.model.rows import ItemRows, embedding_scale, input_table, output_head
+from llm_itemtok.model.soft_inputs import SoftInputs
 from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.text_vocab import TextVocab
 
@@ -49,17 +51,6 @@ Reads = Literal["tokens", "named", "items"]
 CACHED_PIECE, PIECE = 2048, 16384
 """Words of the vocabulary whose logits are held at once where only the sum over all of them is wanted: on a processor
 as many as its caches hold, on an accelerator so many that their number does not matter."""
-
-
-class Named(NamedTuple):
-    """Items that ids below 0 name, each once, and what stands for them."""
-
-    rows: Tensor
-    """int64 `[U]`, ascending."""
-    vectors: Tensor
-    """`[U, D]`, at the scale that embeddings have inside the body."""
-    logits: list[Tensor]
-    """Of the item side of a recursive network, for each level `[U, K]`; empty without one."""
 
 
 class ItemTokenModel(nn.Module):
@@ -76,6 +67,8 @@ class ItemTokenModel(nn.Module):
         recursion: the network of a recursive model; None for one that reads and writes item tokens.
         mix: what an objective learns besides, such as the weights of its terms; None for most objectives.
         beside: what else an objective makes of the states, with what it learns for it; None for most objectives.
+        quantizer: behind the codes, where updates of the item tokens train it (`state.hold_quantizer`).
+        soft: mixes the item tokens that are read, so that gradients reach the quantizer; None for most models.
         tree_masks: whether the body takes the masks of tree-shaped beams, by attention implementation and dtype, as far
             as it was tried (`decoding.tree.takes_tree_masks`).
     """
@@ -110,6 +103,8 @@ class ItemTokenModel(nn.Module):
         self.recursion: Recursion | None = None
         self.mix: nn.Module | None = None
         self.beside: nn.Module | None = None
+        self.quantizer: Quantizer | None = None
+        self.soft: SoftInputs | None = None
         self._codes_there: tuple[ItemVocab, Tensor] | None = None
         self.tree_masks: dict[tuple[str, torch.dtype], bool] = {}
         self.input_dropout = nn.Dropout(input_dropout)
@@ -117,6 +112,7 @@ class ItemTokenModel(nn.Module):
         self.register_state_dict_post_hook(state.keep_trained)
         self.register_load_state_dict_post_hook(state.expect_trained)
         self.register_load_state_dict_post_hook(state.follow_codes)
+        self.register_load_state_dict_post_hook(state.forget_quantizer)
 
     def hold_codes(self) -> None:
         """Let the item codes travel with the weights: in the state dict, so in checkpoints, and back out of it."""
@@ -181,6 +177,8 @@ class ItemTokenModel(nn.Module):
     def _embed(self, ids: Tensor, named: Named | None) -> Tensor:
         """Input embeddings `[..., D]` of token ids and of named items, which may have been looked up before."""
         if self.reads == "tokens":
+            if self.soft is not None:
+                return self.soft.embed(ids, self.rows, input_table(self.lm), self.vocab, self.codes_of)
             return self.rows.embed(ids, input_table(self.lm))
         found = self.named(ids) if named is None else named
         assert found is not None

@@ -10,10 +10,22 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
 
 CODES, QUANTIZER = "item_codes", "quantizer."
 """Name of the buffer of item codes, and of what belongs to the quantizer."""
+
+
+def forget_quantizer(module: Any, _incompatible: Any) -> None:
+    """Let what was computed with another quantizer than the one that was loaded be computed anew."""
+    if module.soft is not None:
+        module.soft.forget()
+
+
+def hold_quantizer(module: Any, quantizer: Quantizer) -> None:
+    """Let a model hold the quantizer behind its codes, at rest: nothing trains it but what is said to."""
+    module.quantizer = quantizer.requires_grad_(False)
 
 
 def _kept(module: nn.Module) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset as ExampleTable
 from peft import PeftModel
 from transformers import (
@@ -22,24 +23,30 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from llm_itemtok.artifacts import METRICS_LOG, MODEL, TOKEN_WEIGHTS, TRAINING, read_json, write_json
+from llm_itemtok.artifacts import CODES, METRICS_LOG, MODEL, TOKEN_WEIGHTS, TRAINING, read_json, write_json
 from llm_itemtok.bundle import Generation, items_sha256, refuse_others
 from llm_itemtok.card import redacted
 from llm_itemtok.config import ALL_POSITIONS_REASON, RunConfig
 from llm_itemtok.errors import DataError, RecipeError
 from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.quantizers import read_quantizer
+from llm_itemtok.items.quantizers import load_quantizer
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.model.prompts import Prompts
+from llm_itemtok.model.state import hold_quantizer
 from llm_itemtok.pipeline.objective import make_aim, token_figures
 from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, item_vectors, read_vocab
 from llm_itemtok.pipeline.scoring import give_items
 from llm_itemtok.pipeline.stages import environment
-from llm_itemtok.pipeline.updates import keep_versions_until, make_updates, newest_version
+from llm_itemtok.pipeline.updates import (
+    keep_quantizer,
+    keep_versions_until,
+    make_updates,
+    newest_version,
+    trains_quantizer,
+)
 from llm_itemtok.pipeline.validation import Validation, decode_normaliser
 from llm_itemtok.pipeline.vectors import needs_vectors
 from llm_itemtok.recommender import Recommender
@@ -47,9 +54,11 @@ from llm_itemtok.settings import RecursiveScoring
 from llm_itemtok.training import examples
 from llm_itemtok.training.arguments import build_arguments
 from llm_itemtok.training.callbacks import MetricsLog, Progress, StopOnSignal
+from llm_itemtok.training.checkpoints import WholeCheckpoints, newest_whole, remove_after
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.effort import training_flops
 from llm_itemtok.training.late_binding import LateBinding
+from llm_itemtok.training.limits import limits
 from llm_itemtok.training.trainer import ItemTokenTrainer
 
 CHECKPOINTS = "checkpoints"
@@ -160,8 +169,7 @@ def training_arguments(config: RunConfig, folder: Path, num_examples: int) -> Tr
         eval_steps=interval,
         save_strategy="steps",
         save_steps=interval,
-        # At least the best and the newest, which `--resume` goes on from: with 1 the newest may be deleted at the end.
-        save_total_limit=config.trainer.get("save_total_limit", 2),
+        save_total_limit=None,  # `WholeCheckpoints` deletes old ones
         load_best_model_at_end=True,
         metric_for_best_model="ndcg@10",
         greater_is_better=True,
@@ -194,9 +202,11 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
     model, tokenizer, peft_model = make_model(config, data, codes, folder, log)
     if config.update.kind != "fixed":
         model.hold_codes()
+    if trains_quantizer(config):
+        hold_quantizer(model, load_quantizer(folder / CODES / "v0"))
     table = make_examples(config, data)
     arguments = training_arguments(config, folder, len(table))
-    last = _last_checkpoint(folder / CHECKPOINTS, key, resume=resume, writes=arguments.should_save)
+    last = _last_checkpoint(folder / CHECKPOINTS, key, resume=resume, writes=arguments.should_save, log=log)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log(f"  {trainable:,} trainable parameters, {len(table):,} examples")
     if last is not None:
@@ -204,10 +214,13 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
     elif resume:
         log("  nothing to resume from: no checkpoint of these inputs; training starts over")
     stop = StopOnSignal()
-    callbacks = [MetricsLog(folder / METRICS_LOG), Progress(log), stop]
+    # At least the best checkpoint and the newest, which `--resume` goes on from.
+    whole = WholeCheckpoints(keep=config.trainer.get("save_total_limit", 2))
+    callbacks = [MetricsLog(folder / METRICS_LOG), Progress(log), whole, stop]
     trainer = _trainer(config, data, model, tokenizer, table, folder, arguments, callbacks, log)
     try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with limits(arguments, folder):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
         stop.release()
     if stop.stopped:
@@ -233,7 +246,7 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
         write_json(folder / TRAINING, {**facts, "validation": validation})
         if weights := token_figures(trainer.objective, table):
             write_json(folder / TOKEN_WEIGHTS, weights)
-        quantizer = read_quantizer(newest_version(folder))
+        quantizer = keep_quantizer(folder, model)
         bundle(config, data, model, tokenizer, peft_model, quantizer).save_pretrained(folder / MODEL)
 
 
@@ -255,14 +268,16 @@ def _took(trainer: ItemTokenTrainer, flops: float, trainable: int) -> dict[str, 
     }
 
 
-def _last_checkpoint(folder: Path, key: str, *, resume: bool, writes: bool) -> Path | None:
+def _last_checkpoint(folder: Path, key: str, *, resume: bool, writes: bool, log: Log) -> Path | None:
     """The checkpoint to go on from, if it was trained on the same inputs; otherwise old ones are deleted."""
     note = folder / "key.json"
-    same = note.is_file() and read_json(note) == key
-    found = get_last_checkpoint(str(folder)) if resume and same else None
-    PartialState().wait_for_everyone()  # nobody deletes before everybody has looked
-    if found is not None:
-        return Path(found)
+    same = resume and note.is_file() and read_json(note) == key
+    found = [newest_whole(folder, log) if same and PartialState().is_main_process else None]
+    broadcast_object_list(found)  # reading all of it is the work of one process; nobody deletes before it has looked
+    if found[0] is not None:
+        if writes:
+            remove_after(folder, found[0])
+        return found[0]
     if writes:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(note, key)

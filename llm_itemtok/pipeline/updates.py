@@ -13,9 +13,11 @@ from datasets import Dataset as ExampleTable
 from llm_itemtok.artifacts import CODES
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import RecipeError
+from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.findings import as_json, findings, gaps
 from llm_itemtok.items.quality import quality, vector_pairs
+from llm_itemtok.items.quantizers import read_quantizer
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.pipeline.prepare import Dataset, Log, doctor_facts
@@ -25,7 +27,7 @@ from llm_itemtok.training.late_binding import LateBinding
 from llm_itemtok.training.self_improve import Material, RandomMoves, Search, SelfImprove
 from llm_itemtok.training.updates import Method, Rules, Updates
 from llm_itemtok.training.versions import Versions
-from llm_itemtok.update_settings import SelfImproveUpdate
+from llm_itemtok.update_settings import FixedUpdate, SelfImproveUpdate
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,25 @@ def _method(config: RunConfig, update: SelfImproveUpdate, schedule: Schedule, ma
         seed=config.seed,
     )
     return SelfImprove(schedule.every, search, material)
+
+
+def trains_quantizer(config: RunConfig) -> bool:
+    """Tell whether the recipe's updates train the quantizer behind the codes."""
+    return not isinstance(config.update, FixedUpdate | SelfImproveUpdate)
+
+
+def keep_quantizer(folder: Path, model: ItemTokenModel) -> Quantizer | None:
+    """The quantizer behind the codes of a trained model, None where there is none.
+
+    One that was trained with the model is written beside the version that the model has, and beside no other, because
+    it may be large; `codes/v0` is another stage's, and keeps the one that training began with.
+    """
+    version = newest_version(folder)
+    if model.quantizer is None:
+        return read_quantizer(version)
+    if version.name != "v0":
+        model.quantizer.save(version)
+    return model.quantizer
 
 
 def newest_version(folder: Path) -> Path:

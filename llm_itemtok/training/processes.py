@@ -5,11 +5,11 @@ computed together decides the last digits, so batches must not depend on the num
 places of an array of zeros, and the arrays are added up, which is exact.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 
 def dealt(rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
@@ -26,6 +26,22 @@ def added_up(part: np.ndarray, device: torch.device) -> np.ndarray:
     whole = torch.from_numpy(part).to(device)
     distributed.all_reduce(whole)
     return whole.cpu().numpy()
+
+
+def summed_up(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Sum each of some tensors over the processes, such as gradients of shares of one loss; the same on all of them.
+
+    Args:
+        parts: on one device, of the same shapes in the same order on every process.
+
+    Returns:
+        New tensors, without gradients; of one process the values as they are.
+    """
+    wholes = [part.detach().clone() for part in parts]
+    if together():
+        for whole in wholes:
+            distributed.all_reduce(whole)
+    return wholes
 
 
 def together() -> bool:

@@ -8,6 +8,7 @@ For plain and distributed data-parallel training, where every process holds ever
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,12 @@ class Snapshot:
     @classmethod
     def take(cls, model: ItemTokenModel, optimizer: torch.optim.Optimizer) -> "Snapshot":
         """Copy all of it."""
-        state = optimizer.state_dict()["state"]
-        return cls(
-            {name: _copy(value) for name, value in model.state_dict().items()},
-            {(number, name): _copy(value) for number, entry in state.items() for name, value in entry.items()},
-        )
+        return cls({name: _copy(value) for name, value in model.state_dict().items()}, flat_state(optimizer))
 
     def restore(self, model: ItemTokenModel, optimizer: torch.optim.Optimizer) -> None:
         """Put everything back, bit for bit; learning rates stay what they are by now."""
         model.load_state_dict(self.weights, strict=False)
-        whole = optimizer.state_dict()
-        whole["state"] = {}
-        for (number, name), value in self.state.items():
-            whole["state"].setdefault(number, {})[name] = value
-        optimizer.load_state_dict(whole)
+        load_flat_state(optimizer, self.state)
 
     def save(self, path: Path, beside: dict[str, Tensor]) -> None:
         """Write it to a file, with further tensors beside."""
@@ -79,6 +72,21 @@ class Snapshot:
             number, name = key.removeprefix(_STATE).split("/", 1)
             state[int(number), name] = found[key]
         return cls(weights, state), beside
+
+
+def flat_state(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Any]:
+    """A copy, in the processor's memory, of what an optimiser holds: (number of the parameter, name) → value."""
+    state = optimizer.state_dict()["state"]
+    return {(number, name): _copy(value) for number, entry in state.items() for name, value in entry.items()}
+
+
+def load_flat_state(optimizer: torch.optim.Optimizer, state: Mapping[tuple[int, str], Any]) -> None:
+    """Let an optimiser hold what `flat_state` gave; its learning rates stay."""
+    whole = optimizer.state_dict()
+    whole["state"] = {}
+    for (number, name), value in state.items():
+        whole["state"].setdefault(number, {})[name] = value
+    optimizer.load_state_dict(whole)
 
 
 def _copy(value: Any) -> Any:

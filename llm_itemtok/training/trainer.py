@@ -11,6 +11,7 @@ on them safe.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from llm_itemtok.errors import TrainingError
 from llm_itemtok.training.effort import Effort, batch_counts
 from llm_itemtok.training.objective import Objective
 from llm_itemtok.training.updates import Updates
@@ -64,15 +66,15 @@ class ItemTokenTrainer(Trainer):
         """What training took so far; a resume puts another one into its place."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Effort))
 
-    def compute_loss(  # type: ignore[override]  # what Hugging Face calls a count is our mapping of totals
+    def compute_loss(  # type: ignore[override]  # what Hugging Face calls a count are our totals
         self,
         model: nn.Module,
         inputs: Mapping[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Mapping[str, Tensor] | None = None,
+        num_items_in_batch: Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         """Sum the objective's terms, and remember each for the next log line."""
-        totals = self.objective.denominators(inputs) if num_items_in_batch is None else num_items_in_batch
+        totals = self.objective.denominators(inputs) if num_items_in_batch is None else num_items_in_batch()
         terms = self.objective(model, inputs if self.bind is None else self.bind(inputs), totals)
         if model.training:
             if not self._terms:
@@ -86,11 +88,36 @@ class ItemTokenTrainer(Trainer):
         """Add to a training line the mean of each loss term since the last one, as `loss/<name>`."""
         if "loss" in logs:
             steps = max(1, self.state.global_step - self._terms_start)
-            for name, values in self._terms.items():
-                total = self.accelerator.gather(torch.stack(values).sum()).mean()
-                logs[f"loss/{name}"] = total.item() / steps
+            logs |= {f"loss/{name}": total / steps for name, total in self._finite_terms().items()}
             self._terms.clear()
+            if "grad_norm" in logs and not math.isfinite(logs["grad_norm"]) and not self.args.fp16:
+                raise self._diverged("gradient", float(logs["grad_norm"]))  # fp16 passes such steps over
         super().log(logs, start_time)
+
+    def _finite_terms(self) -> dict[str, float]:
+        """Sum of each loss term since the last line, of all processes.
+
+        Raises:
+            TrainingError: if one is no finite number.
+        """
+        sums = {name: self.accelerator.gather(torch.stack(part).sum()).mean() for name, part in self._terms.items()}
+        totals = {name: float(value) for name, value in sums.items()}
+        for name, value in totals.items():
+            if not math.isfinite(value):
+                raise self._diverged(f"loss `{name}`", value)
+        return totals
+
+    def _diverged(self, what: str, value: float) -> TrainingError:
+        """Say what to change; nothing of it has gone into a checkpoint."""
+        args = self.args
+        half = ", train in bf16 instead of fp16" if args.fp16 else ""
+        return TrainingError(
+            f"the {what} must stay finite, was: {value} at step {self.state.global_step:,}, epoch "
+            f"{self.state.epoch or 0:.2f}; lower `trainer.learning_rate` (was {args.learning_rate:g}), lengthen "
+            f"`trainer.warmup_steps` (was {args.warmup_steps:g}), lower `trainer.max_grad_norm` (was "
+            f"{args.max_grad_norm:g}){half}, or look for numbers out of range in the item vectors. Checkpoints are of "
+            "before"
+        )
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Rank the validation cases; log `validation/<metric>`, or `trial/<metric>` while item tokens are on trial.
@@ -115,22 +142,38 @@ class ItemTokenTrainer(Trainer):
         return named
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; in a checkpoint also where updates stand, before anything could find the checkpoint whole."""
+        """Save the model; in a checkpoint also where updates stand, before anything could find the checkpoint whole.
+
+        Raises:
+            TrainingError: if the loss or a weight is no finite number any more.
+        """
+        self._finite_terms()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        broken = torch.stack([~part.detach().isfinite().all() for part in trained if part.numel()]).sum()
+        if int(self.accelerator.gather(broken).sum()):
+            raise self._diverged("weights", math.nan)
         super().save_model(output_dir, _internal_call)
-        if self.updates is not None and output_dir is not None and self.args.should_save:
-            self.updates.save(Path(output_dir))
+        if self.updates is not None and output_dir is not None:
+            self.updates.save(Path(output_dir), writes=self.args.should_save)
 
     def _get_num_items_in_batch(  # type: ignore[override]
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
-    ) -> dict[str, Tensor] | None:
-        """Sum the objective's denominators over the optimiser step: every micro-batch, every process.
+    ) -> Callable[[], dict[str, Tensor]] | None:
+        """Count a step, and promise its totals: they are summed when its first loss asks for them.
 
-        Gradients are averaged over processes afterwards, so the sum is divided by their number.
+        The library calls this before a step begins, where item tokens may change, and denominators with them.
         """
         if not batch_samples:
             return None
         counts = batch_counts(batch_samples).to(device)
         self.effort.add(self.accelerator.gather(counts).view(-1, len(counts)).sum(0))
+        return cache(partial(self._totals, batch_samples, device))
+
+    def _totals(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+        """Sum the objective's denominators over the optimiser step: every micro-batch, every process.
+
+        Gradients are averaged over processes afterwards, so the sum is divided by their number.
+        """
         totals: dict[str, Tensor] = {}
         for batch in batch_samples:
             for name, value in self.objective.denominators(batch).items():

@@ -8,7 +8,8 @@ A *round* begins between two optimiser steps: after the step's validation and ch
 lies inside the work of a round. With a gate, the validation metric under the old codes is noted, training goes on with
 the new ones for some steps (the *trial*), and the metric must not have fallen; if it has, weights, codes and optimiser
 go back to what they were, bit for bit, while the schedule and the count of steps go on. Without a gate a proposal is
-accepted at once. After `patience` rounds in a row that changed nothing, or were refused, there are no more.
+accepted at once; such rounds may come often, so their codes become a version where the next checkpoint is written, many
+rounds' changes in one. After `patience` rounds in a row that changed nothing, or were refused, there are no more.
 
 Written for three users. Self-improvement (SIIT) proposes every so many epochs and has a gate. A method that trains a
 quantizer by gradients of its own every M steps (BLOGER) does so in `propose`, and has no gate; one that alternates with
@@ -20,7 +21,8 @@ Decisions:
   rolled back is not chosen. The validation where the trial ends counts again, under whatever holds from then on.
 - A checkpoint holds the codes with the weights (`ItemTokenModel.hold_codes`), and beside them where the rounds stand,
   and what a trial may go back to. The library would bring a callback's state back by making a new callback of it, which
-  has neither method nor gate; hence files of our own.
+  has neither method nor gate; hence files of our own. What a method keeps beside the model's weights, such as the
+  moments of its own optimiser, is in one of them (`Stateful`).
 - No round begins that cannot end before training does.
 - All processes go through this together and come to the same decisions; codes are those of the main process.
 
@@ -31,24 +33,24 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import safetensors.torch
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llm_itemtok.artifacts import read_json, write_json
+from llm_itemtok.artifacts import read_json, write_bytes, write_json
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.compare import compare_codes
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.training.fresh_rows import refresh_rows
 from llm_itemtok.training.snapshot import Snapshot
 from llm_itemtok.training.versions import Moves, Versions
 
-STATE_FILE, TRIAL_FILE = "updates.json", "updates.safetensors"
-"""In a checkpoint: where the rounds stand; what a trial may go back to."""
+STATE_FILE, TRIAL_FILE, METHOD_FILE = "updates.json", "updates.safetensors", "updates.method.safetensors"
+"""In a checkpoint: where the rounds stand; what a trial may go back to; what the method keeps."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,28 @@ class Method(Protocol):
         """Whether item tokens may change now; asked between any two steps, on all processes."""
         ...
 
-    def propose(self, moment: Moment) -> Proposal:
+    def propose(self, moment: Moment) -> Proposal | None:
         """Make new codes, unique and of the same level sizes; may use gradients, and train what is its own.
 
         Called on all processes, which must come to the same; leaves the state of random numbers as it was. The model's
         mode may be changed.
+
+        Returns:
+            The codes; None, which is no round, where it was time to train but not yet to change codes.
         """
+        ...
+
+
+@runtime_checkable
+class Stateful(Method, Protocol):
+    """A method that keeps something from round to round beside the model; it must have no gate."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What a checkpoint must hold of it; asked between two steps, never inside a round."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave, on the processor; the model has its weights of then already."""
         ...
 
 
@@ -143,6 +161,15 @@ class _Trial:
     moves: Moves
 
 
+@dataclass
+class _Unwritten:
+    """What changed since the newest version was written, without a gate."""
+
+    old: ItemCodes  # those of that version
+    before: np.ndarray  # float32 [N], as in a proposal, of the last round that moved an item
+    after: np.ndarray
+
+
 class Updates(TrainerCallback):
     """Carries rounds of updates out; see the module."""
 
@@ -168,6 +195,7 @@ class Updates(TrainerCallback):
             describe: codes → their quality, as JSON; called on the main process only.
             say: called with progress lines.
         """
+        assert rules.gate is None or not isinstance(method, Stateful), "what a method keeps cannot be taken back"
         self.method = method
         self.rules = rules
         self.versions = versions
@@ -177,6 +205,7 @@ class Updates(TrainerCallback):
         self._say = say
         self._standing = _Standing()
         self._trial: _Trial | None = None
+        self._unwritten: _Unwritten | None = None
         self._measured: tuple[int, Mapping[str, float]] | None = None
         self._began = time.perf_counter()
 
@@ -187,7 +216,7 @@ class Updates(TrainerCallback):
 
     @property
     def version(self) -> int:
-        """The newest version that was accepted."""
+        """The newest version that was accepted, and written."""
         return self._standing.version
 
     def validate(self, step: int) -> Mapping[str, float]:
@@ -200,11 +229,12 @@ class Updates(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Begin at the beginning, or where the checkpoint stood."""
-        self._standing, self._trial, self._measured = _Standing(), None, None
+        self._standing, self._trial, self._unwritten, self._measured = _Standing(), None, None, None
         if state.global_step:
             self._load(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
         if state.is_world_process_zero:
-            self.versions.rewind(self._standing.version, state.global_step)
+            # A round that began right after a checkpoint bears its step, so steps do not tell; a trial has no line yet.
+            self.versions.rewind(self._standing.version, self._standing.rounds - int(self.on_trial))
         self._began = time.perf_counter()
 
     def on_step_begin(
@@ -249,22 +279,25 @@ class Updates(TrainerCallback):
     def _begin(self, moment: Moment, state: TrainerState) -> None:
         """Propose, and migrate."""
         standing, gate, old = self._standing, self.rules.gate, self._model.vocab.codes
-        standing.rounds += 1
         measured = {} if gate is None else dict(self.validate(moment.step))
         trained = self._lap()
-        snapshot = Snapshot.take(self._model, moment.optimizer)
+        snapshot = None if gate is None else Snapshot.take(self._model, moment.optimizer)
         proposal = self.method.propose(moment)
+        seconds = self._lap()
+        if proposal is None:
+            standing.seconds = trained + seconds
+            return
+        standing.rounds += 1
         new = ItemCodes(_of_main(proposal.table, self._model.device), old.sizes, names=old.names)
         assert new.is_injective, "a method must never put two items on one code"
         rows = np.flatnonzero((new.table != old.table).any(axis=1))
-        seconds, standing.seconds = self._lap(), 0.0
         line = {
             "round": standing.rounds,
             "step": moment.step,
             "epoch": moment.epoch,
             "moves": len(rows),
             "share": len(rows) / new.num_items,
-            "churn": [level["churn"] for level in compare_codes(old, new)["levels"]],
+            "churn": (new.table != old.table).mean(axis=0).tolist(),
             **proposal.facts,
             "metric": gate,
             "before": None if gate is None else measured[gate],
@@ -273,7 +306,7 @@ class Updates(TrainerCallback):
             "training_seconds": round(trained, 3),
         }
         self._say(
-            f"  round {standing.rounds} at step {moment.step:,}: {len(rows):,} of {new.num_items:,} items "
+            f"  round {line['round']} at step {moment.step:,}: {len(rows):,} of {new.num_items:,} items "
             f"({line['share']:.1%}) get another code, found in {seconds:.1f} s"
         )
         if not len(rows):
@@ -282,12 +315,21 @@ class Updates(TrainerCallback):
         self._model.take_codes(new.with_provenance(**_provenance(old, line)))
         line["refreshed"] = refresh_rows(self._model, moment.optimizer, old, new) if self.rules.refresh else 0
         self._measured = None
-        moves = Moves(rows, proposal.before[rows].astype(np.float32), proposal.after[rows].astype(np.float32))
-        self._trial = _Trial(snapshot, old, moves)
-        if gate is None:
+        if snapshot is None:
+            self._note(old, rows, proposal)
             self._end(line, state, accepted=True)
         else:
+            moves = Moves(rows, proposal.before[rows].astype(np.float32), proposal.after[rows].astype(np.float32))
+            self._trial = _Trial(snapshot, old, moves)
             standing.trial = {"until": moment.step + self.rules.adapt, "measured": measured, "line": line}
+
+    def _note(self, old: ItemCodes, rows: np.ndarray, proposal: Proposal) -> None:
+        """Remember what an update without a gate changed, until it is written."""
+        if self._unwritten is None:
+            unknown = np.full(old.num_items, np.nan, dtype=np.float32)
+            self._unwritten = _Unwritten(old, unknown, unknown.copy())
+        self._unwritten.before[rows] = proposal.before[rows]
+        self._unwritten.after[rows] = proposal.after[rows]
 
     def _judge(self, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
         """Accept what is on trial, or go back."""
@@ -319,17 +361,18 @@ class Updates(TrainerCallback):
 
     def _end(self, line: dict[str, Any], state: TrainerState, *, accepted: bool) -> None:
         """Write down how a round ended, under the codes that it proposed."""
-        standing, trial = self._standing, self._trial
+        standing, trial, gated = self._standing, self._trial, self.rules.gate is not None
         standing.trial, self._trial = None, None
         standing.without_change = 0 if accepted else standing.without_change + 1
-        standing.version += int(accepted)
+        standing.version += int(accepted and gated)
         codes = self._model.vocab.codes
         if state.is_world_process_zero:
-            quality = self._describe(codes)
+            quality = self._describe(codes) if gated else {"levels": _usage(codes)}
             line |= {
                 "accepted": accepted,
                 "decided": state.global_step,
-                "version": standing.version,
+                # Without a gate, the one that the next checkpoint writes.
+                "version": standing.version + int(self._unwritten is not None),
                 "pass_share": line["pass_seconds"] / max(line["training_seconds"], 1e-3),
                 "levels": [
                     {name: level[name] for name in ("name", "used", "entropy_bits")} for level in quality["levels"]
@@ -343,29 +386,67 @@ class Updates(TrainerCallback):
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
-    def save(self, folder: Path) -> None:
-        """Write into a checkpoint what resuming needs."""
+    def save(self, folder: Path, *, writes: bool) -> None:
+        """Write into a checkpoint what resuming needs, and as a version what rounds without a gate have changed.
+
+        Args:
+            folder: of the checkpoint.
+            writes: whether this process is the one that does; all of them call this.
+        """
         self._standing.seconds = self._lap()
+        self._write_version(writes=writes)
+        if not writes:
+            return
+        if isinstance(self.method, Stateful):
+            kept = {name: value.contiguous() for name, value in self.method.state().items()}
+            write_bytes(folder / METHOD_FILE, safetensors.torch.save(kept))
         if self._trial is not None:
             beside = {name: torch.from_numpy(each) for name, each in vars(self._trial.moves).items()}
             self._trial.snapshot.save(folder / TRIAL_FILE, beside)
         write_json(folder / STATE_FILE, asdict(self._standing))
 
+    def _write_version(self, *, writes: bool) -> None:
+        changed, codes = self._unwritten, self._model.vocab.codes
+        self._unwritten = None
+        if changed is None or codes == changed.old:  # items may have come back to where they were
+            return
+        self._standing.version += 1
+        if writes:
+            rows = np.flatnonzero((codes.table != changed.old.table).any(axis=1))
+            moves = Moves(rows, changed.before[rows], changed.after[rows])
+            self.versions.write(self._standing.version, changed.old, codes, moves, self._describe(codes))
+
     def _load(self, folder: Path) -> None:
         """Read what `save` wrote."""
         self._standing = _Standing(**read_json(folder / STATE_FILE))
+        if isinstance(self.method, Stateful):
+            self.method.load_state(safetensors.torch.load_file(_there(folder / METHOD_FILE, "what its method keeps")))
         if self._standing.trial is None:
             return
-        if not (folder / TRIAL_FILE).is_file():
-            raise ArtifactError(
-                f"{folder / TRIAL_FILE}: a checkpoint of a trial must hold what it may go back to, but the file is "
-                "missing; go on from another checkpoint"
-            )
-        snapshot, beside = Snapshot.load(folder / TRIAL_FILE)
+        snapshot, beside = Snapshot.load(_there(folder / TRIAL_FILE, "what its trial may go back to"))
         old = ItemCodes.load(self.versions.path(self._standing.version))
         self._trial = _Trial(snapshot, old, Moves(**{name: value.numpy() for name, value in beside.items()}))
         codes = self._model.vocab.codes
         self._model.take_codes(codes.with_provenance(**_provenance(old, self._standing.trial["line"])))
+
+
+def _there(path: Path, what: str) -> Path:
+    """A file that a checkpoint must have."""
+    if not path.is_file():
+        raise ArtifactError(
+            f"{path}: the checkpoint must hold {what}, but the file is missing; go on from another checkpoint"
+        )
+    return path
+
+
+def _usage(codes: ItemCodes) -> list[dict[str, Any]]:
+    """Of each level its name, how many codewords are in use, and the entropy of their use in bits."""
+    usage = []
+    for name, size, column in zip(codes.names, codes.sizes, codes.table.T, strict=True):
+        shares = np.bincount(column, minlength=size) / codes.num_items
+        used = shares[shares > 0]
+        usage.append({"name": name, "used": len(used), "entropy_bits": float(-(used * np.log2(used)).sum())})
+    return usage
 
 
 def _provenance(old: ItemCodes, line: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,14 +55,14 @@ class Versions:
         """The folder of a version."""
         return self.folder / CODES / f"v{number}"
 
-    def rewind(self, number: int, step: int) -> None:
-        """Remove versions after `number`, and lines of rounds that were decided after `step`."""
+    def rewind(self, number: int, rounds: int) -> None:
+        """Remove versions after `number`, and the lines of all rounds but the first `rounds`."""
         for path in (self.folder / CODES).glob("v[0-9]*"):
             if int(path.name[1:]) > number:
                 shutil.rmtree(path)
         log = self.folder / UPDATES
         lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
-        kept = [line for line in lines if json.loads(line)["decided"] <= step]
+        kept = [line for line in lines if json.loads(line)["round"] <= rounds]
         write_text(log, "".join(f"{line}\n" for line in kept))
 
     def tell(self, line: Mapping[str, Any]) -> None:

@@ -91,7 +91,10 @@ def test_a_harmful_proposal_is_refused_told_and_rolled_back_bit_for_bit(tmp_path
 
 @EVERY_KIND
 def test_what_is_accepted_is_a_version_with_a_trace_and_the_next_batch_has_it(tmp_path, family):
-    trainer = make_updating(tmp_path, Shuffle(2, 0.1), OPEN, family=family, steps=5, **ADAM)
+    trainer = make_updating(
+        tmp_path, Shuffle(2, 0.1), OPEN, family=family, steps=5, every=1,
+        validate=lambda: {"ndcg@10": trainer.state.global_step}, **ADAM,
+    )  # fmt: skip
     seen = []
     inner = trainer.bind
 
@@ -120,6 +123,33 @@ def test_what_is_accepted_is_a_version_with_a_trace_and_the_next_batch_has_it(tm
     assert {entry["why"] for entry in trace} == {"to a code that another item left"}
     assert {entry["likelihood_before"] for entry in trace} == {None}
     assert [line["accepted"] for line in rounds(tmp_path)] == [True, True]
+
+
+def test_rounds_without_a_gate_become_one_version_at_the_next_checkpoint(tmp_path):
+    """Every checkpoint's codes are a version, and a round costs no more than a line."""
+    described = []
+    trainer = make_updating(tmp_path, Shuffle(1, 0.1), Rules(rounds=9, gate=None), steps=6, every=3,
+                            validate=lambda: {"ndcg@10": trainer.state.global_step})  # fmt: skip
+    inner = trainer.updates._describe
+    trainer.updates._describe = lambda codes: described.append(codes) or inner(codes)
+    before = trainer.model.vocab.codes
+    trainer.train()
+    lines = rounds(tmp_path)
+    assert [(line["round"], line["step"], line["version"]) for line in lines] == [
+        (1, 1, 1), (2, 2, 1), (3, 3, 2), (4, 4, 2), (5, 5, 2),
+    ]  # fmt: skip
+    found = [ItemCodes.load(tmp_path / "codes" / f"v{number}") for number in (1, 2)]
+    assert described == found
+    assert trainer.model.vocab.codes == found[1]
+    trace = pq.read_table(tmp_path / "codes/v1/trace.parquet").to_pylist()
+    rows = np.flatnonzero((before.table != found[0].table).any(axis=1))
+    assert [entry["item"] for entry in trace] == [f"item {row}" for row in rows]
+    assert len(rows) > lines[0]["moves"]
+    assert [level["used"] for level in lines[-1]["levels"]] == [6, 5, 4]
+    usage = inner(trainer.model.vocab.codes)["levels"]
+    assert [level["entropy_bits"] for level in lines[-1]["levels"]] == pytest.approx(
+        [level["entropy_bits"] for level in usage]
+    )
 
 
 def test_accepted_codes_come_back_with_the_best_weights(tmp_path):
@@ -230,7 +260,7 @@ def test_a_checkpoint_of_a_trial_without_what_it_may_go_back_to_is_refused(tmp_p
     checkpoint = tmp_path / "checkpoints" / "checkpoint-5"
     (checkpoint / TRIAL_FILE).unlink()
     again = make_updating(tmp_path, Shuffle(4), rules, **settings)
-    with pytest.raises(ArtifactError, match="must hold what it may go back to"):
+    with pytest.raises(ArtifactError, match="must hold what its trial may go back to"):
         again.train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -11,13 +11,18 @@ import torch
 from torch import distributed
 
 from llm_itemtok.decoding.scoring import score_items
+from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.collisions import extra_level
 from llm_itemtok.items.quality import quality
+from llm_itemtok.items.recode import recode
+from llm_itemtok.items.rqvae import RQVAE
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import build
 from llm_itemtok.training.late_binding import LateBinding
+from llm_itemtok.training.quantizer_optimizer import QuantizerOptimizer
 from llm_itemtok.training.self_improve import Material, Search, SelfImprove
 from llm_itemtok.training.trainer import ItemTokenTrainer
 from llm_itemtok.training.updates import Method, Moment, Proposal, Rules, Updates
@@ -49,6 +54,50 @@ class Shuffle:
         new[rows] = table[np.roll(rows, 1)]
         unknown = np.full(len(table), np.nan, dtype=np.float32)
         return Proposal(new, unknown, unknown, {"collisions": 0.25})
+
+
+def tiny_quantizer() -> tuple[Quantizer, np.ndarray, ItemCodes]:
+    """A trained quantizer of two levels, the item vectors, and the codes that it gives, with an extra level."""
+    vectors = np.random.default_rng(0).normal(size=(NUM_ITEMS, 5)).astype(np.float32)
+    tokenizer = RQVAE(levels=2, codebook_size=5, widths=(8,), latent_dimensions=3, epochs=4, warmup_epochs=2)
+    codes = extra_level(tokenizer.fit(vectors), size=12)
+    return tokenizer.quantizer, vectors, codes
+
+
+class Rebuild:
+    """Trains the quantizer of the model to rebuild the item vectors, a step a round, and recodes every other round."""
+
+    def __init__(self, every: int, vectors: np.ndarray, killed_at: int | None = None) -> None:
+        self.every, self.vectors, self.killed_at = every, vectors, killed_at
+        self.optimizer: QuantizerOptimizer | None = None
+        self.begun: dict | None = None
+
+    def due(self, step: int, epoch: float) -> bool:
+        return step > 0 and step % self.every == 0
+
+    def propose(self, moment: Moment) -> Proposal | None:
+        model = moment.model
+        if self.optimizer is None:
+            self.optimizer = QuantizerOptimizer(model.quantizer, learning_rate=0.05, weight_decay=0.01)
+            if self.begun is not None:
+                self.optimizer.load_state(self.begun)
+        with self.optimizer.learning() as parameters:
+            found = model.quantizer(torch.from_numpy(self.vectors))
+            loss = (found.reconstruction_loss + found.codebook_loss).mean()
+            self.optimizer.step(torch.autograd.grad(loss, parameters))
+        if moment.step == self.killed_at:
+            raise Killed
+        if moment.step % (2 * self.every):
+            return None
+        found = recode(model.quantizer, self.vectors, model.vocab.codes)
+        unknown = np.full(len(found.table), np.nan, dtype=np.float32)
+        return Proposal(found.table, unknown, unknown, {"collisions": found.collisions})
+
+    def state(self) -> dict:
+        return {} if self.optimizer is None else self.optimizer.state()
+
+    def load_state(self, state: dict) -> None:
+        self.begun = state if state else None
 
 
 class Killed(Exception):

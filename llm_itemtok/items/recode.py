@@ -1,0 +1,134 @@
+"""Codes anew from a quantizer that has been trained: the same level sizes, unique rows, as few changes as can be.
+
+Items take the codes that their vectors read off the codebooks now. Where several read the same one, whoever has had it
+keeps it, so that one item's move does not push others about.
+
+Decisions:
+- A level that only counts within a code (`extra-level`) has no codebook: an item whose code above it did not change
+  keeps its number, the others take the lowest free numbers in the order of the catalogue.
+- Without such a level, one item of each code has it: the one that had it, else the one that it describes best. The
+  others are *displaced*. A displaced item keeps the code it had, if nobody reads that one and it is a neighbour, one
+  with the same codewords above the last level; else it takes the nearest free code, as in `collisions.reassign`.
+- An item that finds no number left within its code is displaced, too.
+
+Shape letters in this file: N items, L levels, K codewords of a level, H dimensions of a codeword, G codes that items
+read.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from llm_itemtok.errors import DataError
+from llm_itemtok.items.base import Quantizer, check_vectors
+from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.free_codes import FreeCodes, squared_errors, with_room
+
+
+class Recoded(NamedTuple):
+    """Codes anew."""
+
+    table: np.ndarray
+    """int32 `[N, L]`, distinct rows."""
+    collisions: float
+    """Share of the items that read the same code off the codebooks as another, in `[0, 1]`."""
+    displaced: int
+    """Items that have another code than they read."""
+
+
+def recode(quantizer: Quantizer, vectors: np.ndarray, codes: ItemCodes) -> Recoded:
+    """Read all codes off a quantizer, and make them unique.
+
+    Args:
+        quantizer: on any device, with the levels of `codes` but for one that counts within a code.
+        vectors: float `[N, D]`, in the quantizer's units.
+        codes: of the same items before, with unique rows.
+
+    Raises:
+        DataError: if codes, vectors and quantizer do not fit each other.
+    """
+    levels = quantizer.num_levels
+    if codes.num_levels - levels not in (0, 1) or codes.sizes[:levels] != (quantizer.num_codewords,) * levels:
+        raise DataError(
+            f"codes and quantizer must have the same levels, but for one that counts, was: {codes.sizes} and "
+            f"{(quantizer.num_codewords,) * levels}; were files mixed from two runs?"
+        )
+    if len(vectors) != codes.num_items:
+        raise DataError(f"there must be one vector a code, {codes.num_items:,} of them, was: {len(vectors):,}")
+    wanted = ItemCodes(quantizer.encode_blocks(vectors), codes.sizes[:levels])
+    if codes.num_levels > levels:
+        table, rows = _numbered(wanted, codes)
+    else:
+        table, rows = _singled_out(wanted, codes, quantizer, vectors)
+    if len(rows):
+        _take_nearest(table, rows, codes.sizes, quantizer, vectors)
+    return Recoded(table, wanted.collision_rate, int((table[:, :levels] != wanted.table).any(axis=1).sum()))
+
+
+def _numbered(wanted: ItemCodes, codes: ItemCodes) -> tuple[np.ndarray, np.ndarray]:
+    """Number the items of each code; returns the table int32 `[N, L]`, and the rows that find no number left."""
+    levels, size = wanted.num_levels, codes.sizes[-1]
+    groups = wanted.prefix_groups(levels)
+    counts = np.bincount(groups)
+    starts = np.cumsum(counts) - counts
+    numbers = codes.table[:, -1].astype(np.int64)
+    same = (wanted.table == codes.table[:, :levels]).all(axis=1)
+    # A code with n items has at least as many free numbers below n as it has newcomers; so N places are all there is.
+    taken = np.zeros(len(groups), dtype=bool)
+    low = same & (numbers < counts[groups])
+    taken[starts[groups[low]] + numbers[low]] = True
+    places = np.flatnonzero(~taken)
+    places_group = np.repeat(np.arange(len(counts)), counts)[places]
+    newcomers = np.flatnonzero(~same)
+    newcomers = newcomers[np.argsort(groups[newcomers], kind="stable")]
+    own = groups[newcomers]
+    rank = np.arange(len(own)) - np.searchsorted(own, own)
+    numbers[newcomers] = places[np.searchsorted(places_group, own) + rank] - starts[own]
+    table = np.concatenate([wanted.table, numbers[:, None].astype(np.int32)], axis=1)
+    return table, np.flatnonzero(numbers >= size)
+
+
+def _singled_out(
+    wanted: ItemCodes, codes: ItemCodes, quantizer: Quantizer, vectors: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Leave each code to one item; returns the table int32 `[N, L]`, and the rows that are still without one."""
+    groups = wanted.prefix_groups(wanted.num_levels)
+    contested = np.flatnonzero(np.bincount(groups)[groups] > 1)
+    table = wanted.table.copy()
+    if not len(contested):
+        return table, contested
+    had = (table[contested] == codes.table[contested]).all(axis=1)
+    latent, codebooks = _latent(quantizer, vectors[contested])
+    errors = squared_errors(latent, table[contested], codebooks)
+    order = np.lexsort((contested, errors, ~had))
+    first = order[np.unique(groups[contested][order], return_index=True)[1]]
+    displaced = np.delete(contested, first)
+    near = displaced[(table[displaced, :-1] == codes.table[displaced, :-1]).all(axis=1)]
+    both = ItemCodes(np.concatenate([wanted.table, codes.table[near]]), codes.sizes).prefix_groups(codes.num_levels)
+    kept = near[~np.isin(both[len(groups) :], both[: len(groups)])]
+    table[kept] = codes.table[kept]
+    return table, np.setdiff1d(displaced, kept)
+
+
+def _take_nearest(
+    table: np.ndarray, rows: np.ndarray, sizes: tuple[int, ...], quantizer: Quantizer, vectors: np.ndarray
+) -> None:
+    """Give some rows of a table the nearest free codes, the best described first; all others have theirs."""
+    latent, codebooks = _latent(quantizer, vectors[rows])
+    room = with_room(codebooks, sizes)
+    wanted = table[rows]
+    if len(sizes) > len(codebooks):
+        wanted[:, -1] = 0  # the number that was too high
+    errors = squared_errors(latent, wanted, room)
+    free = FreeCodes(ItemCodes(np.delete(table, rows, axis=0), sizes), room, len(table))
+    for place in np.lexsort((rows, errors)).tolist():
+        table[rows[place]] = free.take_nearest(latent[place], tuple(wanted[place].tolist()))
+
+
+@torch.no_grad()
+def _latent(quantizer: Quantizer, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Items float32 `[n, H]` and codebooks float32 `[L, K, H]` in the space of the codebooks."""
+    codebooks = quantizer.used_codebooks()
+    latent = quantizer.to_latent(torch.from_numpy(check_vectors(vectors)).to(codebooks.device))
+    return latent.cpu().numpy(), codebooks.cpu().numpy()

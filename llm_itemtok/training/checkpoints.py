@@ -1,0 +1,120 @@
+"""Checkpoints that are whole: told by their checksums, kept as many as asked for, and found again.
+
+The library writes the files of a checkpoint one by one, so a kill in between leaves a folder that looks like one. Here
+a checkpoint is whole when a list of its files and their hashes stands in it, which is written last, in one step. One
+that a kill cut short has no list; in one that a disk damaged later some file differs from it. Neither is gone on from:
+the newest one that is whole is, and that knows a best one that is whole, or none yet. What comes after it is trained
+again, to the same results.
+
+Old ones are deleted here, after the list of the new one stands, and not by the library, which would do it before.
+"""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llm_itemtok.artifacts import read_json, sha256_of_file, write_json
+from llm_itemtok.errors import ArtifactError
+
+CHECKSUMS, TRAINER_STATE = "checksums.json", "trainer_state.json"
+"""In a checkpoint: the list of its files; the library's account of the training so far."""
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Writes the checksums of each checkpoint, and deletes those that are no longer wanted."""
+
+    def __init__(self, keep: int) -> None:
+        """Keep at most so many, at least 2: the best one, and the newest ones."""
+        self.keep = keep
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Find the best checkpoint where it is now: the folder may have been moved since."""
+        if state.best_model_checkpoint is not None:
+            state.best_model_checkpoint = str(Path(str(args.output_dir)) / Path(state.best_model_checkpoint).name)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Seal the checkpoint of this step."""
+        folder = Path(str(args.output_dir))
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every process writes a file of its own
+        if args.should_save:
+            seal(folder / f"checkpoint-{state.global_step}")
+            best = state.best_model_checkpoint
+            _delete_old(folder, self.keep, None if best is None else Path(best).name)
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the list of a checkpoint's files and their hashes."""
+    write_json(checkpoint / CHECKSUMS, {name: sha256_of_file(checkpoint / name) for name in _files(checkpoint)})
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is whole."""
+    try:
+        listed = read_json(checkpoint / CHECKSUMS)
+    except ArtifactError:
+        return "its list of files is missing or cut short, so it was not written to its end"
+    found = set(_files(checkpoint))
+    if missing := sorted(set(listed) - found):
+        return f"{missing[0]} is missing"
+    for name, sha256 in sorted(listed.items()):
+        if sha256_of_file(checkpoint / name) != sha256:
+            return f"{name} is not what was written"
+    return None
+
+
+def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        folder: that holds checkpoints, or is not there.
+        say: told of those that are damaged.
+
+    Returns:
+        The newest one that is whole, and whose best one is; None if there is none.
+    """
+    for checkpoint in sorted(_checkpoints(folder), key=_step, reverse=True):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            best = read_json(checkpoint / TRAINER_STATE)["best_model_checkpoint"]
+            place = None if best is None else folder / Path(best).name
+            if place is None or place == checkpoint or (wrong := damage(place)) is None:
+                return checkpoint
+            wrong = f"the best one that it knows, {place.name}, is damaged: {wrong}"
+        say(f"  {checkpoint.name} cannot be gone on from: {wrong}")
+    return None
+
+
+def remove_after(folder: Path, checkpoint: Path) -> None:
+    """Delete the checkpoints after one that training goes on from: they belong to a future that is not had yet."""
+    for other in _checkpoints(folder):
+        if _step(other) > _step(checkpoint):
+            shutil.rmtree(other)
+
+
+def _delete_old(folder: Path, keep: int, best: str | None) -> None:
+    """Delete all but the best checkpoint and the newest ones, `keep` in all."""
+    by_age = sorted(_checkpoints(folder), key=_step, reverse=True)
+    wanted = [path for path in by_age if path.name == best]
+    others = [path for path in by_age if path.name != best]
+    for path in others[keep - len(wanted) :]:
+        shutil.rmtree(path)
+
+
+def _files(checkpoint: Path) -> list[str]:
+    names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != CHECKSUMS)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = folder.glob("checkpoint-*") if folder.is_dir() else ()
+    return [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

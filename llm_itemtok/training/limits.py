@@ -1,0 +1,59 @@
+"""Where a machine ends: memory or disk that is full, told in words that say what to change."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import TrainingArguments
+
+from llm_itemtok.errors import ItemTokError, TrainingError
+
+_NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
+"""What torch says of memory that is not to be had, where it has no error class of its own for it."""
+_FULL = 1 << 20
+"""A disk with less room than this, in bytes, is full: what could not be written was larger."""
+
+
+@contextmanager
+def limits(arguments: TrainingArguments, folder: Path) -> Iterator[None]:
+    """Tell memory and disk that are full as such; every other error passes through.
+
+    Args:
+        arguments: of the training that is carried out within.
+        folder: that it writes to.
+
+    Raises:
+        TrainingError: with what to change.
+    """
+    try:
+        yield
+    except ItemTokError:
+        raise
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
+        said = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in said for words in _NO_MEMORY):
+            raise TrainingError(_memory(arguments)) from error
+        if getattr(error, "errno", None) == errno.ENOSPC or _is_full(folder):
+            raise TrainingError(
+                f"{folder}: the disk must have room for checkpoints, but is full; make room and go on with `--resume`. "
+                "What was written before is whole"
+            ) from error
+        raise
+
+
+def _is_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < _FULL
+
+
+def _memory(arguments: TrainingArguments) -> str:
+    batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    return (
+        f"training must fit into the memory of {arguments.device}, but it does not with batches of {batch}; halve "
+        f"`trainer.per_device_train_batch_size` and double `trainer.gradient_accumulation_steps` (was {accumulated}), "
+        "which gives the same updates; or shorten `examples.history_length`, write `trainer.gradient_checkpointing: "
+        "true`, `model.adapter: lora` or `model.dtype: bfloat16`. While validating, `evaluation.batch_size` counts"
+    )
