@@ -20,9 +20,11 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
+import llm_itemtok
 from llm_itemtok.cli import _parser
-from llm_itemtok.config import RunConfig, explain
+from llm_itemtok.config import RunConfig
 from llm_itemtok.experiments.plan import LoadedPlan
+from llm_itemtok.explain import explain
 from llm_itemtok.settings import Data
 from llm_itemtok.training.arguments import check_settings
 from tests.test_recipes import SMALL
@@ -57,6 +59,15 @@ def blocks(language: str) -> list[Block]:
 def words_in_sentences(page: Path) -> list[str]:
     """Inline code of a page, without its fenced blocks."""
     return re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+@pytest.mark.skipif(not (ROOT / "docs").exists(), reason="without the docs")
+def test_messages_that_troubleshooting_explains_are_those_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    said = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    code = "\n".join(path.read_text(encoding="utf-8") for path in Path(llm_itemtok.__file__).parent.rglob("*.py"))
+    assert len(said) > 10
+    assert [message for message in said if message not in code] == []
 
 
 def commands() -> list[tuple[Path, list[str]]]:
