@@ -104,7 +104,8 @@ def _answer_all(
             unknown_allow=recommender.known(request.allow or ())[1],
             unknown_deny=recommender.known(request.deny)[1],
         )
-        yield json.dumps(reply, ensure_ascii=False)
+        # Half of a pair of code units, which JSON can name and no file can hold, goes out as JSON names it.
+        yield json.dumps(reply, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _request(line: str, number: int) -> Request:
@@ -112,11 +113,14 @@ def _request(line: str, number: int) -> Request:
     shape = '{"user": …, "history": [item ids]}, with "allow" or "deny": [item ids] where wanted'
     try:
         request = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"standard input, line {number}: a request must be JSON, {shape}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and brackets without end
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise DataError(f"standard input, line {number}: a request must be JSON, {shape}: {reason}") from error
     if not isinstance(request, dict) or not isinstance(request.get("history"), list):
         raise DataError(f"standard input, line {number}: a request must be {shape}, was: {line.strip()[:80]}")
     user = request.get("user")
+    if isinstance(user, bool | list | dict):
+        raise DataError(f"standard input, line {number}: `user` must be text or a number, was: {user!r:.80}")
     lists = {name: _item_ids(request.get(name), name, number) for name in ("history", "allow", "deny")}
     return Request(None if user is None else str(user), lists["history"] or [], lists["allow"], lists["deny"] or [])
 

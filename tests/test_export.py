@@ -88,3 +88,6 @@ def test_an_export_replaces_an_export_and_nothing_else(tmp_path):
         export(bundle, bundle, "paths")
     for _ in range(2):
         export(bundle, tmp_path / "served", "paths")
+    (tmp_path / "served" / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"new folder or replace an export, found: other files \['notes.txt'\]"):
+        export(bundle, tmp_path / "served", "paths")

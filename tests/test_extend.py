@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from llm_itemtok.artifacts import sha256_of_file
 from llm_itemtok.cli import main
 from llm_itemtok.config import RunConfig
+from llm_itemtok.data import synthetic
 from llm_itemtok.data.readers import read_items
 from llm_itemtok.errors import ArtifactError, CollisionError, DataError
 from llm_itemtok.items.codes import ItemCodes
@@ -97,6 +98,20 @@ def test_an_item_that_says_what_an_old_one_says_goes_beside_it(finished, tmp_pat
     assert extend(finished, tmp_path / "copies.jsonl").displaced >= 3
 
 
+def test_vectors_that_are_fitted_to_the_catalogue_are_refused_once_its_texts_have_changed(tmp_path):
+    """Other words mean other axes: the quantizer would read codes off that say nothing, without a sign of it."""
+    catalog, interactions, _ = synthetic.generate(num_items=60, num_users=80, seed=0)
+    synthetic.write_folder(catalog, interactions, tmp_path / "data")
+    folder = RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {tmp_path / 'data'}")
+    (tmp_path / "tiny.yaml").write_text(folder)
+    finished = run(RunConfig.load(tmp_path / "tiny.yaml", ["trainer.max_steps=2"]), tmp_path / "run")
+    assert extend(finished, new_items(tmp_path, "new-1")).added == 1
+    items = tmp_path / "data" / "items.jsonl"
+    items.write_text(items.read_text().replace("Saga", "Chronicle"))
+    with pytest.raises(ArtifactError, match="their texts differ; make vectors of the new items"):
+        extend(finished, new_items(tmp_path, "new-2"))
+
+
 def test_report_and_inspect_read_an_extended_run_and_it_can_be_extended_again(finished, tmp_path):
     extend(finished, new_items(tmp_path, "new-1", "new-2"))
     again = extend(finished, new_items(tmp_path, "new-3"))
@@ -130,6 +145,21 @@ def test_a_call_that_was_stopped_half_way_is_made_good_by_the_same_call(finished
     assert extend(finished, items).version == "v1"
     assert sha256_of_file(finished / "codes/v1/item_codes.safetensors") == written
     assert pq.read_table(finished / "categories.parquet").num_rows == 61
+
+
+def test_nobody_else_extends_a_run_while_vectors_are_made(finished, tmp_path):
+    """They would begin with the same codes, and the one that ends last would drop what the other added."""
+    other, said = new_items(tmp_path, "new-1"), []
+    (tmp_path / "untold.jsonl").write_text('{"item_id": "new-2", "title": ""}\n')
+
+    def meanwhile(line):
+        said.append(line)
+        with pytest.raises(ArtifactError, match="wait for it"):
+            extend(finished, other)
+
+    extend(finished, tmp_path / "untold.jsonl", log=meanwhile)
+    assert said
+    assert extend(finished, other).version == "v2"
 
 
 def test_with_out_the_run_stays_and_the_bundle_stands_alone(finished, tmp_path):
@@ -170,6 +200,12 @@ def test_codes_without_a_quantizer_follow_the_vectors_of_the_old_items(tmp_path)
     assert extend(bundle, items, vectors=tmp_path / "all.parquet").added == 1
     with pytest.raises(DataError, match="no quantizer, so the vectors of the old items are needed"):
         extend(bundle, new_items(tmp_path, "new-3"), vectors=tmp_path / "one.npy")
+
+
+def test_an_item_that_is_there_twice_is_named(finished):
+    recommender = Recommender.from_pretrained(finished)
+    with pytest.raises(ArtifactError, match="'x' is there twice"):
+        recommender.extended(recommender.model.vocab.codes, ["x", "y", "x"], ["", "", ""])
 
 
 def test_an_adapter_is_extended_beside_its_base(tmp_path):

@@ -90,6 +90,48 @@ def test_the_items_that_moved_most_stand_with_who_was_near_them_and_who_is(folde
     assert neighbours(OLD, 4) == []
 
 
+def test_items_that_an_extension_added_later_have_not_moved(folder):
+    """They stand behind the others in the newest table alone."""
+    before = most_moved(read_run(folder))
+    ItemCodes(np.concatenate([NEW, [[3, 3]]]), (4, 4)).save(folder / "codes" / "v2")
+    with (folder / "model" / "items.jsonl").open("a") as items:
+        items.write('{"id": "B5", "title": "Toy 5", "code": ""}\n')
+    first, second = most_moved(read_run(folder))
+    assert (first.label, first.old, first.new) == ("Toy 2", "<a_1><b_0>", "<a_3><b_0>")
+    assert (first.before, first.after) == (("Toy 3",), ("Toy 5",))
+    assert second == before[1]
+    assert "Updates of item tokens" in render_report(folder)
+
+
+def test_rounds_that_come_often_are_curves_and_the_table_has_some_of_them(folder):
+    lines = [
+        {**LINE, "round": number, "step": 10 * number, "decided": 10 * number, "metric": None, "before": None,
+         "after": None, "version": 1, "conflict": 0.5, "cosines": {"a": -0.25, "b": 0.75}}
+        for number in range(1, 301)
+    ]  # fmt: skip
+    artifacts.write_text(folder / artifacts.UPDATES, "".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    assert [row["Round"] for row in rounds(run)] == ["1", "34", "67", "101", "134", "167", "200", "234", "267", "300"]
+    assert rounds(run)[0]["Gradients in conflict"] == "50% of the tensors"
+    drawn = {chart.title: chart for chart in charts(run)}
+    assert list(drawn)[1:5] == [
+        "Share of items that a round gave another codeword",
+        "Share of items that wanted the same code as another",
+        "Codewords in use, bits",
+        "Gradients of recommendation and of reconstruction",
+    ]
+    assert "✓" not in drawn["Validation ndcg@10 and the rounds"].svg
+    assert "mean cosine" in drawn["Gradients of recommendation and of reconstruction"].summary
+    assert "The table has 10 of 300 rounds." in render_report(folder)
+
+
+def test_of_many_versions_the_first_is_compared_with_the_newest(tmp_path):
+    run = make_run(tmp_path, OLD, *(changed(r1=(0, 2)) for _ in range(4)), NEW)
+    artifacts.write_text(run / "recipe.yaml", "seed: 0\nupdate: {kind: bilevel}\n")
+    artifacts.write_text(run / artifacts.UPDATES, json.dumps(LINE) + "\n")
+    assert [chart.title for chart in charts(read_run(run))] == ["Items that changed their first codeword, v0 → v5"]
+
+
 def test_a_run_with_fixed_codes_has_no_such_part(tmp_path):
     run = read_run(make_run(tmp_path, OLD))
     assert (rounds(run), charts(run), most_moved(run)) == ([], [], [])

@@ -104,6 +104,15 @@ def test_replies_are_one_line_each_and_keep_letters_as_they_are():
     assert "“" in line
 
 
+def test_half_a_letter_is_answered_like_any_other_text():
+    """JSON can name half of a pair of code units, which no file can hold: it goes out as it came in."""
+    line = '{"user": "\\ud800", "history": ["\\udfff", "item-3"]}'
+    (text,) = answer_lines(RECOMMENDER, [line], 1)
+    assert text.encode("utf-8")
+    reply = json.loads(text)
+    assert (reply["user"], reply["unknown"]) == ("\ud800", ["\udfff"])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -120,6 +129,10 @@ def test_replies_are_one_line_each_and_keep_letters_as_they_are():
         ('{"history": [], "allow": "item-3"}', "line 4: `allow` must be a list of item ids, was: 'item-3'"),
         ('{"history": [], "deny": {"item-3": 1}}', "line 4: `deny` must be a list of item ids, was: {"),
         ('{"history": [], "deny": [null]}', "line 4: item ids must be text or whole numbers, was: None"),
+        (f'{{"history": [{"1" * 5000}]}}', "line 4: a request must be JSON, .*: Exceeds the limit"),
+        (f'{{"history": {"[" * 100_000}', "line 4: a request must be JSON, .*: maximum recursion depth"),
+        ('{"user": {"id": 1}, "history": []}', "line 4: `user` must be text or a number, was: {'id': 1}"),
+        ('{"user": true, "history": []}', "line 4: `user` must be text or a number, was: True"),
     ],
 )
 def test_a_bad_line_is_named_after_the_requests_before_it_are_answered(line, message):

@@ -63,6 +63,9 @@ def test_check_says_when_shares_are_level_and_warns_if_never(tmp_path):
     assert "equal shares after 7 steps\n  base model" in check(recipe(tmp_path, *WEIGHTED, "trainer.max_steps=8"))
     for silent in (("objective.curriculum=none",), ("objective.targets=[{kind: front}]", "objective.pace=0.1")):
         assert "equal shares" not in check(recipe(tmp_path, "objective.kind=token-weighted", *silent))
+    without = check(recipe(tmp_path, *WEIGHTED, "objective.targets=[{kind: plain}, {kind: front}]"))
+    assert "equal shares" not in without
+    assert "warning: no share rises without `frequency` among `objective.targets`" in without
 
 
 @pytest.mark.parametrize("kind", ["all-positions", "windows", "last"])

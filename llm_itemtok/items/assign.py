@@ -66,8 +66,8 @@ class Assignment:
         moved: int64 `[M]`, rows of the items whose code is another now, ascending.
         before: float32 `[M]`, log-likelihood of the code that each of them had.
         after: float32 `[M]`, that of the one it has now.
-        collisions: share of the items with candidates whose best code is also the best of another, in `[0, 1]`: what
-            there was to resolve.
+        collisions: share of all items that would share a code if each had the best one known for it, in `[0, 1]`:
+            what there was to resolve.
     """
 
     table: np.ndarray
@@ -185,12 +185,11 @@ class _Edges:
 
 
 def _collisions(edges: _Edges) -> float:
-    """Share of items with candidates that want the same code as another, if each could have its best."""
+    """Share of the items that would share a code if each had its best: a candidate, or the code that it has."""
     rows, first = np.unique(edges.items, return_index=True)
-    if not len(rows):
-        return 0.0
     better = edges.values[first] > edges.keep[rows]
-    wanted = np.where(better, edges.columns[first], edges.own[rows])
+    wanted = edges.own.copy()
+    wanted[rows[better]] = edges.columns[first[better]]
     return float((np.bincount(wanted)[wanted] > 1).mean())
 
 

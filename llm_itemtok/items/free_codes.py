@@ -46,6 +46,13 @@ def squared_errors(latent: np.ndarray, table: np.ndarray, codebooks: np.ndarray)
     return np.square(latent - rebuilt).sum(axis=1)
 
 
+def with_room(codebooks: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """Codebooks float32 `[L, K, H]` for levels of some sizes, zeros where there were none, K the largest size."""
+    room = np.zeros((len(sizes), max(sizes), codebooks.shape[2]), dtype=np.float32)
+    room[: len(codebooks), : codebooks.shape[1]] = codebooks
+    return room
+
+
 class Shared(NamedTuple):
     """The items that share their code with another, and what they may do at the last level."""
 

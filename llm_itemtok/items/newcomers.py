@@ -22,7 +22,7 @@ import torch
 from llm_itemtok.errors import CollisionError, DataError
 from llm_itemtok.items.base import Quantizer, check_vectors
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.free_codes import FreeCodes, squared_errors
+from llm_itemtok.items.free_codes import FreeCodes, squared_errors, with_room
 from llm_itemtok.items.residual import estimate_codebooks, nearest_codes
 
 
@@ -32,7 +32,7 @@ class Newcomers(NamedTuple):
     codes: ItemCodes
     """N + M items, the old ones first and as they were."""
     displaced: np.ndarray
-    """bool `[M]`, whether another item had the code that a new one's vector reads off."""
+    """bool `[M]`, whether a new item has another code than its vector reads off, because an item had that one."""
 
 
 class _Readings(NamedTuple):
@@ -41,6 +41,7 @@ class _Readings(NamedTuple):
     latent: np.ndarray  # float32 [M, H]
     table: np.ndarray  # int64 [M, L]
     codebooks: np.ndarray  # float32 [L, K, H]
+    levels: int  # that are read off; one more may count
 
 
 def add_items(
@@ -77,28 +78,29 @@ def add_items(
     readings = _by_quantizer(codes, vectors, quantizer) if quantizer is not None else _estimated(codes, vectors, known)
     errors = squared_errors(readings.latent, readings.table, readings.codebooks)
     table = readings.table.copy()
-    displaced = _displaced(codes, table, errors)
-    settled = np.concatenate([codes.table, table[~displaced]])
+    late = _too_late(codes, table, errors)
+    settled = np.concatenate([codes.table, table[~late]])
     free = FreeCodes(ItemCodes(settled, codes.sizes), readings.codebooks, codes.num_items + len(table))
-    rows = np.flatnonzero(displaced)
+    rows = np.flatnonzero(late)
     for row in rows[np.argsort(errors[rows], kind="stable")]:
         table[row] = free.take_nearest(readings.latent[row], tuple(table[row].tolist()))
-    added = [*codes.provenance.get("added", []), {"items": len(table), "displaced": len(rows)}]
+    displaced = (table != readings.table)[:, : readings.levels].any(axis=1)
+    added = [*codes.provenance.get("added", []), {"items": len(table), "displaced": int(displaced.sum())}]
     provenance = codes.provenance | {"added": added}
     whole = ItemCodes(np.concatenate([codes.table, table]), codes.sizes, names=codes.names, provenance=provenance)
     return Newcomers(whole, displaced)
 
 
-def _displaced(codes: ItemCodes, table: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """Which new items must take another code than they read off: bool `[M]`."""
+def _too_late(codes: ItemCodes, table: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Which new items must take another code than `table` has for them: bool `[M]`."""
     both = ItemCodes(np.concatenate([codes.table, table]), codes.sizes)
     groups = both.prefix_groups(both.num_levels)
     old, new = groups[: codes.num_items], groups[codes.num_items :]
     order = np.lexsort((np.arange(len(new)), errors))
     first = order[np.unique(new[order], return_index=True)[1]]
-    displaced = np.ones(len(new), dtype=bool)
-    displaced[first] = False
-    return displaced | np.isin(new, old)
+    late = np.ones(len(new), dtype=bool)
+    late[first] = False
+    return late | np.isin(new, old)
 
 
 def _by_quantizer(codes: ItemCodes, vectors: np.ndarray, quantizer: Quantizer) -> _Readings:
@@ -120,7 +122,7 @@ def _by_quantizer(codes: ItemCodes, vectors: np.ndarray, quantizer: Quantizer) -
         table = quantizer.encode(x_MD).numpy()
         latent, codebooks = quantizer.to_latent(x_MD).numpy(), quantizer.used_codebooks().numpy()
     more = ((0, 0), (0, counted))
-    return _Readings(latent, np.pad(table, more), _with_room(codes, codebooks))
+    return _Readings(latent, np.pad(table, more), with_room(codebooks, codes.sizes), levels)
 
 
 def _estimated(codes: ItemCodes, vectors: np.ndarray, known: np.ndarray | None) -> _Readings:
@@ -140,17 +142,10 @@ def _estimated(codes: ItemCodes, vectors: np.ndarray, known: np.ndarray | None) 
     used = torch.stack([torch.bincount(code_N, minlength=num_codewords) > 0 for code_N in codes_NL.T])
     table, _ = nearest_codes(torch.from_numpy(vectors), codebooks, torch.where(used, 0.0, torch.inf))
     more = ((0, 0), (0, codes.num_levels - levels))
-    return _Readings(vectors, np.pad(table.numpy(), more), _with_room(codes, codebooks.numpy()))
+    return _Readings(vectors, np.pad(table.numpy(), more), with_room(codebooks.numpy(), codes.sizes), levels)
 
 
 def _spoken(codes: ItemCodes) -> int:
     """Number of levels that stand for something: all but one that counts within a code."""
     done = codes.provenance.get("collisions", {})
     return codes.num_levels - 1 if done.get("policy") == "extra-level" else codes.num_levels
-
-
-def _with_room(codes: ItemCodes, codebooks: np.ndarray) -> np.ndarray:
-    """Codebooks float32 `[L, K, H]`, where there were none of zeros."""
-    room = np.zeros((codes.num_levels, max(codes.sizes), codebooks.shape[2]), dtype=np.float32)
-    room[: len(codebooks), : codebooks.shape[1]] = codebooks
-    return room

@@ -62,11 +62,10 @@ def quality(
     Raises:
         DataError: if vectors or quantizer do not fit the codes.
     """
-    before = codes.provenance.get("collisions", {})
     report: dict[str, Any] = {
         "items": codes.num_items,
         **({"capacity": codes.capacity} if codes.words is None else {"words": float(codes.lengths.mean())}),
-        "collision_rate": before.get("collision_rate_before", codes.collision_rate),
+        "collision_rate": _rate_before(codes),
         "unique": codes.is_injective,
         "levels": [level_quality(codes, level) for level in range(codes.num_levels)],
     }
@@ -80,6 +79,15 @@ def quality(
             report["reconstruction_error"] = reconstruction_error(codes, vectors, quantizer)
     report["verdict"] = verdict(report)
     return report
+
+
+def _rate_before(codes: ItemCodes) -> float:
+    """Share of items that share their code before resolution; where a level counts, the levels before it tell."""
+    before = codes.provenance.get("collisions", {})
+    if before.get("policy") == "extra-level":  # read off the table: updates move items, extensions add some
+        groups = codes.prefix_groups(before["levels_before"])
+        return float((np.bincount(groups)[groups] > 1).mean())
+    return float(before.get("collision_rate_before", codes.collision_rate))
 
 
 def level_quality(codes: ItemCodes, level: int) -> dict[str, Any]:

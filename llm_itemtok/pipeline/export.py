@@ -16,6 +16,7 @@ Decisions:
 """
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,8 +53,7 @@ def export(model: str | Path, out: Path, format: Format) -> Path:
         ArtifactError: if there is no bundle at `model`, its parts do not belong together, or `out` is in use.
         UnsupportedModelError: if such servers cannot serve the model.
     """
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not (out / SERVING).is_file():
-        raise ArtifactError(f"{out}: an export must go into a new folder or replace an export, found: other files")
+    _refuse_place(out)
     folder = bundle.locate(model, None)
     recommender = Recommender.from_pretrained(folder, device="cpu").merged()
     _refuse_model(recommender, format)
@@ -70,12 +70,34 @@ def export(model: str | Path, out: Path, format: Format) -> Path:
     return out
 
 
+def _refuse_place(out: Path) -> None:
+    """Raise `ArtifactError` where other files than those of an export would be lost: the whole folder is replaced."""
+    if not out.exists():
+        return
+    found = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()]
+    found = found if out.is_dir() else [out.name]
+    if (out / SERVING).is_file():
+        ours = (*bundle.FILES, SERVING, CATALOGUE, PATHS)
+        found = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in ours)]
+    if found:
+        raise ArtifactError(
+            f"{out}: an export must go into a new folder or replace an export, found: other files {sorted(found)[:3]}; "
+            "choose another folder, or move them away"
+        )
+
+
 def _refuse_model(recommender: Recommender, format: Format) -> None:
     config, vocab = recommender.model.config, recommender.model.vocab
     if vocab.num_tokens == 0:
         raise UnsupportedModelError(
             "a server can be given items of item tokens only, but these are named in words of the language model, of "
             "any number; train with another `tokenizer.kind` than `numeric` and `title`"
+        )
+    if recommender.model.reads != "tokens":
+        raise UnsupportedModelError(
+            "a server reads item tokens alone, but this model knows items beyond them (`scoring`), by a network that "
+            "no server has; serve it with this package (`itemtok recommend`), or train with `scoring.kind: tokens` and "
+            "no `scoring.item_embedding`"
         )
     if config.is_encoder_decoder:
         raise UnsupportedModelError(

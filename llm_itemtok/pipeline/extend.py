@@ -2,7 +2,7 @@
 
 New items get codes that nobody has, near the items that they are like (`items.newcomers`). Nothing of the model
 changes: its tokens mean what they meant, so a new item is ranked by what was learnt of the items whose codewords it
-shares. Old items keep their codes, rows and scores.
+shares. A model that reads item vectors gets those of the new ones, too. Old items keep their codes, rows and scores.
 
 Decisions:
 - Vectors of new items must be of the source of the old ones'. Of a run they are made anew from its recipe, its data and
@@ -15,6 +15,7 @@ Decisions:
 - What was measured stands in the run folder as it was: of the items that the model was trained with.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +24,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm_itemtok import bundle
-from llm_itemtok.artifacts import CATEGORIES, CODES, MODEL, QUALITY, RECIPE, TRACE, atomic_folder, write_json
+from llm_itemtok.artifacts import (
+    CATEGORIES,
+    CODES,
+    METRICS,
+    MODEL,
+    QUALITY,
+    RECIPE,
+    TRACE,
+    atomic_folder,
+    read_json,
+    write_json,
+)
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.readers import read_items
@@ -42,6 +54,7 @@ from llm_itemtok.pipeline.push import card_of
 from llm_itemtok.pipeline.run import alone_in
 from llm_itemtok.pipeline.vectors import GIVE_VECTORS, Log, Sources
 from llm_itemtok.recommender import Recommender
+from llm_itemtok.settings import TfidfSvdVectors
 
 OWN, NEAREST = "a new item, on the code of its vector", "a new item, on the nearest free code to its vector's"
 """Why a new item has its code."""
@@ -100,6 +113,13 @@ def extend(
     folder = bundle.locate(model, None)
     run = folder.parent if folder.name == MODEL and (folder.parent / RECIPE).is_file() else None
     _refuse_place(model, folder, run, out)
+    # From the beginning: two at once would begin with the same codes, and the items of one of them would be lost.
+    with nullcontext() if run is None or out is not None else alone_in(run):
+        return _extend(folder, run, items, vectors, out, log)
+
+
+def _extend(folder: Path, run: Path | None, items: Path, vectors: Path | None, out: Path | None, log: Log) -> Extended:
+    """As `extend`, of the bundle in `folder`, which belongs to `run`."""
     config = None if run is None else RunConfig.load(run / RECIPE)
     renamed = config.data.columns if config is not None and config.data.source == "folder" else {}
     new = read_items(items, columns=renamed)
@@ -113,15 +133,14 @@ def extend(
         recommender.quantizer = read_quantizer(version)  # of a run before bundles had it
     matrix, known = _matrices(recommender, new, vectors, run, config, log)
     found = add_items(codes, matrix, quantizer=recommender.quantizer, known=known)
-    extended = recommender.extended(found.codes, new.item_ids, new.titles)
+    extended = recommender.extended(found.codes, new.item_ids, new.titles, matrix)
     card = card_of(extended, folder.parent if run is None else run)
     place, name = folder if out is None else out, None
     if run is None or version is None or out is not None:
         extended.save_pretrained(place, card=card)
     else:
-        with alone_in(run):
-            name = _write_version(run, version, new, found, recommender.quantizer)
-            extended.save_pretrained(folder, card=card)
+        name = _write_version(run, version, new, found, recommender.quantizer)
+        extended.save_pretrained(folder, card=card)
     return Extended(place, name, old, len(new), int(found.displaced.sum()))
 
 
@@ -226,6 +245,14 @@ def _sources(recommender: Recommender, run: Path, config: RunConfig, log: Log) -
             f"{run}: the data of the run must have the catalogue that the model was trained on, but their items "
             f"differ; {GIVE_VECTORS}"
         )
+    fitted = any(isinstance(source, TfidfSvdVectors) for source in config.vector_sources.values())
+    if fitted and (run / METRICS).is_file():
+        trained_on = read_json(run / METRICS)["protocol"]["catalog_sha256"]
+        if data.catalog.sha256 != trained_on:
+            raise ArtifactError(
+                f"{run}: `vectors.kind: tfidf-svd` is fitted to the texts of the catalogue, which must be "
+                f"those that the model was trained on, but their texts differ; {GIVE_VECTORS}"
+            )
     return Sources(
         config,
         data.catalog,

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_itemtok import settings
@@ -22,7 +20,7 @@ from llm_itemtok.data import splits, synthetic
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.interactions import Interactions
 from llm_itemtok.data.readers import RawData, read
-from llm_itemtok.errors import ArtifactError, DataError
+from llm_itemtok.errors import DataError
 from llm_itemtok.items import collisions
 from llm_itemtok.items.base import ItemTokenizer, Quantizer
 from llm_itemtok.items.codes import ItemCodes
@@ -47,12 +45,9 @@ from llm_itemtok.items.text_codes import TextCodes, random_numbers, sequential_n
 from llm_itemtok.model import scratch
 from llm_itemtok.model.load import load_base, load_lm
 from llm_itemtok.model.prompts import encode_text
-from llm_itemtok.model.rows import input_table
 from llm_itemtok.pipeline.vectors import Log, Sources, needs_vectors, text_sources
-from llm_itemtok.vocab import init
-from llm_itemtok.vocab.text_vocab import extended
 
-BASE, VOCAB = "base", "vocab"
+BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -407,40 +402,3 @@ def doctor_facts(codes: ItemCodes, data: Dataset, near_vectors: Pairs | None) ->
     if near_vectors is not None:
         near = {"vectors": near_vectors, **near}
     return examine(codes, near=near, item_counts=split.item_counts(), categories=data.catalog.categories)
-
-
-def make_vocab(config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path, log: Log) -> None:
-    """Compute the initial rows of the item tokens; write them to `vocab/`."""
-    lm, tokenizer = base_model(config, data.catalog, folder, log)
-    vocab = extended(tokenizer, codes)
-    table = input_table(lm).weight.detach().float()
-    if vocab.num_tokens == 0:
-        rows = table[:0]
-    elif config.vocab.init == "text-mean":
-        rows = init.text_mean(vocab, table, encode_text(tokenizer, data.catalog.texts()), seed=config.seed)
-    elif config.vocab.init == "codebook":
-        matrix = item_vectors(config, data, folder, log)
-        assert matrix is not None
-        rows = init.codebook(vocab, table, matrix, seed=config.seed)
-    else:
-        rows = init.normal(vocab, table, seed=config.seed)
-    with atomic_folder(folder / VOCAB) as new:
-        save_file({"rows": rows.contiguous()}, new / "initial_rows.safetensors")
-    if vocab.num_tokens == 0:
-        log(f"  no new tokens, so no initial rows; an item is such as {vocab.spell(0)}")
-    else:
-        log(f"  {vocab.num_tokens:,} item tokens from id {vocab.first_id:,}; an item is such as {vocab.spell(0)}")
-
-
-def read_vocab(folder: Path) -> tuple[ItemCodes, Tensor]:
-    """Codes and initial rows float32 `[T, D]` of a run.
-
-    Raises:
-        ArtifactError: if a stage before has not run.
-    """
-    rows = folder / VOCAB / "initial_rows.safetensors"
-    if not rows.is_file():
-        raise ArtifactError(
-            f"{rows}: the stage `vocab` must have run, but its file is missing; start with `--from vocab`"
-        )
-    return ItemCodes.load(folder / CODES / "v0"), load_file(rows)["rows"]

@@ -10,10 +10,13 @@ from pathlib import Path
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
+from llm_itemtok.artifacts import CODES, remove_leftovers
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.describe import describe, describe_text
 from llm_itemtok.errors import ArtifactError, RecipeError
-from llm_itemtok.pipeline import evaluate, fit, prepare, stages
+from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.pipeline import evaluate, fit, prepare, stages, vocabulary
+from llm_itemtok.pipeline.engines import refuse_engine
 from llm_itemtok.report import write_report
 from llm_itemtok.training.arguments import check_settings
 
@@ -58,6 +61,7 @@ def run(
     # Other processes wait while the main one prepares or measures, for longer than the library's ten minutes.
     patience = timedelta(seconds=config.trainer.get("ddp_timeout", 86_400))
     state = PartialState(cpu=config.trainer.get("use_cpu", False), timeout=patience)
+    refuse_engine(config, here=last >= stages.STAGE_NAMES.index("train"))
     say = log if state.is_main_process else lambda _line: None
     data = prepare.load_data(config.data, config.seed, config.evaluation.segments)
     prepare.refuse_textless(config, data.catalog)
@@ -70,6 +74,7 @@ def run(
         state.wait_for_everyone()
         if state.is_main_process:
             stages.claim(folder, config, fresh=fresh, book=book, keys=keys)
+            remove_leftovers(folder)
         state.wait_for_everyone()
         if start is not None:
             book.forget_from(start)
@@ -127,7 +132,7 @@ def _carry_out(
     elif stage == "items":
         prepare.make_codes(config, data, folder, log)
     elif stage == "vocab":
-        prepare.make_vocab(config, data, prepare.ItemCodes.load(folder / prepare.CODES / "v0"), folder, log)
+        vocabulary.make_vocab(config, data, ItemCodes.load(folder / CODES / "v0"), folder, log)
     elif stage == "train":
         fit.train(config, data, folder, key=key, resume=resume, log=log)
     elif stage == "evaluate":

@@ -116,8 +116,25 @@ def frequency(codes: ItemCodes, targets: np.ndarray, *, beta: float, over: str) 
 
 
 def token_counts(codes: ItemCodes, targets: np.ndarray) -> np.ndarray:
-    """How often each item's token of each level is a training target, float64 `[N, L]`."""
-    columns = [np.bincount(codes.table[:, level], targets)[codes.table[:, level]] for level in range(codes.num_levels)]
+    """How often each item's token of each level is a training target, float64 `[N, L]`.
+
+    Item tokens belong to their level; a word of the language model is one token wherever it stands.
+    """
+    numbers, held = _numbers(codes), counted(codes)
+    times = np.broadcast_to(targets[:, None], numbers.shape)
+    counts: np.ndarray = np.bincount(numbers[held], times[held], minlength=int(numbers.max()) + 1)[numbers]
+    return counts
+
+
+def _numbers(codes: ItemCodes) -> np.ndarray:
+    """A number for each item's token of each level, int64 `[N, L]`; the same for the same token."""
+    if codes.words is None:
+        return codes.table + np.cumsum((0, *codes.sizes))[:-1]
+    known: dict[str, int] = {}
+    columns = [
+        np.array([known.setdefault(word, len(known)) for word in words])[codes.table[:, level]]
+        for level, words in enumerate(codes.words)
+    ]
     return np.stack(columns, axis=1)
 
 

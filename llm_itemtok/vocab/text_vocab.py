@@ -92,9 +92,11 @@ class TextVocab(ItemVocab):
         return copies[device]
 
 
-def extended(tokenizer: PreTrainedTokenizerBase, codes: ItemCodes) -> ItemVocab:
-    """The vocabulary of codes; item tokens, where the codes need any, are added to the tokenizer."""
-    return ItemVocab.add_to(tokenizer, codes) if codes.words is None else TextVocab.resolve(tokenizer, codes)
+def extended(tokenizer: PreTrainedTokenizerBase, codes: ItemCodes, *, known: bool = False) -> ItemVocab:
+    """The vocabulary of codes; item tokens, where the codes need any, are added to the tokenizer unless it has them."""
+    if codes.words is not None or known:
+        return resolved(tokenizer, codes)
+    return ItemVocab.add_to(tokenizer, codes)
 
 
 def resolved(tokenizer: PreTrainedTokenizerBase, codes: ItemCodes) -> ItemVocab:

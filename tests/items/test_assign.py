@@ -129,6 +129,14 @@ def test_a_move_must_be_worth_its_price(method) -> None:
 
 
 @BOTH
+def test_wanting_a_code_that_another_keeps_is_a_collision(method) -> None:
+    """Of four items, the second is content and the third has no candidates; the first wants what the second has."""
+    codes = of_table((0, 0), (0, 1), (0, 2), (0, 3))
+    wanted = candidates([-5, -1, 0, -5], (0, (0, 1), -2.0), (1, (1, 1), -3.0), (3, (3, 3), -2.0))
+    assert assign(codes, wanted, method=method, max_moves=4).collisions == 0.5
+
+
+@BOTH
 def test_codes_of_items_without_candidates_are_out_of_reach(method) -> None:
     codes = of_table((0, 0), (0, 1))
     assert not len(assign(codes, candidates([-5, -5], (0, (0, 1), -1.0)), method=method, max_moves=2).moved)

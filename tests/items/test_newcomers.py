@@ -90,6 +90,7 @@ def test_a_level_that_counts_is_counted_on():
     row = int(np.flatnonzero((codes.table == group).all(axis=1))[0])
     found = add_items(codes, matrix[[row]], quantizer=tokenizer.quantizer)
     assert found.codes.table[-1].tolist() == [*group[:2], group[2] + 1]
+    assert not found.displaced.any()  # what its vector says is on the levels before
 
 
 @pytest.mark.parametrize("known", [30, 20])

@@ -45,6 +45,16 @@ def test_collision_rate_is_the_one_before_resolution():
     assert [level["counts_only"] for level in report["levels"]] == [False, True]
 
 
+def test_what_an_update_has_moved_is_counted_anew_where_a_level_counts():
+    """Its own rate is that of the few items that wanted one code, and says nothing of the level that counts."""
+    before = extra_level(ItemCodes([[0], [0], [1], [2]], (4,)))
+    told = {"collisions": {**before.provenance["collisions"], "collision_rate_before": 0.0}}
+    moved = ItemCodes([[0, 0], [2, 1], [2, 2], [2, 0]], before.sizes, provenance=told)
+    report = quality(moved)
+    assert report["collision_rate"] == 0.75
+    assert "idle level" not in [finding.rule for finding in findings(report, {})]
+
+
 def test_neighbours_and_chance_by_hand():
     """Two pairs of opposite directions: with one neighbour looked up each, all share; 2 of 6 pairs share by chance."""
     vectors = np.array([[1, 0], [1, 0.1], [-1, 0], [-1, 0.1]], dtype=np.float32)

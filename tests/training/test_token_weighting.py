@@ -12,10 +12,12 @@ from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import TASKS as ALL_TASKS
 from llm_itemtok.training.next_token import MODEL_INPUTS
 from llm_itemtok.training.token_weighting import Target, TokenWeighted, WithTargetItems, figures, log_pace
+from llm_itemtok.training.updates import Rules
 from tests.process_pairs import run_alone_and_in_pair
 from tests.tiny import KINDS, states, tiny_codes, tiny_item_model, tiny_prompts
 from tests.training.runs import TASKS, make_trainer, weights
 from tests.training.test_invariants import assert_close, training_lines, without_times
+from tests.training.update_runs import Shuffle, make_updating
 from tests.training.weighted import COUNTS, EFFECT, MIX, by_gain, by_rarity, evenly, weigh
 
 EVERY_KIND = pytest.mark.parametrize("family", KINDS)
@@ -293,3 +295,22 @@ def test_two_processes_train_as_one(tmp_path, family):
     assert_close(two, one, atol=1e-6, rtol=1e-5)
     for ours, theirs in zip(training_lines(tmp_path / "two"), training_lines(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_the_first_step_with_other_codes_is_divided_by_their_weights(tmp_path):
+    """The library sums a step up before the step begins, and codes change where it begins."""
+    by_codeword = Target("by-codeword", lambda codes: 1.0 + codes.table)
+    trainer = weigh(make_updating(tmp_path, Shuffle(2), Rules(rounds=1, gate=None), steps=4), (by_codeword,))
+    inner, seen = trainer.objective, []
+
+    class Watch:
+        denominators = inner.denominators
+
+        def __call__(self, model, batch, totals):
+            seen.append((totals["by-codeword"].item(), inner.denominators(batch)["by-codeword"].item()))
+            return inner(model, batch, totals)
+
+    trainer.objective = Watch()
+    trainer.train()
+    divided, own = zip(*seen, strict=True)
+    assert divided == pytest.approx(own)

@@ -131,6 +131,13 @@ def test_items_that_nobody_chose_are_all_as_likely():
     np.testing.assert_allclose(weights / weights[0, 0], [[1, 1, 1], [1, 1, 1], [1, 1, 0.5], [1, 0.5, 0.5]])
 
 
+def test_a_word_is_one_token_wherever_it_stands():
+    """By hand: `blue` is first of the second item and second of the first; nothing is counted behind an end."""
+    codes = ItemCodes(np.array([[0, 0], [1, 1]]), (2, 2), words=(("red", "blue"), ("blue", ENDED)))
+    assert token_weights.token_counts(codes, np.array([3.0, 4.0]))[:, 0].tolist() == [3, 7]
+    assert token_weights.token_counts(codes, np.array([3.0, 4.0]))[0, 1] == 7
+
+
 def test_identifiers_of_unequal_length_share_out_their_own_tokens_only():
     codes = words_of_unequal_number()
     held = token_weights.counted(codes)
