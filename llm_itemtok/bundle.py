@@ -29,8 +29,8 @@ from llm_itemtok.items import codes as item_codes
 from llm_itemtok.items.base import QUANTIZER_FILE, Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.quantizers import read_quantizer
-from llm_itemtok.model import export
-from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
+from llm_itemtok.model import export, item_network
+from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser, Reads
 from llm_itemtok.model.load import DTYPES, load_base, load_lm
 from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.text_vocab import resolved
@@ -54,6 +54,7 @@ FILES = (
     ITEMS,
     item_codes.FILE_NAME,
     QUANTIZER_FILE,
+    item_network.FILE_NAME,
     f"{CUSTOM_GENERATE}/generate.py",
     f"{CUSTOM_GENERATE}/requirements.txt",
     *_LAYOUTS["merged"],
@@ -86,6 +87,7 @@ class Generation:
         items_sha256: of the item ids by row; empty in bundles of earlier versions.
         vectors: what item vectors were made of, as the recipe's `vectors` section says it, without places; new items
             must have vectors of that kind. Empty where the codes were made without, and in bundles of earlier versions.
+        reads: how items stand in what the model reads (`ItemTokenModel.reads`); `tokens` in earlier versions' bundles.
     """
 
     layout: str
@@ -104,9 +106,10 @@ class Generation:
     quantization: str = "none"
     items_sha256: str = ""
     vectors: dict[str, Any] = field(default_factory=dict)
+    reads: Reads = "tokens"
 
 
-_YOUNGER = ("quantization", "items_sha256", "vectors")
+_YOUNGER = ("quantization", "items_sha256", "vectors", "reads")
 """Settings that bundles of earlier versions lack."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -115,6 +118,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "training_normaliser": get_args(Normaliser),
     "dtype": tuple(DTYPES),
     "quantization": ("none", "nf4"),
+    "reads": get_args(Reads),
 }
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("base", "revision"), (str, type(None))),
@@ -198,14 +202,17 @@ def files(folder: Path) -> dict[str, Path]:
     Raises:
         ArtifactError: if the model's weights, or parts of them, are missing, or a file is a link to another place.
     """
-    layout = read_generation(folder / GENERATION).layout
-    others = _LAYOUTS["adapter" if layout == "merged" else "merged"]
+    generation = read_generation(folder / GENERATION)
+    layout, beyond = generation.layout, generation.reads != "tokens"
+    others = _LAYOUTS["adapter" if layout == "merged" else "merged"] + (() if beyond else (item_network.FILE_NAME,))
     ours = {name: path for name, path in _found(folder).items() if _is_ours(name) and not _matches(name, others)}
     if "model.safetensors" in ours:  # the libraries read it first; shards beside it are those of another time
         ours = {name: path for name, path in ours.items() if name != _INDEX and not _matches(name, (_SHARDS,))}
     wanted = _WEIGHTS[layout]
     if not ours.keys() & set(wanted):
         raise ArtifactError(f"{folder}: a bundle must hold its model's weights, {' or '.join(wanted)}, found: none")
+    if beyond and item_network.FILE_NAME not in ours:
+        raise ArtifactError(f"{folder}: a bundle of this model must hold {item_network.FILE_NAME}, which is missing")
     if _INDEX in ours:
         parts = set(_parts(ours[_INDEX]))
         if missing := sorted(parts - ours.keys()):
@@ -369,9 +376,13 @@ def load_model(
         ArtifactError: if an adapter does not name its base model, or its files are of another program.
     """
     with _readable(folder, "the model"):
+        peft_model = None
         if generation.layout == "adapter":
-            return _load_adapter(folder, vocab, generation, trust_remote_code)
-        return _load_merged(folder, vocab, generation), None
+            model, peft_model = _load_adapter(folder, vocab, generation, trust_remote_code)
+        else:
+            model = _load_merged(folder, vocab, generation)
+        item_network.load(model, folder, generation.reads)
+        return model, peft_model
 
 
 @contextmanager
@@ -398,7 +409,8 @@ def _load_merged(folder: Path, vocab: ItemVocab, generation: Generation) -> Item
         _parts(folder / _INDEX)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     lm = load_lm(folder, config, dtype="auto", trust_remote_code=False)
-    return export.from_merged(lm, vocab, folder, normaliser=generation.training_normaliser)
+    normaliser, one_table = generation.training_normaliser, generation.reads == "items"
+    return export.from_merged(lm, vocab, folder, normaliser=normaliser, one_table=one_table)
 
 
 def _load_adapter(
@@ -414,4 +426,5 @@ def _load_adapter(
         quantization=generation.quantization,
         trust_remote_code=trust_remote_code,
     )
-    return export.from_adapter(lm, vocab, folder, normaliser=generation.training_normaliser)
+    normaliser, one_table = generation.training_normaliser, generation.reads == "items"
+    return export.from_adapter(lm, vocab, folder, normaliser=normaliser, one_table=one_table)

@@ -23,6 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llm_itemtok import hub
 from llm_itemtok.bundle import Generation
+from llm_itemtok.model.item_lm import Reads
 from llm_itemtok.training.next_token import NextToken
 
 _TAGS = ("recommendation", "generative-retrieval", "semantic-ids", "llm-itemtok")
@@ -67,6 +68,10 @@ print(tokenizer.batch_decode(ids[:, -{levels}:]))  # item tokens of the {k} best
 Rows of several histories are padded on the left. The model reads the {length} most recent items of a history: leave
 older ones out{seen}.
 """
+_NETWORK = """
+It loads through this package only: what it {knows} stands in `item_network.safetensors`, which plain `transformers` and
+`peft` pass over, so the model that they load would answer wrongly.
+"""
 _WORDS = """
 The items are spelled in words of the model's own vocabulary, so no plain `transformers` code keeps to them yet.
 """
@@ -86,6 +91,7 @@ class Subject:
         end: token that a prompt ends with which an encoder reads; None for decoder-only models.
         tied: whether the head is the input table.
         varied: whether items differ in how many tokens they have.
+        reads: how items stand in what the model reads.
     """
 
     generation: Generation
@@ -97,6 +103,7 @@ class Subject:
     end: str | None
     tied: bool
     varied: bool = False
+    reads: Reads = "tokens"
 
 
 def card(subject: Subject, metrics: Mapping[str, Any] | None = None, recipe: Mapping[str, Any] | None = None) -> str:
@@ -112,9 +119,11 @@ def card(subject: Subject, metrics: Mapping[str, Any] | None = None, recipe: Map
     """
     base = _hub_base(subject.generation.base) or _hub_base((recipe or {}).get("model", {}).get("name"))
     recipe = None if recipe is None else redacted(recipe)
+    plain = subject.reads == "tokens"
+    library = "transformers" if subject.generation.layout == "merged" else "peft"
     data = ModelCardData(
-        library_name="transformers" if subject.generation.layout == "merged" else "peft",
-        tags=[*_TAGS, *(["custom_generate"] if subject.codes else [])],
+        library_name=library if plain else "llm-itemtok",
+        tags=[*_TAGS, *(["custom_generate"] if subject.codes and plain else [])],
         base_model=base,
         model_name=None if metrics is None else "recommender",
         eval_results=None if metrics is None else list(_results(metrics, recipe)),
@@ -214,6 +223,13 @@ def _introduction(subject: Subject, base: str | None) -> str:
     spelled = "" if subject.codes is None else f" (`{subject.codes[0]}` is `{_escaped(subject.example[0])}`)"
     kind = "words that it has" if subject.codes is None else "tokens that were added to its vocabulary"
     most = "at most " if subject.varied else ""
+    if subject.reads == "items":
+        return f"""# A recommender over {subject.items:,} items
+
+A language model that reads each item as one vector, runs once, and writes an item by a recursive network over
+{subject.levels} tokens that were added to its vocabulary{spelled}.
+Given the items of a history, it ranks the whole catalogue; items that do not exist cannot come out.{told}
+"""
     return f"""# A recommender over {subject.items:,} items
 
 A language model that writes items: each is a path of {most}{subject.levels} {kind}{spelled}.
@@ -226,6 +242,9 @@ def _usage(subject: Subject) -> str:
     ours = _OURS.format(ids=_python_list(subject.example))
     if subject.codes is None:
         return ours + _WORDS
+    if subject.reads != "tokens":
+        knows = "makes of an item's vector, and of its answer," if subject.reads == "items" else "knows of each item"
+        return ours + _NETWORK.format(knows=knows)
     generation = subject.generation
     encoder, adapter = subject.end is not None, generation.layout == "adapter"
     auto = "AutoModelForSeq2SeqLM" if encoder else "AutoModelForCausalLM"
@@ -341,10 +360,11 @@ def _item_tokens(metrics: Mapping[str, Any]) -> str:
         f"| {level['name']} | {level['size']:,} | {level['used']:,} | {level['perplexity']:,.1f} |"
         for level in resolved["levels"]
     ]
+    verdict = resolved.get("verdict", "")
+    shared = f"{codes['collision_rate']:.1%} of the items shared their code with another before that was resolved. "
     return f"""## Item tokens
 
-{codes["collision_rate"]:.1%} of the items shared their code with another before that was resolved. \
-{resolved.get("verdict", "")}
+{"" if "shared their code" in verdict else shared}{verdict}
 
 {chr(10).join(lines)}
 """
@@ -375,6 +395,9 @@ _PAPERS = {
         "2311.09049", 2023, "Adapting Large Language Models by Integrating Collaborative Semantics for Recommendation"
     ),
     ("vectors", "source", "sasrec"): ("1808.09781", 2018, "Self-Attentive Sequential Recommendation"),
+    ("scoring", "kind", "recursive"): (
+        "2602.20704", 2026, "IntRR: A Framework for Integrating SID Redistribution and Length Reduction"
+    ),
     ("model", "adapter", "lora"): ("2106.09685", 2021, "LoRA: Low-Rank Adaptation of Large Language Models"),
 }  # fmt: skip
 """Section, setting and its value → arXiv number, year and title of the method's paper."""

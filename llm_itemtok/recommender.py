@@ -8,6 +8,7 @@ It holds no user histories.
 import json
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from llm_itemtok.decoding.scoring import score_items
 from llm_itemtok.errors import ArtifactError, DataError
 from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.model import export
+from llm_itemtok.model import export, item_network
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.vocab.trie import ItemTrie
@@ -85,6 +86,7 @@ class Recommender:
                 f"codes and catalogue must have the same items, found: {model.vocab.codes.num_items} codes and "
                 f"{len(item_ids)} items"
             )
+        assert generation.reads == model.reads
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.item_ids = tuple(item_ids)
@@ -153,6 +155,7 @@ class Recommender:
                 )
             else:
                 export.merged(self.model, self._peft_model).save_pretrained(new)
+            item_network.save(self.model, new)
             export.save_tokenizer(self.tokenizer, new, pad_left=self.model.answer_start is None)
             vocab.codes.save(new)
             lines = [
@@ -164,7 +167,7 @@ class Recommender:
                 self.quantizer.save(new)
             write_json(new / GENERATION, asdict(self.generation))
             write_text(new / CARD, card or self.card())
-            if vocab.num_tokens > 0:  # items spelled in existing words need this package
+            if vocab.num_tokens > 0 and self.model.reads == "tokens":  # what else there is needs this package
                 bundle.write_custom_generate(new)
         return Path(folder)
 
@@ -188,6 +191,7 @@ class Recommender:
                 end=str(self.tokenizer.eos_token) if self._prompts.encoded else None,
                 tied=self.model.rows.output_rows is None,
                 varied=vocab.lengths is not None,
+                reads=self.model.reads,
             ),
             metrics,
             recipe,
@@ -362,37 +366,45 @@ class Recommender:
 
     def with_generation(self, **changes: Any) -> "Recommender":
         """The same model, decoded in another way, such as `beam=50`."""
+        return self._changed(replace(self.generation, **changes), self.item_ids, self.titles)
+
+    def _changed(self, generation: Generation, item_ids: Sequence[str], titles: Sequence[str]) -> "Recommender":
+        """The same model under another description."""
         return Recommender(
             self.model,
             self.tokenizer,
-            item_ids=self.item_ids,
-            titles=self.titles,
-            generation=replace(self.generation, **changes),
+            item_ids=item_ids,
+            titles=titles,
+            generation=generation,
             peft_model=self._peft_model,
             quantizer=self.quantizer,
         )
 
-    def extended(self, codes: ItemCodes, item_ids: Sequence[str], titles: Sequence[str]) -> "Recommender":
+    def extended(
+        self, codes: ItemCodes, item_ids: Sequence[str], titles: Sequence[str], vectors: np.ndarray | None = None
+    ) -> "Recommender":
         """The same model with more items, to be used from now on instead of this one: none of its weights changes.
 
         Args:
             codes: of the items it has, as they are, and of M more, on the same levels.
             item_ids: of the M more, none known yet.
             titles: of the M more, empty where there is none.
+            vectors: float32 `[M, V]`, item vectors of the M more, for a model that reads such.
 
         Raises:
             ArtifactError: if an item is known already, or an old one would move.
         """
         rows, _ = self.known(item_ids)
-        if rows or len(set(item_ids)) < len(item_ids):
-            few = [self.item_ids[row] for row in rows[:3]]
+        twice = sorted(item for item, times in Counter(item_ids).items() if times > 1)
+        if rows or twice:
+            found = f"{len(rows):,} of {len(item_ids):,} are known already: {[self.item_ids[row] for row in rows[:3]]}"
             raise ArtifactError(
-                f"new items must be new, each once, but of {len(item_ids):,} {len(rows):,} are known already: {few}"
+                f"new items must be new, each once, but {found if rows else f'{twice[0]!r} is there twice'}"
             )
         old = self.model.vocab.codes
         if codes.sizes != old.sizes or not np.array_equal(codes.table[: old.num_items], old.table):
             raise ArtifactError("the codes of the items that a model has must stay as they are, but some are others")
-        self.model.take_codes(codes)
+        item_network.extend(self.model, codes, vectors)
         whole = (*self.item_ids, *item_ids)
         generation = replace(
             self.generation,
@@ -400,15 +412,7 @@ class Recommender:
             items_sha256=bundle.items_sha256(whole),
             catalog_sha256=sha256_of_arrays(self.generation.catalog_sha256, *item_ids, *titles),
         )
-        return Recommender(
-            self.model,
-            self.tokenizer,
-            item_ids=whole,
-            titles=(*self.titles, *titles),
-            generation=generation,
-            peft_model=self._peft_model,
-            quantizer=self.quantizer,
-        )
+        return self._changed(generation, whole, (*self.titles, *titles))
 
 
 def push_folder(

@@ -6,6 +6,7 @@ from llm_itemtok.bench.decode import decode
 from llm_itemtok.bench.evaluate import evaluate
 from llm_itemtok.bench.gpu import gpu
 from llm_itemtok.bench.measure import Result
+from llm_itemtok.bench.recursive import recursive
 from llm_itemtok.bench.rows import rows
 from llm_itemtok.bench.tokenize import tokenize
 from llm_itemtok.bench.train import train
@@ -18,6 +19,7 @@ GROUPS: Mapping[str, Callable[[], Iterator[Result]]] = {
     "trie": trie,
     "evaluate": evaluate,
     "tokenize": tokenize,
+    "recursive": recursive,
     "gpu": gpu,
 }
 """What `itemtok bench` measures, by group."""

@@ -74,8 +74,6 @@ class RecursiveDecoder:
         """Logits float32 `[..., V]` after states `[..., D]` (or `[..., 1, D]`) and codewords of the level before."""
         codebooks = self.model.codebooks()
         before = None if codes is None else codebooks[level - 1][codes]
-        if before is not None:
-            states = states.expand(*before.shape[:-1], -1)
         return (self.recursion.query(level, states, before) @ codebooks[level].T).float()
 
     def score(self, state: Tensor, items: np.ndarray, trie: ItemTrie | None) -> Tensor:

@@ -61,8 +61,7 @@ def fold_rows(lm: PreTrainedModel, model: ItemTokenModel) -> PreTrainedModel:
         input_table(lm).weight[before:first] = 0  # ids of the tokenizer alone, if any
         output_head(lm).weight[before:first] = 0
     input_table(lm).weight[first:after] = model.rows.input_rows.to(lm.dtype)
-    if model.rows.output_rows is not None:
-        output_head(lm).weight[first:after] = model.rows.output_rows.to(lm.dtype)
+    output_head(lm).weight[first:after] = model.rows.head().to(lm.dtype)
     return lm
 
 
@@ -125,7 +124,7 @@ def save_adapter(
             settings[name] = sorted(value)
     write_json(folder / ADAPTER_CONFIG, json.loads(json.dumps(settings, default=str)))
     metadata = {"format": "pt", CODES: model.vocab.codes.sha256, FIRST_ID: str(model.vocab.first_id)}
-    write_bytes(folder / ADAPTER_WEIGHTS, _weights_file(tensors, metadata))
+    write_bytes(folder / ADAPTER_WEIGHTS, weights_file(tensors, metadata))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, pad_left: bool) -> None:
@@ -148,7 +147,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, pad_left
     tokenizer.save_pretrained(folder)
 
 
-def _weights_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+def weights_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """A safetensors file whose metadata stand in the order given: the library's own order differs from run to run."""
     content = save(tensors, metadata)
     start = 8 + int.from_bytes(content[:8], "little")
@@ -198,7 +197,7 @@ def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], Tensor | 
 
 
 def from_merged(
-    lm: PreTrainedModel, vocab: ItemVocab, folder: Path, *, normaliser: Normaliser = "level"
+    lm: PreTrainedModel, vocab: ItemVocab, folder: Path, *, normaliser: Normaliser = "level", one_table: bool = False
 ) -> ItemTokenModel:
     """Read the item rows out of the tables of a merged model.
 
@@ -207,6 +206,7 @@ def from_merged(
         vocab: its item tokens.
         folder: named in messages.
         normaliser: of the training.
+        one_table: item tokens are read and written by the same rows, whatever the base does with its own.
 
     Raises:
         ArtifactError: if the model was trained with other codes, or has no room for the item tokens.
@@ -219,7 +219,7 @@ def from_merged(
             f"the model's table has {input_table(lm).num_embeddings:,} rows; {_MIXED}"
         )
     _refuse_other_place(getattr(lm.config, FIRST_ID, None), vocab, folder)
-    tied = bool(lm.config.tie_word_embeddings)
+    tied = one_table or bool(lm.config.tie_word_embeddings)
     rows = ItemRows(input_table(lm).weight[span].detach(), first_id=vocab.first_id, tied=tied)
     if rows.output_rows is not None:
         with torch.no_grad():
@@ -228,7 +228,7 @@ def from_merged(
 
 
 def from_adapter(
-    lm: PreTrainedModel, vocab: ItemVocab, folder: Path, *, normaliser: Normaliser = "level"
+    lm: PreTrainedModel, vocab: ItemVocab, folder: Path, *, normaliser: Normaliser = "level", one_table: bool = False
 ) -> tuple[ItemTokenModel, PeftModel]:
     """Put an adapter's LoRA into its base model, and the item rows beside it.
 
@@ -237,6 +237,7 @@ def from_adapter(
         vocab: the item tokens.
         folder: where `save_adapter` wrote.
         normaliser: of the training.
+        one_table: as in `from_merged`.
 
     Returns:
         The model, and PEFT's view of it.
@@ -257,7 +258,7 @@ def from_adapter(
             f"{folder}: the adapter must have a row for each of the {vocab.num_tokens} item tokens, was: "
             f"{len(input_rows)}; {_MIXED}"
         )
-    tied = bool(lm.config.tie_word_embeddings)
+    tied = one_table or bool(lm.config.tie_word_embeddings)
     if len(input_rows) and (input_rows.shape[1], output_rows is None) != (width, tied):
         raise ArtifactError(
             f"{folder}: adapter and base model must belong together, but the adapter's item rows are "

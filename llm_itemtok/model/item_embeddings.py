@@ -6,11 +6,25 @@ follows the item ever sees. The recursive model (`model/recursive.py`) is guided
 An item that training never saw has no learnt embedding worth reading, so it counts as one without (`known`); neither
 has an item that was added later. With item vectors beside, or instead, such items have an embedding, too.
 
-Shape letters: N items, n items of a call, D model width, E dimensions of a learnt embedding, V of an item vector.
+Shape letters: N items, n items of a call, U distinct ones, D model width, E dimensions of a learnt embedding, V of an
+item vector.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Named(NamedTuple):
+    """Items that ids below 0 name, each once, and what stands for them."""
+
+    rows: Tensor
+    """int64 `[U]`, ascending."""
+    vectors: Tensor
+    """`[U, D]`, at the scale that embeddings have inside the body."""
+    logits: list[Tensor]
+    """Of the item side of a recursive network, for each level `[U, K]`; empty without one."""
 
 
 class ItemEmbeddings(nn.Module):

@@ -156,9 +156,11 @@ class ItemTokenModel(nn.Module):
 
     def codes_of(self, items: Tensor) -> Tensor:
         """Codes int64 `[n, L]` of items, int64 `[n]`, on their device."""
-        if self._codes_there is None or self._codes_there[0] is not self.vocab:
-            self._codes_there = (self.vocab, torch.from_numpy(self.vocab.codes.table.astype("int64")).to(items.device))
-        return self._codes_there[1][items]
+        there = self._codes_there
+        if there is None or there[0] is not self.vocab or there[1].device != items.device:
+            table = torch.from_numpy(self.vocab.codes.table.astype("int64"))
+            there = self._codes_there = (self.vocab, table.to(items.device))
+        return there[1][items]
 
     def named(self, *ids: Tensor | None) -> Named | None:
         """What stands for the items that ids below 0 name; None for a model to which no id names one."""

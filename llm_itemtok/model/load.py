@@ -71,6 +71,11 @@ def load_base(
     except UnsupportedModelError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a type that the library does not know, or code not trusted
+        if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+            raise ItemTokError(
+                f"`model.name` must be a whole model, was: {name}, an adapter beside its base; make it whole by "
+                "`itemtok merge`"
+            ) from error
         raise ItemTokError(
             f"`model.name` must be a folder with a safetensors model or a Hub id that can be reached, was: {name}\n"
             f"  {str(error).splitlines()[0]}"
@@ -202,6 +207,7 @@ def with_item_tokens(
     input_dropout: float = 0.0,
     output_dropout: float = 0.0,
     one_table: bool = False,
+    known: bool = False,
 ) -> ItemTokenModel:
     """Extend tokenizer and model by the item tokens of a code table, if its codewords need any.
 
@@ -215,8 +221,9 @@ def with_item_tokens(
         input_dropout: share of each input embedding dropped while training.
         output_dropout: share of each final state dropped while training.
         one_table: read and write item tokens by the same rows, whatever the base does with its own.
+        known: the tokenizer has the item tokens already, and the base rows for them.
     """
-    vocab = extended(tokenizer, codes)
+    vocab = extended(tokenizer, codes, known=known)
     rows = ItemRows(
         # Float32 whatever the base has: small updates of few rows would be rounded away in bfloat16.
         initial_rows(vocab, input_table(lm).weight.detach()).float(),

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_itemtok.model.item_embeddings import ItemEmbeddings
@@ -51,6 +52,7 @@ class Recursion(nn.Module):
     Attributes:
         items: what guides it at the item side.
         steps: the MLPs of levels 1 to L - 1.
+        hidden: width of their inner layer.
         mixing: `hard` reads the best codeword at the item side, `soft` the mean of all by their probability.
         aligns: whether the model should tell how likely the item side finds each item's code.
     """
@@ -89,6 +91,7 @@ class Recursion(nn.Module):
         """
         super().__init__()
         self.items = items
+        self.hidden = hidden
         self.mixing: Mixing = mixing
         self.aligns = aligns
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to use up
@@ -111,14 +114,33 @@ class Recursion(nn.Module):
 
         Args:
             level: in `[0, L)`.
-            guidance: `[..., D]`.
+            guidance: `[..., D]`; where many codewords meet one guidance, its shape may be one that broadcasts.
             before: `[..., D]`, the codeword of the level before; None at level 0.
         """
         if before is None:
             assert level == 0
             return guidance
-        step: Tensor = self.steps[level - 1](torch.cat([before / self.unit, guidance], dim=-1))
-        return step
+        return self._guided(level, guidance, self._told(level, before))
+
+    def _told(self, level: int, before: Tensor) -> Tensor:
+        """The part `[..., hidden]` of an MLP's inner layer that comes from codewords `[..., D]` of the level before."""
+        first, _ = self._layers(level)
+        return F.linear(before / self.unit, first.weight[:, : before.shape[-1]])
+
+    def _guided(self, level: int, guidance: Tensor, told: Tensor) -> Tensor:
+        """The MLP's result `[..., D]`, from both parts of `[c; g]`, which are multiplied apart: neither is repeated."""
+        first, last = self._layers(level)
+        inner = told + F.linear(guidance, first.weight[:, guidance.shape[-1] :], first.bias)
+        result: Tensor = last(inner.relu())
+        return result
+
+    def _layers(self, level: int) -> tuple[nn.Linear, nn.Linear]:
+        step = self.steps[level - 1]
+        assert isinstance(step, nn.Sequential)
+        first, last = step[0], step[2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        return first, last
 
     def item_side(self, rows: Tensor, codes: Tensor, codebooks: Sequence[Tensor]) -> Assigned:
         """What the backbone reads of items.
@@ -133,12 +155,20 @@ class Recursion(nn.Module):
         before: Tensor | None = None
         for level, codebook in enumerate(codebooks):
             scores = self.query(level, guidance, before) @ codebook.T
-            mean = scores.softmax(-1) @ codebook
-            before = mean if self.mixing == "soft" else mean + (codebook[scores.argmax(-1)] - mean).detach()
+            before = self._assigned(scores, codebook)
             found = found + before
             logits.append(scores)
         vectors = torch.where(self.items.has(rows).unsqueeze(1), found, _spelled(codebooks, codes))
         return Assigned(vectors * self.gain, logits)
+
+    def _assigned(self, scores: Tensor, codebook: Tensor) -> Tensor:
+        """The codewords, or mixtures, that scores `[n, K]` choose of a codebook `[K, D]`: `[n, D]`."""
+        if self.mixing == "hard" and not torch.is_grad_enabled():
+            return codebook[scores.argmax(-1)]
+        mean = scores.softmax(-1) @ codebook
+        if self.mixing == "soft":
+            return mean
+        return codebook[scores.argmax(-1)].detach() + (mean - mean.detach())  # the codeword itself, to the bit
 
     def user_side(self, states: Tensor, codes: Tensor, codebooks: Sequence[Tensor]) -> list[Tensor]:
         """Logits of each level, L times `[n, K]`, given the levels before.
@@ -148,11 +178,11 @@ class Recursion(nn.Module):
             codes: int64 `[n, L]`, of the targets; the last level is not read.
             codebooks: L times `[K, D]`.
         """
-        logits = []
-        before: Tensor | None = None
-        for level, codebook in enumerate(codebooks):
-            logits.append(self.query(level, states, before) @ codebook.T)
-            before = codebook[codes[:, level]]
+        logits = [states @ codebooks[0].T]
+        for level, codebook in enumerate(codebooks[1:], start=1):
+            # Of targets there are more than codewords: what a codeword tells is computed once.
+            told = self._told(level, codebooks[level - 1])[codes[:, level - 1]]
+            logits.append(self._guided(level, states, told) @ codebook.T)
         return logits
 
 

@@ -1,6 +1,7 @@
 """What a recipe's `scoring` makes of a model: whether it knows items beyond their tokens, and how it predicts them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,3 +53,54 @@ def give_items(
     )
     recursion.fit_scale(model.codebooks(), torch.from_numpy(model.vocab.codes.table.astype(np.int64)))
     model.recursion = recursion
+
+
+def item_parameters(config: RunConfig, items: int, levels: int, width: int) -> tuple[int, int, int]:
+    """How many weights `give_items` adds: learnt embeddings of items, the network's, and those between the two.
+
+    Item vectors are taken to be as wide as the model: how wide they are is not always known before they are made.
+
+    Args:
+        config: the recipe.
+        items: N.
+        levels: L.
+        width: D.
+    """
+    chosen = config.scoring
+    if isinstance(chosen, TokensScoring):
+        return items * chosen.item_embedding, 0, chosen.item_embedding * width
+    learnt = 0 if chosen.guidance == "vectors" else chosen.embedding
+    network = (levels - 1) * (3 * width + 1) * chosen.hidden
+    return items * learnt, network, (learnt + (width if chosen.guidance != "uid" else 0)) * width
+
+
+@torch.no_grad()
+def path_figures(model: ItemTokenModel, batch_size: int = 4096) -> dict[str, Any]:
+    """What the report shows of a recursive model's item side; empty for other models, and where no item has a vector.
+
+    Args:
+        model: in any mode.
+        batch_size: items looked at at a time.
+
+    Returns:
+        `items`, how many have an embedding to go by; of these `levels`, for each level the share whose vector is made
+        of the codeword of their code, `whole`, the share with all of them, and `distinct`, the share of unlike paths.
+    """
+    if model.recursion is None:
+        return {}
+    rows = torch.arange(model.vocab.codes.num_items, device=model.device)
+    rows = rows[model.recursion.items.has(rows)]
+    if not len(rows):
+        return {}
+    codebooks, paths = model.codebooks(), []
+    for part in rows.split(batch_size):
+        logits = model.recursion.item_side(part, model.codes_of(part), codebooks).logits
+        paths.append(torch.stack([scores.argmax(1) for scores in logits], dim=1))
+    found = torch.cat(paths)
+    same = found == model.codes_of(rows)
+    return {
+        "items": len(rows),
+        "levels": same.float().mean(0).tolist(),
+        "whole": same.all(1).float().mean().item(),
+        "distinct": len(found.unique(dim=0)) / len(rows),
+    }
