@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ import numpy as np
 
 from llm_itemtok.errors import ArtifactError
 
+_TEMPORARY = r"\.[^.].*\.[a-z0-9_]{8}"
+"""Names that `tempfile` makes for the functions below."""
 FORMAT_VERSION = 1
 """Version of the files below; a reader refuses a newer one."""
 
@@ -37,6 +40,8 @@ TRAINING = "training.json"
 """What training took and how validation went."""
 TOKEN_WEIGHTS = "token_weights.json"
 """Weights of target tokens by level and by popularity, where the objective has any."""
+ITEM_PATHS = "item_paths.json"
+"""How far the vectors of items go by their codes, where a recursive network makes them."""
 METRICS = "metrics.json"
 """Test and validation metrics, baselines and protocol."""
 CODES = "codes"
@@ -213,6 +218,20 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(path.parent)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file or folder is one that a killed process had begun to write, by its name."""
+    return re.fullmatch(_TEMPORARY, path.name) is not None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes had begun to write in a folder, at any depth; no other may be at work there."""
+    for path in [path for path in folder.rglob(".*") if is_leftover(path)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)  # one may lie in another
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _swap_in(new: Path, path: Path) -> None:

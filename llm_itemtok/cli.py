@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STOPPED = 143
 STAGES = ("data", "items", "vocab", "train", "evaluate", "report")
-BENCHMARKS = ("decode", "train", "rows", "trie", "evaluate", "tokenize", "gpu")
+BENCHMARKS = ("decode", "train", "rows", "trie", "evaluate", "tokenize", "recursive", "gpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +59,9 @@ def _report(error: Exception) -> int:
     if isinstance(error, files) and error.filename is not None:
         print(f"itemtok: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    if "no space left on device" in str(error).lower():  # torch and safetensors have errors of their own for it
+        print("itemtok: failed: the disk is full; make room and give the same command again", file=sys.stderr)
+        return 1
     print(f"itemtok: failed: {type(error).__name__}: {error}\n  `--debug` shows where", file=sys.stderr)
     return 1
 

@@ -5,7 +5,6 @@ changes and holds nothing derived. Beside `pipeline.py` and `cli.py` no module r
 arguments. `trainer` is passed through and checked by `training/arguments.py`, because it needs transformers.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -21,15 +20,16 @@ from llm_itemtok import strict
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.model_settings import Model
 from llm_itemtok.objective_settings import NextTokenObjective, Objective, TokenWeightedObjective
-from llm_itemtok.recipe_file import read_layers
+from llm_itemtok.recipe_file import Dumper, as_plain, defaults_of, read_layers
 from llm_itemtok.settings import (
-    LATER,
     ConcatVectors,
     Data,
     Evaluation,
     Examples,
+    FileTokenizer,
     FileVectors,
     LlmVectors,
+    ProductTokenizer,
     RecursiveScoring,
     ResidualKMeansTokenizer,
     RqVaeTokenizer,
@@ -44,7 +44,7 @@ from llm_itemtok.settings import (
     Vocab,
 )
 from llm_itemtok.strict import Within
-from llm_itemtok.update_settings import FixedUpdate, SelfImproveUpdate, Update
+from llm_itemtok.update_settings import AlternateUpdate, BilevelUpdate, FixedUpdate, SelfImproveUpdate, Update
 
 ALL_POSITIONS_REASON = (
     "`examples.kind: all-positions` needs a decoder-only model: an encoder looks both ways, so within one row it would "
@@ -98,7 +98,7 @@ class RunConfig:
         """
         layers = read_layers(Path(path), overrides)
         source = f"{path} with --set" if overrides else str(path)
-        checker = strict.Checker(source, layers.origins, LATER, also=("extends",))
+        checker = strict.Checker(source, layers.origins, also=("extends",))
         config: Self = checker.section((cls,), cls, layers.settings, ())
         for contradiction in _contradictions(config):
             raise RecipeError(f"{source}: {contradiction}")
@@ -111,12 +111,12 @@ class RunConfig:
 
     def defaults(self) -> dict[str, Any]:
         """The defaults of all settings of the kinds that this recipe has chosen, nested; required ones are left out."""
-        plain: dict[str, Any] = _defaults(self)
+        plain: dict[str, Any] = defaults_of(self)
         return plain
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; `RunConfig.load` of it gives an equal config."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+        return yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
     @property
     def vector_sources(self) -> dict[str, VectorSource]:
@@ -174,12 +174,13 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     if isinstance(config.tokenizer, RqVaeTokenizer) and not config.tokenizer.hidden:
         yield "`tokenizer.hidden` must have at least one width, was: []"
     yield from _vectors_contradictions(config)
+    if config.vocab.init == "base":
+        yield from _base_contradictions(config)
     if isinstance(config.objective, TokenWeightedObjective):
         yield from _target_contradictions(config.objective)
     if isinstance(config.tokenizer, TextTokenizer):
         yield from _text_contradictions(config, config.tokenizer)
-    if isinstance(config.update, SelfImproveUpdate):
-        yield from _self_improve_contradictions(config, config.update)
+    yield from _update_contradictions(config)
     if isinstance(config.scoring, RecursiveScoring):
         yield from _recursive_contradictions(config)
     elif config.scoring.item_embedding and isinstance(config.tokenizer, TextTokenizer):
@@ -206,6 +207,22 @@ def _recursive_contradictions(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _base_contradictions(config: RunConfig) -> Iterator[str]:
+    """What training that goes on from a bundle must have of it."""
+    model, chosen = config.model, config.tokenizer
+    given = chosen.path if isinstance(chosen, FileTokenizer) else f"`tokenizer.kind: {chosen.kind}`"
+    if model.name == "scratch" or given != model.name:
+        yield (
+            "`vocab.init: base` goes on with the item tokens of a trained model, so `model.name` must name a bundle, "
+            f"and `tokenizer: {{kind: file, path: ...}}` the same one, was: {model.name} and {given}"
+        )
+    if not isinstance(config.scoring, TokensScoring) or config.scoring.item_embedding:
+        yield (
+            "`vocab.init: base` goes on with item tokens alone; a bundle with more of items than these cannot be "
+            "trained on yet: write `scoring: {kind: tokens, item_embedding: 0}`, and choose a bundle of that kind"
+        )
+
+
 def _text_contradictions(config: RunConfig, chosen: TextTokenizer) -> Iterator[str]:
     """What needs item tokens of their own, which identifiers in existing words are not."""
     here, decoding = f"`tokenizer.kind: {chosen.kind}`", config.evaluation.decode_normaliser
@@ -229,14 +246,76 @@ def _text_contradictions(config: RunConfig, chosen: TextTokenizer) -> Iterator[s
             )
 
 
-def _self_improve_contradictions(config: RunConfig, update: SelfImproveUpdate) -> Iterator[str]:
-    tasks = {str(task): weight for task, weight in config.examples.tasks.items()}
-    every = update.every
-    if (every.steps is None) == (every.epochs is None):
+def _update_contradictions(config: RunConfig) -> Iterator[str]:
+    """What all updates need of the rest, and what those need that train the quantizer."""
+    update, tokenizer = config.update, config.tokenizer
+    if isinstance(update, FixedUpdate):
+        return
+    every = getattr(update, "every", None)
+    if every is not None and (every.steps is None) == (every.epochs is None):
         yield (
             "`update.every` must be either {steps: N} or {epochs: N}, null for the one that a parent gives, was: "
             f"steps {every.steps}, epochs {every.epochs}"
         )
+    for name in ("fsdp", "deepspeed"):
+        if config.trainer.get(name):
+            yield (
+                f"`trainer.{name}` shards what `update.kind: {update.kind}` must be able to take back; leave it out, "
+                "or write `update.kind: fixed`"
+            )
+    if isinstance(update, SelfImproveUpdate):
+        yield from _self_improve_contradictions(config, update)
+        return
+    if isinstance(update, BilevelUpdate):
+        yield from _bilevel_contradictions(config, update)
+    if isinstance(update, AlternateUpdate):
+        yield from _alternate_contradictions(config, update)
+    if not isinstance(tokenizer, RqVaeTokenizer | ResidualKMeansTokenizer | ProductTokenizer):
+        yield (
+            f"`update.kind: {update.kind}` trains the quantizer behind the codes, and `tokenizer.kind: "
+            f"{tokenizer.kind}` leaves none; use rqvae, residual-kmeans or product"
+        )
+    if isinstance(config.scoring, RecursiveScoring) or config.scoring.item_embedding:
+        yield (
+            f"`update.kind: {update.kind}` needs a model that reads items as their tokens and nothing else; write "
+            "`scoring: {kind: tokens, item_embedding: 0}`"
+        )
+
+
+def _alternate_contradictions(config: RunConfig, update: AlternateUpdate) -> Iterator[str]:
+    """What the alignments read, and a final stage that would never begin."""
+    weight = config.examples.tasks.get("next-item", 0)
+    if weight <= 0:
+        yield (
+            "`update.kind: alternate` aligns histories with the items that follow them; give "
+            f"`examples.tasks.next-item` a weight above 0, was: {weight:g}"
+        )
+    patience = config.evaluation.patience
+    if patience and update.patience >= patience:
+        yield (
+            "`update.patience` must be below `evaluation.patience`, or training would end before its final stage "
+            f"begins, was: {update.patience} and {patience}"
+        )
+
+
+def _bilevel_contradictions(config: RunConfig, update: BilevelUpdate) -> Iterator[str]:
+    """What cannot be differentiated twice, or under other parameters."""
+    if update.look_ahead == 0:
+        return
+    if update.order == 2 and config.model.quantization == "nf4":
+        yield (
+            "`update.order: 2` differentiates the model twice, and `model.quantization: nf4` cannot be; write "
+            "`update.order: 1`, which needs the first derivative only"
+        )
+    if config.trainer.get("gradient_checkpointing"):
+        yield (
+            "`trainer.gradient_checkpointing` computes states anew with the model as it is, and the look-ahead of "
+            "`update.kind: bilevel` needs them as they would be; leave it out, and make batches smaller"
+        )
+
+
+def _self_improve_contradictions(config: RunConfig, update: SelfImproveUpdate) -> Iterator[str]:
+    tasks = {str(task): weight for task, weight in config.examples.tasks.items()}
     for source, task in (("generate", "title-to-item"), ("embeddings", "next-item")):
         if update.source in (source, "both") and tasks.get(task, 0) <= 0:
             yield (
@@ -247,12 +326,6 @@ def _self_improve_contradictions(config: RunConfig, update: SelfImproveUpdate) -
         yield f"`update.groups` must divide `update.candidates`, was: {update.candidates} / {update.groups}"
     if update.source == "random" and update.scope == "all":
         yield "`update.source: random` moves a share of the items, `update.outliers`; write `update.scope: outliers`"
-    for name in ("fsdp", "deepspeed"):
-        if config.trainer.get(name):
-            yield (
-                f"`trainer.{name}` shards what `update.kind: {update.kind}` must be able to take back; leave it out, "
-                "or write `update.kind: fixed`"
-            )
 
 
 def _target_contradictions(objective: TokenWeightedObjective) -> Iterator[str]:
@@ -350,39 +423,3 @@ def _model_contradictions(config: RunConfig) -> Iterator[str]:
             "`model.adapter: lora` freezes the base model, and with `model.scratch.pretrain_epochs: 0` that is random; "
             "use `adapter: none`, or pre-train"
         )
-
-
-class _Dumper(yaml.SafeDumper):
-    """Lists on one line, mappings in blocks, no aliases (`RunConfig.load` refuses them)."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-_Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
-
-
-def as_plain(value: Any) -> Any:
-    """Settings as values of YAML and JSON; those that do not apply are left out."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            name: as_plain(getattr(value, name))
-            for name, annotation in strict.annotations_of(type(value)).items()
-            if all(mark.holds(getattr(value, mark.key)) for mark in strict.conditions_of(annotation))
-        }
-    if isinstance(value, Mapping):
-        return {key: as_plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_plain(inner) for inner in value]
-    return value
-
-
-def _defaults(section: Any) -> Any:
-    found = {}
-    for part in dataclasses.fields(section):
-        value, default = getattr(section, part.name), strict.default_of(part)
-        if dataclasses.is_dataclass(value):
-            found[part.name] = _defaults(value)
-        elif default is not dataclasses.MISSING:
-            found[part.name] = as_plain(default)
-    return found

@@ -9,7 +9,8 @@ import textwrap
 from collections.abc import Sequence
 
 from llm_itemtok import strict
-from llm_itemtok.config import RunConfig, as_plain
+from llm_itemtok.config import RunConfig
+from llm_itemtok.recipe_file import as_plain
 
 
 def explain(dotted: str = "") -> str:

@@ -7,9 +7,11 @@ because YAML would silently keep the last.
 
 Which layer gave a setting last is kept, so that a recipe that changes a `kind` can leave its
 parent's options of the old kind behind, while its own stay errors. Knows files and merging;
-what a setting means and which exist is `config.py`'s.
+what a setting means and which exist is `config.py`'s. The way back is here, too: settings as
+plain values, and how these are written.
 """
 
+import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from llm_itemtok import strict
 from llm_itemtok.errors import RecipeError
 
 Settings = dict[str, Any]
@@ -154,3 +157,41 @@ def _merge(
         if not isinstance(below.get(name), dict):
             below[name] = {}
         _merge(below[name], value, here, number, origins)
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes recipes: lists on one line, mappings in blocks, no aliases (`RunConfig.load` refuses them)."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Never write one."""
+        return True
+
+
+Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
+
+
+def as_plain(value: Any) -> Any:
+    """Settings as values of YAML and JSON; those that do not apply are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            name: as_plain(getattr(value, name))
+            for name, annotation in strict.annotations_of(type(value)).items()
+            if all(mark.holds(getattr(value, mark.key)) for mark in strict.conditions_of(annotation))
+        }
+    if isinstance(value, Mapping):
+        return {key: as_plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(inner) for inner in value]
+    return value
+
+
+def defaults_of(section: Any) -> Any:
+    """The defaults of all settings of the kinds that a section has chosen, nested; required ones are left out."""
+    found = {}
+    for part in dataclasses.fields(section):
+        value, default = getattr(section, part.name), strict.default_of(part)
+        if dataclasses.is_dataclass(value):
+            found[part.name] = defaults_of(value)
+        elif default is not dataclasses.MISSING:
+            found[part.name] = as_plain(default)
+    return found

@@ -33,6 +33,8 @@ _QUALITY_NAMES = {
 _NEIGHBOURS = {"vectors": "nearest by item vectors", "training": "near in training"}
 _SHARES = ("collision_rate", "reconstruction_error")
 _EXAMPLES = 6
+_ONE_BY_ONE = 12
+"""Versions that are compared one after the other."""
 
 
 @dataclass(frozen=True)
@@ -241,8 +243,13 @@ def code_tree(run: RunFolder) -> Tree | None:
 
 
 def changes(run: RunFolder) -> list[Change]:
-    """Compare each version of the codes with the one before; versions of other shapes cannot be compared."""
+    """Compare each version of the codes with the one before, or, of many, the newest with the first.
+
+    Versions of other shapes cannot be compared.
+    """
     known = [(version, version.codes) for version in run.versions if version.codes is not None]
+    if len(known) > _ONE_BY_ONE:
+        known = [known[0], known[-1]]
     return [
         _change(run, f"{older.name} → {newer.name}", newer.reasons, old, new)
         for (older, old), (newer, new) in pairwise(known)

@@ -1,10 +1,12 @@
 """The report's part on updates of item tokens: rounds as they were judged, where tokens flowed, which items moved most.
 
-Decisions. What a round was worth stands in `updates.jsonl`, what moved is read off the code tables. A version that is
-not in `codes` is not in the model: the best checkpoint was before it, and the table says so. Items are named by a rule:
-those whose code keeps the shortest beginning from the first version to the newest, then those with most codewords
-changed, then the first in the catalogue. The neighbours of an item are those that share the longest beginning of its
-code, in the order of the catalogue.
+Decisions. Rounds that are judged are few, and each has its column. Those that come often, without a gate, are curves:
+how many items moved, how many wanted the same code, how codewords were used, and how gradients went together where a
+quantizer is trained by two; the table then has some of them, evenly spaced. What a round was worth stands in
+`updates.jsonl`, what moved is read off the code tables. A version that is not in `codes` is not in the model: the best
+checkpoint was before it, and the table says so. Items are named by a rule: those whose code keeps the shortest
+beginning from the first version to the newest, then those with most codewords changed, then the first in the catalogue.
+The neighbours of an item are those that share the longest beginning of its code, in the order of the catalogue.
 
 This module decides what is shown of updates; `report_plots` draws.
 
@@ -25,6 +27,12 @@ from llm_itemtok.report_run import RunFolder
 from llm_itemtok.report_tree import spelled
 
 _MOVED = 10
+_COLUMNS = 10
+"""Rounds in the table, and marks in the picture of validation, at most."""
+
+_VERSIONS = 4
+"""Versions that are compared one after the other; of more, the first with the newest."""
+
 _NEIGHBOURS = 3
 _CODEWORDS = 10
 """Codewords of a picture of flow; the others are drawn as one."""
@@ -59,21 +67,40 @@ class Part:
         rounds: a mapping of column → text each; the same columns for all.
         charts: of validation and of flows.
         movers: the items that moved most.
+        hint: what a round is here, and which of them the table has.
     """
 
     rounds: Sequence[Mapping[str, str]]
     charts: Sequence[Chart]
     movers: Sequence[Mover]
+    hint: str
 
 
 def part(run: RunFolder) -> Part:
     """Gather what is shown."""
-    return Part(rounds(run), charts(run), most_moved(run))
+    return Part(rounds(run), charts(run), most_moved(run), _hint(run))
+
+
+def _hint(run: RunFolder) -> str:
+    shown, found = len(_shown(run)), len(run.updates)
+    which = f" The table has {shown} of {found:,} rounds." if shown < found else ""
+    if any(line["metric"] is not None for line in run.updates):
+        return (
+            "In a round codes are proposed, the model is trained with them for a while, and is measured: what made "
+            f"validation worse was rolled back, weights and all.{which}"
+        )
+    return f"In a round codes are made anew, and training goes on with them; nothing is taken back.{which}"
+
+
+def _shown(run: RunFolder) -> Sequence[Mapping[str, Any]]:
+    """Rounds that the table has: all, or the first, the last and some between."""
+    places = np.unique(np.linspace(0, len(run.updates) - 1, min(_COLUMNS, len(run.updates))).round().astype(int))
+    return [run.updates[place] for place in places.tolist()]
 
 
 def rounds(run: RunFolder) -> list[Mapping[str, str]]:
     """List the rounds, a mapping of column → text each; the same columns for all."""
-    return [dict(_cells(line, run)) for line in run.updates]
+    return [dict(_cells(line, run)) for line in _shown(run)]
 
 
 def _cells(line: Mapping[str, Any], run: RunFolder) -> Iterable[tuple[str, str]]:
@@ -92,12 +119,16 @@ def _cells(line: Mapping[str, Any], run: RunFolder) -> Iterable[tuple[str, str]]
     yield "Wanted the same code", "–" if collisions is None else f"{collisions:.1%}"
     yield "Codewords in use", ", ".join(f"{level['used']:,}" for level in line["levels"])
     yield "Entropy, bits", ", ".join(f"{level['entropy_bits']:.2f}" for level in line["levels"])
+    if "conflict" in line:
+        yield "Gradients in conflict", f"{line['conflict']:.0%} of the tensors"
     near = line["neighbours"]
     yield (
         "Nearest items with the same first codeword (by chance)",
         (f"{near[0]['share']:.1%} ({near[0]['chance']:.1%})" if near else "–"),
     )
-    yield "Pass over the items", f"{line['pass_seconds']:.1f} s, {line['pass_share']:.1%} of the training of its round"
+    # Before the first step there is no training to compare with.
+    share = f", {line['pass_share']:.1%} of the training of its round" if line["step"] else ""
+    yield "Pass over the items", f"{line['pass_seconds']:.1f} s{share}"
 
 
 def _verdict(line: Mapping[str, Any], run: RunFolder) -> str:
@@ -114,14 +145,59 @@ def charts(run: RunFolder) -> list[Chart]:
     """Draw validation with a mark where each round was decided, and where tokens of the first level flowed."""
     if not run.updates:
         return []
-    return [*_validation_charts(run), *_flow_charts(run)]
+    return [*_validation_charts(run), *_curves(run), *_flow_charts(run)]
+
+
+def _curves(run: RunFolder) -> Iterable[Chart]:
+    """What went on from round to round, where rounds have no gate: a line a level, or one for all."""
+    open_ = [line for line in run.updates if line["metric"] is None]
+    if len(open_) < 3:
+        return
+    steps = [float(line["step"]) for line in open_]
+
+    def curve(label: str, values: Iterable[float | None]) -> list[Series]:
+        points = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+        return [Series(label, points)] if points else []
+
+    moved, usage = curve("any", [line["share"] for line in open_]), []
+    for at, level in enumerate(open_[0]["levels"]):
+        moved += curve(level["name"], [line["churn"][at] for line in open_])
+        bits = [(step, line["levels"][at]["entropy_bits"]) for step, line in zip(steps, open_, strict=True)]
+        usage.append(Series(level["name"], [*_before(run, at), *bits]))
+    yield line_chart("Share of items that a round gave another codeword", moved, x_label="step", from_zero=True)
+    if collisions := curve("before resolution", [line.get("collisions") for line in open_]):
+        title = "Share of items that wanted the same code as another"
+        yield line_chart(title, collisions, x_label="step", from_zero=True)
+    yield line_chart("Codewords in use, bits", usage, x_label="step")
+    aligned = [line["losses"] if line.get("aligned") else {} for line in open_]
+    names = [name for name in ("alignment/sequence", "alignment/preference") if any(name in one for one in aligned)]
+    if terms := [each for name in names for each in curve(name, [one.get(name) for one in aligned])]:
+        yield line_chart("Alignments in the quantizer's turns, weighted", terms, x_label="step", from_zero=True)
+    if conflict := curve("share of tensors in conflict", [line.get("conflict") for line in open_]):
+        conflict += curve("mean cosine", [_mean(line.get("cosines", {}).values()) for line in open_])
+        yield line_chart("Gradients of recommendation and of reconstruction", conflict, x_label="step")
+
+
+def _before(run: RunFolder, level: int) -> list[tuple[float, float]]:
+    """Entropy of a level's codewords in the first version, as a point at step 0; none where that is not known."""
+    codes = run.versions[0].codes if run.versions else None
+    if codes is None or level >= codes.num_levels:
+        return []
+    shares = np.bincount(codes.table[:, level]) / len(codes)
+    shares = shares[shares > 0]
+    return [(0.0, float(-(shares * np.log2(shares)).sum()))]
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return sum(found) / len(found) if found else None
 
 
 def _validation_charts(run: RunFolder) -> Iterable[Chart]:
     marks = [
         Mark(float(line["decided"]), f"round {line['round']}", good=line["accepted"])
         for line in run.updates
-        if line["moves"]
+        if line["moves"] and len(run.updates) <= _COLUMNS
     ]
     for metric in dict.fromkeys(["ndcg@10", *(line["metric"] for line in run.updates if line["metric"])]):
         named = {"validation": "as it stood", "trial": "while codes were on trial"}
@@ -140,6 +216,8 @@ def _validation_charts(run: RunFolder) -> Iterable[Chart]:
 
 def _flow_charts(run: RunFolder) -> Iterable[Chart]:
     known = [(version.name, version.codes) for version in run.versions if version.codes is not None]
+    if len(known) > _VERSIONS:
+        known = [known[0], known[-1]]
     for (older, old), (newer, new) in pairwise(known):
         if old.sizes == new.sizes and len(old) == len(new):
             flows = token_flow(old, new)
@@ -173,8 +251,8 @@ def most_moved(run: RunFolder) -> list[Mover]:
     if not run.updates or len(known) < 2 or known[0].sizes != known[-1].sizes:
         return []
     old, new = known[0], known[-1]
-    labels = [item.label for item in run.items] or [f"row {row}" for row in range(len(old))]
-    differs = old.table != new.table
+    labels = [item.label for item in run.items] or [f"row {row}" for row in range(len(new))]
+    differs = old.table != new.table[: len(old)]  # behind them are items that `extend` added
     rows = np.flatnonzero(differs.any(axis=1))
     order = np.lexsort((rows, -differs[rows].sum(axis=1), differs[rows].argmax(axis=1)))
     return [

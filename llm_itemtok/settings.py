@@ -24,11 +24,6 @@ Levels = Annotated[int, Within(low=1, high=16)]
 CodebookSize = Annotated[int, Within(low=2, high=65536)]
 Collisions = Literal["extra-level", "sinkhorn", "reassign", "matching", "forbid"]
 
-LATER: Mapping[str, tuple[str, ...]] = {
-    "update.kind": ("bilevel", "alternate"),
-}
-"""Values that the design names and that a later version will have."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
@@ -319,8 +314,8 @@ Tokenizer = CodeTokenizer | TextTokenizer
 class Vocab:
     """How item tokens enter the language model's vocabulary."""
 
-    init: Literal["text-mean", "codebook", "normal"] = "text-mean"
-    """Initial rows: mean embedding of the item texts under a codeword, projected codebooks, or noise (the control)."""
+    init: Literal["text-mean", "codebook", "normal", "base"] = "text-mean"
+    """First rows: mean embedding of the item texts under a codeword, projected codebooks, noise; or the base's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

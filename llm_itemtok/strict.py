@@ -189,8 +189,6 @@ class Checker:
     """What the message starts with: the recipe's path."""
     layers: Mapping[Path, int] = field(default_factory=dict)
     """For each setting given, the layer that gave it last; higher wins. Settings not in it are defaults."""
-    later: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Dotted setting → values that the documents name but this version does not have."""
     also: tuple[str, ...] = ()
     """Names at the top that are taken out before checking, such as `extends`."""
 
@@ -357,8 +355,6 @@ class Checker:
         }
 
     def _fail_choice(self, value: object, choices: list[Any], path: Path) -> NoReturn:
-        if value in self.later.get(".".join(path), ()):
-            self.fail(path, f"`{value}` is not available in this version; choose from: {', '.join(choices)}")
         guess = nearest(value, [str(choice) for choice in choices]) if isinstance(value, str) else None
         hint = f"; did you mean {guess}?" if guess else ""
         self.fail(path, f"must be one of {', '.join(str(choice) for choice in choices)}, was: {describe(value)}{hint}")

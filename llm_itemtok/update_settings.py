@@ -75,4 +75,74 @@ class SelfImproveUpdate:
     """Vectors of codewords that lost most of their items: kept, or begun anew from those that their new items had."""
 
 
-Update = FixedUpdate | SelfImproveUpdate
+@dataclass(frozen=True, kw_only=True)
+class BilevelUpdate:
+    """The quantizer is trained beside the model, by what its codes do to a model one step ahead (BLOGER)."""
+
+    kind: Literal["bilevel"] = "bilevel"
+    """Steps of the quantizer at intervals, after each of which codes are read anew (arXiv:2510.21242)."""
+    every: Every = field(default_factory=lambda: Every(epochs=1.0))
+    """When the quantizer takes a step: {steps: N} or {epochs: N}."""
+    look_ahead: NotNegative | None = None
+    """Length of the model's step ahead; null for the trainer's learning rate then, 0 for joint training without."""
+    order: Annotated[Literal[1, 2], Unless("look_ahead", (0.0,))] = 2
+    """Whether the gradient goes through the step ahead (2), or takes the model there as it is (1)."""
+    surgery: Literal["projection", "bloger-release", "none"] = "projection"
+    """What is done where recommendation pulls against reconstruction: projection, what the release does, nothing."""
+    weight: NotNegative = 0.5
+    """Of the gradient of reconstruction, which recommendation has weight 1 beside."""
+    learning_rate: NotNegative = 1e-4
+    """Of the quantizer's AdamW, constant."""
+    weight_decay: NotNegative = 1e-4
+    """Of the same, for encoder and decoder; codebooks have none."""
+    codebook: NotNegative = 1.0
+    """Weight of the terms that keep codewords and latent vectors together, beside the error of rebuilt vectors."""
+    commitment: NotNegative = 0.25
+    """Weight of the encoder's side of these terms."""
+    residual: Literal["paper", "release"] = "paper"
+    """How probabilities below the first level reach the encoder: as the equations have it, or, as released, not."""
+    batch_size: CountOrNone = 0
+    """Examples of a step of the quantizer; 0 for as many as a step of the training has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlternateUpdate:
+    """Quantizer and model learn in turns, tied together by two alignments (ETEGRec)."""
+
+    kind: Literal["alternate"] = "alternate"
+    """An epoch of the quantizer between epochs of the model; codes are read anew after each (arXiv:2409.05546)."""
+    every: Every = field(default_factory=lambda: Every(epochs=1.0))
+    """How long the model learns between turns of the quantizer: the paper's cycle, less one epoch."""
+    rounds: Count = 20
+    """Turns of the quantizer at most; after the cycle of the last one item tokens stay, and the alignments end."""
+    schedule: Literal["turns", "joint"] = "turns"
+    """`joint` is a control: the quantizer learns at every step, and codes are read anew where its turns would be."""
+    first: Annotated[bool, Only("schedule", ("turns",))] = True
+    """Whether training begins with a turn of the quantizer, as released, or with the model."""
+    sequence: NotNegative = 3.0e-4
+    """Weight of the alignment of histories with the items that follow, by their codes; 0 leaves it out."""
+    preference: NotNegative = 1.0e-4
+    """Weight of the alignment of predictions with rebuilt item vectors, by cosine; 0 leaves it out."""
+    temperature: Annotated[Positive, Unless("preference", (0.0,))] = 0.07
+    """What these cosines are divided by."""
+    pool: Literal["mean", "last"] = "mean"
+    """What stands for a history in a decoder-only model: the mean of its states, or the last one."""
+    variant: Literal["paper", "release"] = "paper"
+    """The equations; or the released code, where far codewords are likely, and the first level alone teaches."""
+    warmup: NotNegative = 5.0
+    """Epochs of the model at the beginning without alignments."""
+    patience: CountOrNone = 0
+    """Validations in a row without a better NDCG@10 after which item tokens stay; 0 waits for the last turn."""
+    converged: Annotated[float, Within(low=0, below=1)] = 0.0
+    """A turn that moves less than this share of the items is the last one; 0 leaves it out."""
+    learning_rate: NotNegative = 1e-4
+    """Of the quantizer's AdamW, constant."""
+    weight_decay: NotNegative = 0.05
+    """Of the same, for encoder and decoder; codebooks have none."""
+    commitment: NotNegative = 0.25
+    """Weight of the term that keeps the encoder near its codewords."""
+    batch_size: Count = 256
+    """Examples of a step of the quantizer."""
+
+
+Update = FixedUpdate | SelfImproveUpdate | BilevelUpdate | AlternateUpdate

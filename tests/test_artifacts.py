@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -134,3 +135,20 @@ def test_names_of_the_run_folder_are_the_contract():
         "report.html", "stages.json",
     ]  # fmt: skip
     assert json.dumps(artifacts.FORMAT_VERSION) == "1"
+
+
+def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path):
+    artifacts.write_text(tmp_path / "codes" / "v0" / "quality.json", "{}")
+    (tmp_path / ".hidden").touch()
+    (tmp_path / ".run-0.lock").touch()
+    handle, _ = tempfile.mkstemp(dir=tmp_path / "codes", prefix=".stages.json.")
+    os.close(handle)
+    os.mkdir(tempfile.mkdtemp(dir=tmp_path, prefix=".model.") + "/inside")
+    artifacts.remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.rglob("*")} == {".hidden", ".run-0.lock", "codes", "v0", "quality.json"}
+
+
+def test_what_is_being_written_is_told_by_its_name(tmp_path):
+    with artifacts.atomic_folder(tmp_path / "model") as writing:
+        assert artifacts.is_leftover(writing)
+    assert not artifacts.is_leftover(tmp_path / "model")

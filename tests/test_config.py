@@ -321,17 +321,6 @@ def test_what_is_not_as_the_schema_says_is_named_and_answered(recipe, override, 
     assert "x.yaml with --set: `" in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("override", "name"),
-    [
-        ("update.kind=bilevel", "bilevel"),
-    ],
-)
-def test_kinds_of_later_versions_are_refused_as_such(recipe, override, name):
-    with pytest.raises(RecipeError, match=f"`{name}` is not available in this version; choose from: "):
-        RunConfig.load(recipe(SYNTHETIC), [override])
-
-
 def test_what_a_kind_cannot_do_without_must_be_given(recipe):
     with pytest.raises(RecipeError, match=r"`vectors\.model` must be given: text"):
         RunConfig.load(recipe(SYNTHETIC), ["vectors.kind=sentence-transformers"])

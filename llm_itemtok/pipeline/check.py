@@ -28,7 +28,9 @@ from llm_itemtok.model.families import SUPPORTED_FAMILIES, of_encoder, refuse_un
 from llm_itemtok.model.load import auto_class, refuse_four_bits
 from llm_itemtok.model.rows import input_table
 from llm_itemtok.model.scratch import train_tokenizer
-from llm_itemtok.objective_settings import TokenWeightedObjective
+from llm_itemtok.objective_settings import FrequencyTarget, TokenWeightedObjective
+from llm_itemtok.pipeline.alternate import described
+from llm_itemtok.pipeline.engines import refuse_engine
 from llm_itemtok.pipeline.fit import count_steps, make_examples, refuse_model, with_lora
 from llm_itemtok.pipeline.prepare import (
     Dataset,
@@ -38,19 +40,21 @@ from llm_itemtok.pipeline.prepare import (
     scratch_model,
     text_codes,
 )
-from llm_itemtok.pipeline.updates import Schedule
+from llm_itemtok.pipeline.scoring import item_parameters
+from llm_itemtok.pipeline.updates import Schedule, every_steps, quantizer_steps
 from llm_itemtok.pipeline.vectors import needs_vectors
 from llm_itemtok.settings import (
     CodeTokenizer,
     CollaborativeVectors,
     FileTokenizer,
     FileVectors,
+    RecursiveScoring,
     SentenceTransformersVectors,
     TextTokenizer,
     TitleTokenizer,
 )
 from llm_itemtok.training.arguments import build_arguments, check_settings
-from llm_itemtok.update_settings import SelfImproveUpdate
+from llm_itemtok.update_settings import AlternateUpdate, BilevelUpdate, SelfImproveUpdate
 
 LEAST_ROOM_USED = 0.5
 """Share of the codewords that a level of a file has room for which should be in use."""
@@ -72,10 +76,13 @@ def check(config: RunConfig) -> str:
     table = make_examples(config, data)
     lm = _empty_model(config)
     check_settings(config.trainer)
+    refuse_engine(config, here=False)
     arguments = _arguments(config)
     steps, total = count_steps(arguments, len(table))
     tokens = round(sum(table["length"]) * shape.mean)
     kind = "item tokens" if shape.new else "tokens of items"
+    if isinstance(config.scoring, RecursiveScoring):
+        kind = "items, a position each"
     lines = [
         describe_text(describe(data.raw, data.split)),
         *_vector_lines(config, data),
@@ -96,8 +103,9 @@ def check(config: RunConfig) -> str:
         lines.append(f"  `{config.model.name}` cannot be reached from here, so its size and memory are not known")
     else:
         refuse_model(config, lm, shape.longest)
-        work = _work(config, lm, table, shape.mean) * total / max(1, steps)
-        lines += _cost(config, lm, shape.new, work, arguments.device.type)
+        work = _work(config, lm, table, shape) * total / max(1, steps)
+        beside = item_parameters(config, len(data.catalog), shape.levels, input_table(lm).embedding_dim)
+        lines += _cost(config, lm, shape.new, sum(beside), work, arguments.device.type)
     return "\n".join(lines)
 
 
@@ -109,7 +117,7 @@ def estimate_seconds(config: RunConfig) -> float | None:
     data = load_data(config.data, config.seed, {})
     table = make_examples(config, data)
     steps, total = count_steps(_arguments(config), len(table))
-    work = _work(config, lm, table, _item_shape(config, data).mean) * total / max(1, steps)
+    work = _work(config, lm, table, _item_shape(config, data)) * total / max(1, steps)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = _seconds(work)
@@ -140,6 +148,11 @@ def _curriculum_lines(config: RunConfig, total: int) -> list[str]:
     chosen = config.objective
     if not isinstance(chosen, TokenWeightedObjective) or len(chosen.targets) == 1 or chosen.curriculum == "none":
         return []
+    if not any(isinstance(target, FrequencyTarget) for target in chosen.targets):
+        return [
+            "  warning: no share rises without `frequency` among `objective.targets`, so the curriculum changes "
+            "nothing; write `objective.curriculum: none`"
+        ]
     level = math.log(2) / chosen.pace
     line = f"  by the curriculum, targets have equal shares after {level:,.0f} steps"
     if level > total:
@@ -149,6 +162,11 @@ def _curriculum_lines(config: RunConfig, total: int) -> list[str]:
 
 def _update_lines(config: RunConfig, steps: int, total: int) -> list[str]:
     """When item tokens are updated; raises `RecipeError` if no round could end before training does."""
+    if isinstance(config.update, AlternateUpdate):
+        return [described(config.update, every_steps(config.update.every, steps), (steps, total))]
+    if isinstance(config.update, BilevelUpdate):
+        every = quantizer_steps(config.update, steps, total)
+        return [f"  the quantizer takes a step every {every:,} steps, {(total - 1) // every:,} in all; codes follow"]
     if not isinstance(config.update, SelfImproveUpdate):
         return []
     schedule = Schedule.of(config.update, steps, total)
@@ -188,14 +206,19 @@ def _body(lm: PreTrainedModel) -> int:
     return sum(p.numel() for p in lm.parameters()) - input_table(lm).weight.numel()
 
 
-def _work(config: RunConfig, lm: PreTrainedModel, table: ExampleTable, item_tokens: float) -> float:
-    """Floating-point operations of training on every example once, with so many tokens an item; text is left out."""
-    each, tokens = 4 if config.model.adapter == "lora" else 6, sum(table["length"]) * item_tokens
+def _work(config: RunConfig, lm: PreTrainedModel, table: ExampleTable, shape: "_ItemShape") -> float:
+    """Floating-point operations of training on every example once; text is left out."""
+    each, items = 4 if config.model.adapter == "lora" else 6, sum(table["length"])
+    tokens = items * shape.mean
     if not lm.config.is_encoder_decoder:
-        return float(tokens * each * _body(lm))
-    answers = len(table) * item_tokens  # the decoder writes one item an example, the encoder reads all before it
-    read = sum(p.numel() for name, p in lm.named_parameters() if of_encoder(name))
-    return float(each * ((tokens - answers) * read + answers * (_body(lm) - read)))
+        answers, work = items, tokens * each * _body(lm)
+    else:
+        answers = len(table)  # the decoder writes one item an example, the encoder reads all before it
+        written = answers * shape.mean
+        read = sum(p.numel() for name, p in lm.named_parameters() if of_encoder(name))
+        work = each * ((tokens - written) * read + written * (_body(lm) - read))
+    _, network, of_embeddings = item_parameters(config, 0, shape.levels, input_table(lm).embedding_dim)
+    return float(work + 6 * (network * (items + answers) + of_embeddings * items))
 
 
 def _seconds(work: float) -> float:
@@ -209,14 +232,16 @@ class _ItemShape:
     """What items are as tokens.
 
     Attributes:
-        mean: tokens an item, on average over training.
-        longest: tokens of the longest item.
+        mean: positions an item, on average over training.
+        longest: positions of the longest item.
         new: tokens that the language model does not have yet.
+        levels: tokens of the longest item, which a recursive network predicts from one position.
     """
 
     mean: float
     longest: int
     new: int
+    levels: int
 
 
 def _item_shape(config: RunConfig, data: Dataset) -> _ItemShape:
@@ -224,13 +249,14 @@ def _item_shape(config: RunConfig, data: Dataset) -> _ItemShape:
     chosen = config.tokenizer
     if not isinstance(chosen, TextTokenizer):
         sizes = _code_sizes(chosen, data.catalog)
-        return _ItemShape(len(sizes), len(sizes), sum(sizes))
+        positions = 1 if isinstance(config.scoring, RecursiveScoring) else len(sizes)
+        return _ItemShape(positions, positions, sum(sizes), len(sizes))
     tokenizer = _words(config, data.catalog)
     if tokenizer is None:
         longest = chosen.max_tokens if isinstance(chosen, TitleTokenizer) else len(str(len(data.catalog)))
-        return _ItemShape(longest + 1, longest + 1, 0)
+        return _ItemShape(longest + 1, longest + 1, 0, longest + 1)
     lengths = text_codes(chosen, tokenizer, data, config.seed).lengths
-    return _ItemShape(float(lengths[data.split.train_items].mean()), int(lengths.max()), 0)
+    return _ItemShape(float(lengths[data.split.train_items].mean()), int(lengths.max()), 0, int(lengths.max()))
 
 
 def _words(config: RunConfig, catalog: Catalog) -> PreTrainedTokenizerBase | None:
@@ -322,17 +348,27 @@ def _empty_model(config: RunConfig) -> PreTrainedModel | None:
     return lm
 
 
-def _cost(config: RunConfig, lm: PreTrainedModel, codewords: int, work: float, device: str) -> list[str]:
-    """Lines on parameters, memory and time of that much work in training, with that many codewords in all."""
+def _cost(config: RunConfig, lm: PreTrainedModel, codewords: int, beside: int, work: float, device: str) -> list[str]:
+    """Lines on parameters, memory and time of that much work in training.
+
+    Args:
+        config: the recipe.
+        lm: the base model, without its weights.
+        codewords: in all.
+        beside: parameters of embeddings of items and of a recursive network.
+        work: floating-point operations.
+        device: where it is trained.
+    """
     width = input_table(lm).embedding_dim
     words = config.model.scratch.vocab_size if config.model.name == "scratch" else input_table(lm).num_embeddings
     body = _body(lm)
-    rows = codewords * width * (1 if lm.config.tie_word_embeddings else 2)
+    one_table = lm.config.tie_word_embeddings or isinstance(config.scoring, RecursiveScoring)
+    rows = codewords * width * (1 if one_table else 2)
     if config.model.adapter == "lora":
         with_lora(config, lm)  # on no weights, for its refusals
-        trained = rows + sum(p.numel() for p in lm.parameters() if p.requires_grad)
+        trained = rows + beside + sum(p.numel() for p in lm.parameters() if p.requires_grad)
     else:
-        trained = rows + body + words * width
+        trained = rows + beside + body + words * width
     size = 2 if config.model.dtype == "bfloat16" else 4
     of_body = 0.5 if config.model.quantization == "nf4" else size
     memory = body * of_body + words * width * size + trained * (size + 8)  # weights; gradients and two moments

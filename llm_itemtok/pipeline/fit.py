@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset as ExampleTable
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedConfig,
@@ -24,11 +25,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from llm_itemtok.artifacts import CODES, METRICS_LOG, MODEL, TOKEN_WEIGHTS, TRAINING, read_json, write_json
+from llm_itemtok.artifacts import CODES, ITEM_PATHS, METRICS_LOG, MODEL, TOKEN_WEIGHTS, TRAINING, read_json, write_json
 from llm_itemtok.bundle import Generation, items_sha256, refuse_others
 from llm_itemtok.card import redacted
 from llm_itemtok.config import ALL_POSITIONS_REASON, RunConfig
-from llm_itemtok.errors import DataError, RecipeError
+from llm_itemtok.errors import ArtifactError, DataError, RecipeError
 from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.quantizers import load_quantizer
@@ -36,11 +37,14 @@ from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.model.state import hold_quantizer
+from llm_itemtok.pipeline.alternate import with_alignments
+from llm_itemtok.pipeline.engines import asks_for_fsdp
 from llm_itemtok.pipeline.objective import make_aim, token_figures
-from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, item_vectors, read_vocab
-from llm_itemtok.pipeline.scoring import give_items
+from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, item_vectors
+from llm_itemtok.pipeline.scoring import give_items, path_figures
 from llm_itemtok.pipeline.stages import environment
 from llm_itemtok.pipeline.updates import (
+    Surroundings,
     keep_quantizer,
     keep_versions_until,
     make_updates,
@@ -49,16 +53,18 @@ from llm_itemtok.pipeline.updates import (
 )
 from llm_itemtok.pipeline.validation import Validation, decode_normaliser
 from llm_itemtok.pipeline.vectors import needs_vectors
+from llm_itemtok.pipeline.vocabulary import read_vocab
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.settings import RecursiveScoring
 from llm_itemtok.training import examples
 from llm_itemtok.training.arguments import build_arguments
 from llm_itemtok.training.callbacks import MetricsLog, Progress, StopOnSignal
-from llm_itemtok.training.checkpoints import WholeCheckpoints, newest_whole, remove_after
+from llm_itemtok.training.checkpoints import WholeCheckpoints, foreign, newest_whole, remove_after
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.effort import training_flops
 from llm_itemtok.training.late_binding import LateBinding
 from llm_itemtok.training.limits import limits
+from llm_itemtok.training.sharding import ShardedTrainer, is_sharded
 from llm_itemtok.training.trainer import ItemTokenTrainer
 
 CHECKPOINTS = "checkpoints"
@@ -102,6 +108,7 @@ def make_model(
         input_dropout=config.model.input_dropout,
         output_dropout=config.model.output_dropout,
         one_table=isinstance(config.scoring, RecursiveScoring),
+        known=config.vocab.init == "base",
     )
     give_items(config, data, model, lambda: item_vectors(config, data, folder, log))
     return model, tokenizer, peft_model
@@ -206,9 +213,8 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
         hold_quantizer(model, load_quantizer(folder / CODES / "v0"))
     table = make_examples(config, data)
     arguments = training_arguments(config, folder, len(table))
-    last = _last_checkpoint(folder / CHECKPOINTS, key, resume=resume, writes=arguments.should_save, log=log)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    log(f"  {trainable:,} trainable parameters, {len(table):,} examples")
+    sharded, writes = asks_for_fsdp(config.trainer), arguments.should_save
+    last = _last_checkpoint(folder / CHECKPOINTS, key, resume=resume, sharded=sharded, writes=writes, log=log)
     if last is not None:
         log(f"  resumed from {last.name}")
     elif resume:
@@ -218,6 +224,8 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
     whole = WholeCheckpoints(keep=config.trainer.get("save_total_limit", 2))
     callbacks = [MetricsLog(folder / METRICS_LOG), Progress(log), whole, stop]
     trainer = _trainer(config, data, model, tokenizer, table, folder, arguments, callbacks, log)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    log(f"  {trainable:,} trainable parameters, {len(table):,} examples")
     try:
         with limits(arguments, folder):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -229,6 +237,8 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
     log(
         f"  best validation NDCG@10 {state.best_metric:.4f} at step {state.best_global_step:,} of {state.global_step:,}"
     )
+    if is_sharded(model):
+        model, tokenizer, peft_model = _whole(config, data, codes, folder, trainer, log)
     # Every process: they share the cases.
     validation = Validation(config, model, tokenizer, data.split.validation, everybody=True)()
     if arguments.should_save:
@@ -244,10 +254,28 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
         effort = trainer.effort
         facts = _took(trainer, training_flops(model, effort.positions, effort.context_positions), trainable)
         write_json(folder / TRAINING, {**facts, "validation": validation})
-        if weights := token_figures(trainer.objective, table):
-            write_json(folder / TOKEN_WEIGHTS, weights)
+        figures = {TOKEN_WEIGHTS: token_figures(trainer.objective, table), ITEM_PATHS: path_figures(model)}
+        _write_figures(folder, figures)
         quantizer = keep_quantizer(folder, model)
         bundle(config, data, model, tokenizer, peft_model, quantizer).save_pretrained(folder / MODEL)
+
+
+def _write_figures(folder: Path, figures: dict[str, dict[str, Any]]) -> None:
+    """Write down what the report shows of this kind of run, by the name of the file."""
+    for name, found in figures.items():
+        if found:
+            write_json(folder / name, found)
+
+
+def _whole(
+    config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path, trainer: ItemTokenTrainer, log: Log
+) -> tuple[ItemTokenModel, PreTrainedTokenizerBase, PeftModel | None]:
+    """As `make_model`, with the weights of the best checkpoint of a training that sharded them."""
+    best = trainer.state.best_model_checkpoint
+    assert best is not None
+    model, tokenizer, peft_model = make_model(config, data, codes, folder, log)
+    model.load_state_dict(load_file(Path(best) / "model.safetensors"))
+    return model.to(trainer.args.device), tokenizer, peft_model
 
 
 def _took(trainer: ItemTokenTrainer, flops: float, trainable: int) -> dict[str, Any]:
@@ -268,16 +296,21 @@ def _took(trainer: ItemTokenTrainer, flops: float, trainable: int) -> dict[str, 
     }
 
 
-def _last_checkpoint(folder: Path, key: str, *, resume: bool, writes: bool, log: Log) -> Path | None:
+def _last_checkpoint(folder: Path, key: str, *, resume: bool, sharded: bool, writes: bool, log: Log) -> Path | None:
     """The checkpoint to go on from, if it was trained on the same inputs; otherwise old ones are deleted."""
     note = folder / "key.json"
     same = resume and note.is_file() and read_json(note) == key
-    found = [newest_whole(folder, log) if same and PartialState().is_main_process else None]
+    newest = newest_whole(folder, log) if same and PartialState().is_main_process else None
+    processes = PartialState().num_processes
+    found: list[Any] = [newest, newest and foreign(newest, processes=processes, sharded=sharded)]
     broadcast_object_list(found)  # reading all of it is the work of one process; nobody deletes before it has looked
-    if found[0] is not None:
+    newest, complaint = found
+    if complaint:
+        raise ArtifactError(complaint)
+    if newest is not None:
         if writes:
-            remove_after(folder, found[0])
-        return found[0]
+            remove_after(folder, newest)
+        return newest
     if writes:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(note, key)
@@ -298,31 +331,24 @@ def _trainer(
     """The trainer of a recipe, ready to run."""
     tasks = [task for task, weight in config.examples.tasks.items() if weight > 0]
     texts = data.catalog.titles if set(tasks) - {"next-item"} else ()
-    binding = None if config.update.kind == "fixed" else LateBinding(model)
+    fixed = config.update.kind == "fixed"
+    binding = None if fixed else LateBinding(model, names=config.update.kind == "bilevel")
     vocab = model.vocab if binding is None else binding.placeholders()
     prompts = Prompts.of(model, tokenizer, texts, vocab=vocab)
     vectors = partial(item_vectors, config, data, folder, log)
     validate = Validation(config, model, tokenizer, data.split.validation)
+    aim = make_aim(config, model, prompts, Collator(prompts, model.vocab.num_levels), table, vectors)
     updates = None
     if binding is not None:
-        updates = make_updates(
-            config,
-            data,
-            model,
-            prompts,
-            binding,
-            table,
-            steps=count_steps(arguments, len(table)),
-            validate=validate,
-            vectors=vectors,
-            folder=folder,
-            log=log,
-        )
-    aim = make_aim(config, model, prompts, Collator(prompts, model.vocab.num_levels), table, vectors)
+        steps = count_steps(arguments, len(table))
+        around = Surroundings(model, prompts, binding, table, aim, arguments, steps)
+        updates = make_updates(config, data, around, validate=validate, vectors=vectors, folder=folder, log=log)
+        aim = with_alignments(aim, model, updates)
     callbacks = [*aim.callbacks, *callbacks]
     if config.evaluation.patience:
         callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=config.evaluation.patience)]
-    trainer = ItemTokenTrainer(
+    chosen = ShardedTrainer if asks_for_fsdp(config.trainer) else ItemTokenTrainer
+    trainer = chosen(
         model=model,
         args=arguments,
         train_dataset=table,
@@ -334,11 +360,6 @@ def _trainer(
         updates=updates,
         callbacks=callbacks,
     )
-    if updates is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise RecipeError(
-            f"`update.kind: {config.update.kind}` must be able to take weights back, which FSDP and DeepSpeed shard; "
-            "launch without them, or write `update.kind: fixed`"
-        )
     for library_printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(library_printer)
     return trainer
@@ -372,6 +393,7 @@ def bundle(
         items_sha256=items_sha256(data.catalog.item_ids),
         protocol={name: value for name, value in config.to_dict()["data"].items() if name in PROTOCOL},
         vectors=redacted(config.to_dict()["vectors"]) if needs_vectors(config) else {},
+        reads=model.reads,
     )
     return Recommender(
         model,

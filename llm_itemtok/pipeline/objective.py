@@ -18,6 +18,7 @@ from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.pipeline.vectors import weighs_by_vectors
 from llm_itemtok.settings import RecursiveScoring
 from llm_itemtok.training import token_weights
+from llm_itemtok.training.alignment import WithAlignments
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import TASKS
 from llm_itemtok.training.next_token import NextToken
@@ -85,7 +86,7 @@ def make_aim(
 
 def token_figures(objective: Objective, table: ExampleTable) -> dict[str, Any]:
     """What the report shows of token weights as they are now; empty where all tokens weigh the same."""
-    if isinstance(objective, Aligned):
+    while isinstance(objective, Aligned | WithAlignments):
         objective = objective.objective
     if not isinstance(objective, TokenWeighted):
         return {}

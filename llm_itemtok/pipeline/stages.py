@@ -22,6 +22,7 @@ from llm_itemtok.artifacts import (
     RECIPE,
     STAGES,
     atomic_folder,
+    is_leftover,
     read_json,
     sha256_of_arrays,
     sha256_of_file,
@@ -175,7 +176,7 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
     recipe, text = folder / RECIPE, config.to_yaml()
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder}: the run folder must be a folder, found: a file; choose another `--out`")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()):
         if not recipe.exists():
             raise ArtifactError(
                 f"{folder}: the run folder must be new or a run, found other files; choose another `--out`"

@@ -9,6 +9,7 @@ again, to the same results.
 Old ones are deleted here, after the list of the new one stands, and not by the library, which would do it before.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from llm_itemtok.errors import ArtifactError
 
 CHECKSUMS, TRAINER_STATE = "checksums.json", "trainer_state.json"
 """In a checkpoint: the list of its files; the library's account of the training so far."""
+SHARDED = "pytorch_model_fsdp.bin"
+"""In a checkpoint of a training that shards the model: the library's own copy of it."""
 
 
 class WholeCheckpoints(TrainerCallback):
@@ -49,7 +52,10 @@ class WholeCheckpoints(TrainerCallback):
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the list of a checkpoint's files and their hashes."""
+    """Write the list of a checkpoint's files and their hashes, after what is in them has reached the disk."""
+    for name in _files(checkpoint):
+        with (checkpoint / name).open("rb") as file:
+            os.fsync(file.fileno())
     write_json(checkpoint / CHECKSUMS, {name: sha256_of_file(checkpoint / name) for name in _files(checkpoint)})
 
 
@@ -87,6 +93,31 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
                 return checkpoint
             wrong = f"the best one that it knows, {place.name}, is damaged: {wrong}"
         say(f"  {checkpoint.name} cannot be gone on from: {wrong}")
+    return None
+
+
+def foreign(checkpoint: Path, *, processes: int, sharded: bool) -> str | None:
+    """Why training that is cut up in another way than a checkpoint's would not be the same, in words; None if it is.
+
+    The library would leave out what it does not find, such as the optimiser of another engine, and say nothing.
+
+    Args:
+        checkpoint: that is whole.
+        processes: that are to go on from it.
+        sharded: whether they shard the model by FSDP.
+    """
+    there = len(list(checkpoint.glob("rng_state*.pth")))
+    if there != processes:
+        return (
+            f"{checkpoint}: training goes on with as many processes as it began with, or its steps would be of another "
+            f"batch; it began with {there}, was: {processes}; launch {there}, or start over without `--resume`"
+        )
+    if (checkpoint / SHARDED).is_file() != sharded:
+        began, now = ("without FSDP", "with it") if sharded else ("with FSDP", "without it")
+        return (
+            f"{checkpoint}: training goes on with the engine that it began with, as each writes its optimiser in its "
+            f"own way; it began {began}, was: {now}; launch it as then, or start over without `--resume`"
+        )
     return None
 
 

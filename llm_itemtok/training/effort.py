@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 from llm_itemtok.model.families import of_encoder
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.rows import output_head
+from llm_itemtok.model.state import QUANTIZER
 
 
 class Effort(TrainerCallback, ExportableState):
@@ -96,14 +97,22 @@ def training_flops(model: ItemTokenModel, positions: int, context_positions: int
     Two a weight of each linear layer and position for the forward pass, two for the gradient of its input, two more
     for its own gradient where it is trained (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Left out, and small
     here: attention scores, norms, the softmax over item tokens, the optimiser. The output head of the base model is
-    left out with them: item tokens do not pass through it.
+    left out with them: item tokens do not pass through it. So is a quantizer, which reads items and not positions.
+    Embeddings of items are made for what is read, and a recursive network works there and where items are predicted;
+    both are counted as if no item came twice in a batch.
     """
     head = output_head(model.lm)
+    read = context_positions or positions
     total = 0.0
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not name.startswith(QUANTIZER):
             work = module.weight.numel() * (6 if module.weight.requires_grad else 4)
-            total += work * (context_positions if of_encoder(name) else positions)
+            if name.startswith(("own.", "recursion.items.")):
+                total += work * read
+            elif name.startswith("recursion."):
+                total += work * (read + positions)
+            else:
+                total += work * (context_positions if of_encoder(name) else positions)
     return total
 
 

@@ -19,6 +19,9 @@ from llm_itemtok.vocab.item_vocab import ItemVocab
 BOUND = ("input_ids", "labels", "context_ids")
 """What of a batch holds token ids."""
 
+READ = {"input_ids", "context_ids"}
+"""What of these a model reads."""
+
 
 class LateBinding:
     """Placeholders for the items of a model, and the way from them to its current item tokens.
@@ -27,9 +30,16 @@ class LateBinding:
         first: the lowest placeholder; level l of item n is `first + n * L + l`.
     """
 
-    def __init__(self, model: ItemTokenModel) -> None:
-        """Bind to whatever `model.vocab` is when a batch is bound."""
+    def __init__(self, model: ItemTokenModel, *, names: bool = False) -> None:
+        """Bind to whatever `model.vocab` is when a batch is bound.
+
+        Args:
+            model: whose `vocab` counts.
+            names: whether the model's inputs are to tell items and levels, which are then looked up by the model
+                itself, as ids below 0: -1 - (item * L + level) (`model.soft_inputs`).
+        """
         self._model = model
+        self._names = names
         vocab = model.vocab
         self._num_levels = vocab.num_levels
         self.first = max(input_table(model.lm).num_embeddings, vocab.first_id + vocab.num_tokens)
@@ -44,7 +54,11 @@ class LateBinding:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch with the item tokens of now; what holds none is passed on as it is."""
-        return {name: self._bound(value) if name in BOUND else value for name, value in batch.items()}
+        bound = {name: self._bound(value) if name in BOUND else value for name, value in batch.items()}
+        if self._names:
+            for name in READ & bound.keys():
+                bound[name] = torch.where(batch[name] >= self.first, self.first - 1 - batch[name], batch[name])
+        return bound
 
     def items(self, token_ids: Tensor) -> Tensor:
         """The item row int64 of each placeholder; -1 for other token ids."""

@@ -1,4 +1,4 @@
-"""Where a machine ends: memory or disk that is full, told in words that say what to change."""
+"""Where a machine ends: memory or disk that is full, a process that is gone, told in words that say what to do."""
 
 import errno
 import shutil
@@ -11,16 +11,19 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from llm_itemtok.errors import ItemTokError, TrainingError
+from llm_itemtok.training.processes import together
 
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
 """What torch says of memory that is not to be had, where it has no error class of its own for it."""
+_NO_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket timeout", "remote process")
+"""What gloo and NCCL say where another process is gone."""
 _FULL = 1 << 20
 """A disk with less room than this, in bytes, is full: what could not be written was larger."""
 
 
 @contextmanager
 def limits(arguments: TrainingArguments, folder: Path) -> Iterator[None]:
-    """Tell memory and disk that are full as such; every other error passes through.
+    """Tell full memory, a full disk and a lost process as such; every other error passes through.
 
     Args:
         arguments: of the training that is carried out within.
@@ -41,6 +44,11 @@ def limits(arguments: TrainingArguments, folder: Path) -> Iterator[None]:
             raise TrainingError(
                 f"{folder}: the disk must have room for checkpoints, but is full; make room and go on with `--resume`. "
                 "What was written before is whole"
+            ) from error
+        if together() and any(words in said for words in _NO_PEER):
+            raise TrainingError(
+                "all processes of a training must live, but another one is gone; what it said itself is why, or the "
+                "system's log. Go on with `--resume`"
             ) from error
         raise
 

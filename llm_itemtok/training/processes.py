@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 
 def dealt(rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
     """This process's batches of some rows `[n]`, in their order, each of `batch_size` rows or fewer at the end."""
-    place, processes = (distributed.get_rank(), distributed.get_world_size()) if together() else (0, 1)
+    place, processes = place_among()
     for start in range(place * batch_size, len(rows), processes * batch_size):
         yield rows[start : start + batch_size]
 
@@ -42,6 +42,20 @@ def summed_up(parts: Sequence[Tensor]) -> list[Tensor]:
         for whole in wholes:
             distributed.all_reduce(whole)
     return wholes
+
+
+def of_main(table: np.ndarray, device: torch.device) -> np.ndarray:
+    """The main process's table, on every process: floating-point numbers of two machines may differ in the last bit."""
+    if not together():
+        return table
+    shared = torch.from_numpy(table.astype(np.int32)).to(device)
+    distributed.broadcast(shared, src=0)
+    return shared.cpu().numpy()
+
+
+def place_among() -> tuple[int, int]:
+    """Which process this is, from 0, and of how many."""
+    return (distributed.get_rank(), distributed.get_world_size()) if together() else (0, 1)
 
 
 def together() -> bool:

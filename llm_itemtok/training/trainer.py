@@ -148,6 +148,7 @@ class ItemTokenTrainer(Trainer):
             TrainingError: if the loss or a weight is no finite number any more.
         """
         self._finite_terms()
+        assert self.model is not None
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         broken = torch.stack([~part.detach().isfinite().all() for part in trained if part.numel()]).sum()
         if int(self.accelerator.gather(broken).sum()):

@@ -38,7 +38,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_itemtok.artifacts import read_json, write_bytes, write_json
@@ -46,8 +46,9 @@ from llm_itemtok.errors import ArtifactError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.training.fresh_rows import refresh_rows
+from llm_itemtok.training.processes import of_main
 from llm_itemtok.training.snapshot import Snapshot
-from llm_itemtok.training.versions import Moves, Versions
+from llm_itemtok.training.versions import Moves, Versions, usage_of
 
 STATE_FILE, TRIAL_FILE, METHOD_FILE = "updates.json", "updates.safetensors", "updates.method.safetensors"
 """In a checkpoint: where the rounds stand; what a trial may go back to; what the method keeps."""
@@ -288,7 +289,7 @@ class Updates(TrainerCallback):
             standing.seconds = trained + seconds
             return
         standing.rounds += 1
-        new = ItemCodes(_of_main(proposal.table, self._model.device), old.sizes, names=old.names)
+        new = ItemCodes(of_main(proposal.table, self._model.device), old.sizes, names=old.names)
         assert new.is_injective, "a method must never put two items on one code"
         rows = np.flatnonzero((new.table != old.table).any(axis=1))
         line = {
@@ -367,7 +368,7 @@ class Updates(TrainerCallback):
         standing.version += int(accepted and gated)
         codes = self._model.vocab.codes
         if state.is_world_process_zero:
-            quality = self._describe(codes) if gated else {"levels": _usage(codes)}
+            quality = self._describe(codes) if gated else {"levels": usage_of(codes)}
             line |= {
                 "accepted": accepted,
                 "decided": state.global_step,
@@ -439,28 +440,9 @@ def _there(path: Path, what: str) -> Path:
     return path
 
 
-def _usage(codes: ItemCodes) -> list[dict[str, Any]]:
-    """Of each level its name, how many codewords are in use, and the entropy of their use in bits."""
-    usage = []
-    for name, size, column in zip(codes.names, codes.sizes, codes.table.T, strict=True):
-        shares = np.bincount(column, minlength=size) / codes.num_items
-        used = shares[shares > 0]
-        usage.append({"name": name, "used": len(used), "entropy_bits": float(-(used * np.log2(used)).sum())})
-    return usage
-
-
 def _provenance(old: ItemCodes, line: Mapping[str, Any]) -> dict[str, Any]:
     """Where the codes of a round come from: those before, and what collided before resolution this time."""
     entries: dict[str, Any] = {"update": {"round": line["round"], "step": line["step"]}}
     if "collisions" in line:
         entries["collisions"] = {**old.provenance.get("collisions", {}), "collision_rate_before": line["collisions"]}
     return {**old.provenance, **entries}
-
-
-def _of_main(table: np.ndarray, device: torch.device) -> np.ndarray:
-    """The main process's table, on every process: floating-point numbers of two machines may differ in the last bit."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return table
-    shared = torch.from_numpy(table.astype(np.int32)).to(device)
-    distributed.broadcast(shared, src=0)
-    return shared.cpu().numpy()

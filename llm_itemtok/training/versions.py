@@ -92,6 +92,16 @@ class Versions:
         )
 
 
+def usage_of(codes: ItemCodes) -> list[dict[str, Any]]:
+    """Of each level its name, how many codewords are in use, and the entropy of their use in bits."""
+    usage = []
+    for name, size, column in zip(codes.names, codes.sizes, codes.table.T, strict=True):
+        shares = np.bincount(column, minlength=size) / codes.num_items
+        used = shares[shares > 0]
+        usage.append({"name": name, "used": len(used), "entropy_bits": float(-(used * np.log2(used)).sum())})
+    return usage
+
+
 def _held(codes: ItemCodes, table: np.ndarray) -> np.ndarray:
     """Whether each of some codes `[M, L]` is that of an item, bool `[M]`."""
     both = ItemCodes(np.concatenate([codes.table, table]), codes.sizes)

@@ -37,6 +37,7 @@ def make_trainer(
     tied: bool = True,
     model: ItemTokenModel | None = None,
     family: str = "llama",
+    kind_of_trainer: type[ItemTokenTrainer] = ItemTokenTrainer,
     **settings: object,
 ) -> ItemTokenTrainer:
     """A trainer over 40 examples of unequal length and weight in a fixed order; validates and saves `every` steps."""
@@ -73,7 +74,7 @@ def make_trainer(
             restore_callback_states_from_checkpoint=True,
         )  # fmt: skip
         validate = validate or (lambda: {"ndcg@10": 0.5})
-    trainer = ItemTokenTrainer(
+    trainer = kind_of_trainer(
         model=model,
         args=arguments,
         train_dataset=table,

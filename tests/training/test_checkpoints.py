@@ -7,7 +7,7 @@ import pytest
 
 from llm_itemtok.config import RunConfig
 from llm_itemtok.pipeline.run import run
-from llm_itemtok.training.checkpoints import CHECKSUMS, _delete_old, damage, newest_whole, seal
+from llm_itemtok.training.checkpoints import CHECKSUMS, SHARDED, _delete_old, damage, foreign, newest_whole, seal
 
 RECIPE = """
 data: {source: synthetic, items: 40, users: 40}
@@ -117,6 +117,21 @@ def test_the_best_and_the_newest_stay(tmp_path, best, keep, left):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["checkpoint-7.tmp", *(f"checkpoint-{step}" for step in left)]
     )
+
+
+def test_training_that_is_cut_up_in_another_way_is_no_way_to_go_on(finished, tmp_path):
+    """Another number of processes is another batch, and the library passes over an optimiser that it does not find."""
+    folder = finished / "run" / "checkpoints"
+    newest = folder / f"checkpoint-{steps(folder)[-1]}"
+    assert foreign(newest, processes=1, sharded=False) is None
+    assert "it began with 1, was: 2; launch 1" in foreign(newest, processes=2, sharded=False)
+    assert "it began without FSDP, was: with it" in foreign(newest, processes=1, sharded=True)
+    (tmp_path / SHARDED).touch()
+    for rank in range(2):
+        (tmp_path / f"rng_state_{rank}.pth").touch()
+    assert foreign(tmp_path, processes=2, sharded=True) is None
+    assert "it began with FSDP, was: without it" in foreign(tmp_path, processes=2, sharded=False)
+    assert "it began with 2, was: 1; launch 2" in foreign(tmp_path, processes=1, sharded=True)
 
 
 def test_nothing_is_found_where_nothing_is(tmp_path):

@@ -64,3 +64,21 @@ def test_a_batch_tells_which_item_a_label_belongs_to(family):
     items = binding.items(batch["labels"])
     assert items[0][batch["levels"][0] == 0].tolist() == ([59] if early.prompts.encoded else [3, 40, 3, 59])
     assert (items[2][batch["levels"][2] == 3] == -1).all()
+
+
+@EVERY_KIND
+def test_inputs_can_name_items_and_levels_while_labels_are_tokens_of_now(family):
+    """What a model needs that looks items up itself: -1 - (item * L + level) in place of each item token."""
+    model, _, binding, early, late = prepared(family)
+    rendered = late(examples(early.prompts.encoded))
+    hard, named = binding(rendered), LateBinding(model, names=True)(rendered)
+    for name, value in named.items():
+        if name not in ("input_ids", "context_ids"):
+            assert torch.equal(value, hard[name])
+            continue
+        items = binding.items(rendered[name])
+        assert torch.equal(value < 0, items >= 0)
+        assert torch.equal(value[items < 0], hard[name][items < 0])
+        places = -1 - value[items >= 0]
+        assert torch.equal(places // 3, items[items >= 0])
+        assert torch.equal(model.vocab.paths[places // 3, places % 3], hard[name][items >= 0])
