@@ -7,11 +7,17 @@ import sys
 from collections.abc import Sequence
 
 
-def run_alone_and_in_pair(module: str, alone: Sequence[object], first: Sequence[object], second: Sequence[object]):
-    """Run `python -m MODULE ARGUMENTS` three times at once: alone, and twice as the processes of one group."""
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+        return port
+
+
+def run_alone_and_in_pair(module: str, alone: Sequence[object], first: Sequence[object], second: Sequence[object]):
+    """Run `python -m MODULE ARGUMENTS` three times at once: alone, and twice as the processes of one group."""
+    port = free_port()
     plain = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     pair = plain | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [

@@ -1,5 +1,9 @@
 """Engines: each launcher's file is what Accelerate reads, and what an engine cannot do is refused with the reason."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 from accelerate import PartialState
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
@@ -10,13 +14,14 @@ from llm_itemtok.cli import main
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.pipeline.engines import asks_for_fsdp, refuse_engine
+from tests.process_pairs import free_port
 from tests.sharded_on_cpu import LAUNCHED
 from tests.test_architecture import ROOT
 
 FOLDER = ROOT / "recipes" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))
 KINDS = {
-    "cpu-2": "MULTI_CPU",
+    "cpu-2": "MULTI_GPU",  # for MULTI_CPU Accelerate starts one process
     "ddp": "MULTI_GPU",
     "deepspeed-zero2": "DEEPSPEED",
     "deepspeed-zero3": "DEEPSPEED",
@@ -68,6 +73,26 @@ def test_accelerate_reads_each_file_and_leaves_the_precision_to_the_recipe(path)
     assert loaded.num_processes >= 2
     if "deepspeed" in path.stem:
         assert loaded.deepspeed_config["zero_stage"] == int(path.stem[-1])
+
+
+@pytest.mark.slow
+def test_the_file_for_processors_trains_in_two_processes_as_one_does_alone(recipe, tmp_path):
+    """Also where the recipe does not say that it is to use processors."""
+    settings = [("model.scratch.dropout", 0), ("trainer.logging_steps", 1), ("evaluation.baselines", "[popularity]")]
+    losses = {}
+    for name, batch in (("alone", 8), ("launched", 4)):
+        own = [*settings, ("trainer.per_device_train_batch_size", batch)]
+        told = ["--out", str(tmp_path / name), *(f"--set={key}={value}" for key, value in own)]
+        program = [sys.executable, "-m", "llm_itemtok", "run", str(recipe), *told]
+        if name == "launched":
+            launcher = ["-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "cpu-2.yaml")]
+            program = [sys.executable, *launcher, "--main_process_port", str(free_port()), *program[1:]]
+        done = subprocess.run(program, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses[name] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    assert len(losses["alone"]) == 4
+    assert losses["launched"] == pytest.approx(losses["alone"], rel=1e-5)
 
 
 def test_what_the_tests_shard_with_is_what_the_file_says(monkeypatch):

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import PartialState
 
 from llm_itemtok.config import RunConfig
@@ -69,6 +70,16 @@ _ONE = ("TP", "CP", "SP", "DP_REPLICATE")
 def asks_for_fsdp(trainer: Mapping[str, Any]) -> bool:
     """Whether a recipe's `trainer` section, or the launcher, asks for FSDP."""
     return bool(trainer.get("fsdp")) or _is_on("ACCELERATE_USE_FSDP")
+
+
+def on_processors(trainer: Mapping[str, Any]) -> bool:
+    """Whether the processes of a launcher work on CPUs: by the recipe's `trainer.use_cpu`, or where there is no other.
+
+    Accelerate asks to be told: without it, processes on a machine without accelerators would each train by themselves.
+    """
+    return bool(trainer.get("use_cpu")) or (
+        int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    )
 
 
 def refuse_engine(config: RunConfig, *, here: bool) -> None:

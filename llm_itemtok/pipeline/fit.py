@@ -38,7 +38,7 @@ from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.model.state import hold_quantizer
 from llm_itemtok.pipeline.alternate import with_alignments
-from llm_itemtok.pipeline.engines import asks_for_fsdp
+from llm_itemtok.pipeline.engines import asks_for_fsdp, on_processors
 from llm_itemtok.pipeline.objective import make_aim, token_figures
 from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, item_vectors
 from llm_itemtok.pipeline.scoring import give_items, path_figures
@@ -59,7 +59,13 @@ from llm_itemtok.settings import RecursiveScoring
 from llm_itemtok.training import examples
 from llm_itemtok.training.arguments import build_arguments
 from llm_itemtok.training.callbacks import MetricsLog, Progress, StopOnSignal
-from llm_itemtok.training.checkpoints import WholeCheckpoints, foreign, newest_whole, remove_after
+from llm_itemtok.training.checkpoints import (
+    WholeCheckpoints,
+    foreign,
+    newest_whole,
+    remove_after,
+    stop_if_finished,
+)
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.effort import training_flops
 from llm_itemtok.training.late_binding import LateBinding
@@ -167,7 +173,10 @@ def count_steps(arguments: TrainingArguments, num_examples: int) -> tuple[int, i
 
 def training_arguments(config: RunConfig, folder: Path, num_examples: int) -> TrainingArguments:
     """The recipe's `trainer` section, with validation and checkpoints at the recipe's interval."""
-    arguments = build_arguments(config.trainer, output_dir=folder / CHECKPOINTS, seed=config.seed)
+    settings = dict(config.trainer)
+    if on_processors(settings):
+        settings["use_cpu"] = True  # the library asks Accelerate again, and would forget the other processes
+    arguments = build_arguments(settings, output_dir=folder / CHECKPOINTS, seed=config.seed)
     steps_an_epoch, total = count_steps(arguments, num_examples)
     interval = min(max(1, round(config.evaluation.every * steps_an_epoch)), total)
     return replace(
@@ -224,6 +233,7 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
     whole = WholeCheckpoints(keep=config.trainer.get("save_total_limit", 2))
     callbacks = [MetricsLog(folder / METRICS_LOG), Progress(log), whole, stop]
     trainer = _trainer(config, data, model, tokenizer, table, folder, arguments, callbacks, log)
+    stop_if_finished(trainer.args, last, count_steps(arguments, len(table))[0])
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log(f"  {trainable:,} trainable parameters, {len(table):,} examples")
     try:

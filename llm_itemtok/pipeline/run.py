@@ -16,7 +16,7 @@ from llm_itemtok.data.describe import describe, describe_text
 from llm_itemtok.errors import ArtifactError, RecipeError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.pipeline import evaluate, fit, prepare, stages, vocabulary
-from llm_itemtok.pipeline.engines import refuse_engine
+from llm_itemtok.pipeline.engines import on_processors, refuse_engine
 from llm_itemtok.report import write_report
 from llm_itemtok.training.arguments import check_settings
 
@@ -60,7 +60,7 @@ def run(
     check_settings(config.trainer)
     # Other processes wait while the main one prepares or measures, for longer than the library's ten minutes.
     patience = timedelta(seconds=config.trainer.get("ddp_timeout", 86_400))
-    state = PartialState(cpu=config.trainer.get("use_cpu", False), timeout=patience)
+    state = PartialState(cpu=on_processors(config.trainer), timeout=patience)
     refuse_engine(config, here=last >= stages.STAGE_NAMES.index("train"))
     say = log if state.is_main_process else lambda _line: None
     data = prepare.load_data(config.data, config.seed, config.evaluation.segments)

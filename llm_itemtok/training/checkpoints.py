@@ -121,6 +121,33 @@ def foreign(checkpoint: Path, *, processes: int, sharded: bool) -> str | None:
     return None
 
 
+def stop_if_finished(arguments: TrainingArguments, checkpoint: Path | None, steps_an_epoch: int) -> None:
+    """Let a trainer that goes on from a checkpoint behind which nothing was left load the best one, and no more.
+
+    The library looks whether training is over after a step only, so it would train one too many.
+
+    Args:
+        arguments: of the trainer, changed in place.
+        checkpoint: that is gone on from, if one is.
+        steps_an_epoch: optimiser steps.
+    """
+    if checkpoint is not None and _is_finished(checkpoint):
+        arguments.max_steps, arguments.num_train_epochs = -1, _step(checkpoint) // steps_an_epoch
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    """Whether all steps, or all patience, were used up."""
+    state = read_json(checkpoint / TRAINER_STATE)
+    stopping = state["stateful_callbacks"].get("EarlyStoppingCallback")
+    if stopping is None:
+        return bool(state["global_step"] >= state["max_steps"])
+    patience, used = (
+        stopping["args"]["early_stopping_patience"],
+        stopping["attributes"]["early_stopping_patience_counter"],
+    )
+    return bool(used >= patience or state["global_step"] >= state["max_steps"])
+
+
 def remove_after(folder: Path, checkpoint: Path) -> None:
     """Delete the checkpoints after one that training goes on from: they belong to a future that is not had yet."""
     for other in _checkpoints(folder):

@@ -119,6 +119,32 @@ def test_the_best_and_the_newest_stay(tmp_path, best, keep, left):
     )
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("trainer.max_steps=8",),  # within an epoch, where the library would train a ninth
+        ("trainer.max_steps=10",),
+        ("evaluation.patience=1", "trainer.learning_rate=0.0"),  # nothing gets better, so patience ends it early
+        ("trainer.num_train_epochs=2", "trainer.max_steps=-1", "evaluation.every=1"),
+    ],
+)
+def test_a_run_killed_behind_its_last_checkpoint_trains_no_more(finished, tmp_path, settings):
+    """The weights, the steps and the log are those of the run that was not; its bundle was never written."""
+    config = RunConfig.load(finished / "tiny.yaml", settings)
+    out = run(config, tmp_path / "run", until="train")
+    before = {name: (out / name).read_bytes() for name in ("model/model.safetensors", "metrics.jsonl")}
+    facts = json.loads((out / "training.json").read_text())
+    said = []
+    run(config, out, start="train", until="train", resume=True, log=said.append)
+    assert any("resumed from" in line for line in said)
+    again = json.loads((out / "training.json").read_text())
+    untimed = [name for name in facts if name not in ("seconds", "peak_mb", "made_by")]
+    assert {name: again[name] for name in untimed} == {name: facts[name] for name in untimed}
+    assert (out / "model/model.safetensors").read_bytes() == before["model/model.safetensors"]
+    trained = [line for line in before["metrics.jsonl"].decode().splitlines() if "train_runtime" not in line]
+    assert [line for line in (out / "metrics.jsonl").read_text().splitlines() if "train_runtime" not in line] == trained
+
+
 def test_training_that_is_cut_up_in_another_way_is_no_way_to_go_on(finished, tmp_path):
     """Another number of processes is another batch, and the library passes over an optimiser that it does not find."""
     folder = finished / "run" / "checkpoints"
