@@ -361,7 +361,7 @@ def test_check_refuses_what_the_stage_items_would_refuse(tmp_path: Path) -> None
 
 def test_histories_that_do_not_fit_into_the_model_are_refused(tmp_path: Path) -> None:
     config = recipe(tmp_path, "examples.history_length=700")
-    with pytest.raises(RecipeError, match="needs 2,104 positions at 3 tokens an item, but the model has 2,048"):
+    with pytest.raises(RecipeError, match="needs 2,104 positions at 3 an item, but the model has 2,048"):
         check(config)
     with pytest.raises(RecipeError, match="2,104 positions"):
         run(config, tmp_path / "run")

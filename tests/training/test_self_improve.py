@@ -199,7 +199,7 @@ def test_where_every_example_has_one_target_so_many_an_item_are_read():
 
 def test_a_training_improves_its_own_tokens_from_end_to_end(tmp_path):
     model, method = make_self_improving("llama", Search(source="both", candidates=4, outliers=0.2), every=3)
-    trainer = make_updating(tmp_path, method, Rules(rounds=2, gate=None, refresh=True), model=model, steps=8)
+    trainer = make_updating(tmp_path, method, Rules(rounds=2, gate=None, refresh=True), model=model, steps=8, every=2)
     trainer.train()
     assert trainer.updates.version == 2
     assert trainer.model.vocab.codes == ItemCodes.load(tmp_path / "codes/v2")
