@@ -45,3 +45,4 @@ def finish(processes: Sequence[subprocess.Popen]):
     finally:
         for process in processes:
             process.kill()
+            process.communicate()  # waits, and closes what it was listened to by

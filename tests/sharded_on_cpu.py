@@ -10,7 +10,6 @@ for 20 steps of a tiny trainer.
 """
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from llm_itemtok.pipeline import engines
-from tests.process_pairs import finish
+from llm_itemtok.pipeline.engines import leave_together
+from tests.process_pairs import finish, free_port
 
 LAUNCHED = {
     "ACCELERATE_USE_FSDP": "true",
@@ -50,10 +50,7 @@ def open_the_door() -> None:
 
 def run_pair(*arguments: object) -> None:
     """Run this module as the two processes of a group that talks by gloo on the loopback; both must end well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    pair = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pair = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     plain = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     finish(
         [
@@ -82,6 +79,7 @@ def twenty_steps(engine: str, folder: Path, family: str, tied: bool) -> None:
     )  # fmt: skip
     trainer.train()
     assert trainer.is_fsdp_enabled == (engine == "fsdp2")
+    leave_together()
 
 
 if __name__ == "__main__":
