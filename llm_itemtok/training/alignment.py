@@ -41,7 +41,7 @@ from torch import Tensor, distributed, nn
 
 from llm_itemtok.items.base import Quantizer
 from llm_itemtok.training.examples import TASKS
-from llm_itemtok.training.objective import Objective
+from llm_itemtok.training.objective import Heard, Objective
 from llm_itemtok.training.processes import together
 
 Variant = Literal["paper", "release"]
@@ -258,9 +258,9 @@ class WithAlignments:
         if not self.active:
             return self.objective(model, batch, totals)
         rows, places, items = pairs(batch)
-        asking = _Asking(model, {"rows": rows, "places": places})
-        terms = self.objective(asking, batch, totals)
-        told = asking.told
+        heard = Heard(model, beside={"rows": rows, "places": places})
+        terms = self.objective(heard, batch, totals)
+        told = heard.told
         # One exchange for both, at the end of the forward pass, so at the beginning of the backward one everywhere.
         ours = _Exchange.apply(torch.cat([told["sequence"], told["preference"]], dim=1))
         items = _gathered(items.unsqueeze(1))[:, 0]
@@ -275,22 +275,6 @@ class WithAlignments:
             found = self._alignments(self._quantizer, vectors, rebuilt, sequences, preferences)
         # At least 1: a step may hold texts alone.
         return terms | {name: values.sum() / totals["aligned"].clamp(min=1) for name, values in found.items()}
-
-
-class _Asking(nn.Module):
-    """A model that is asked for pairs as well, and keeps what it told."""
-
-    told: Mapping[str, Tensor]
-
-    def __init__(self, model: nn.Module, beside: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._model = [model]  # not a submodule: nothing here owns it
-        self._beside = beside
-
-    def forward(self, **inputs: Any) -> Any:
-        found = self._model[0](**inputs, beside=self._beside)
-        self.told = found[1]
-        return found
 
 
 class _Exchange(torch.autograd.Function):

@@ -7,7 +7,7 @@ accumulation steps.) An objective never calls `backward` and keeps no state betw
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol, final
 
 from torch import Tensor, nn
 
@@ -30,3 +30,29 @@ class Objective(Protocol):
             totals: the denominators over the whole optimiser step, names as in `denominators`.
         """
         ...
+
+
+@final
+class Heard(nn.Module):
+    """A model for an objective inside another: what the model tells besides is kept, for the outer one to read.
+
+    So one pass serves both, as a distributed wrapper wants it.
+
+    Attributes:
+        told: by name, after a pass (`ItemTokenModel.forward`).
+    """
+
+    told: Mapping[str, Tensor]
+
+    def __init__(self, model: nn.Module, **asked: Any) -> None:
+        """Call `model`, which stays its owner's, with these inputs as well."""
+        super().__init__()
+        self._model = [model]  # not a submodule
+        self._asked = asked
+
+    def forward(self, **inputs: Any) -> Any:
+        """As the model."""
+        found = self._model[0](**inputs, **self._asked)
+        assert isinstance(found, tuple)
+        self.told = found[1]
+        return found

@@ -12,12 +12,12 @@ Source: IntRR, arXiv:2602.20704, and its released code, in which both are sums o
 """
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import final
 
 from torch import Tensor, nn
 
 from llm_itemtok.model.recursive import Recursion
-from llm_itemtok.training.objective import Objective
+from llm_itemtok.training.objective import Heard, Objective
 
 
 @final
@@ -45,25 +45,8 @@ class Aligned:
         self, model: nn.Module, batch: Mapping[str, Tensor], totals: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Terms in nats."""
-        once = _Once(model)
-        terms = self.objective(once, batch, totals)
-        assert once.told is not None
+        heard = Heard(model)
+        terms = self.objective(heard, batch, totals)
         # At least 1: a step may hold texts alone.
-        terms["alignment"] = self.weight * once.told["alignment"].sum() / totals["alignment"].clamp(min=1)
+        terms["alignment"] = self.weight * heard.told["alignment"].sum() / totals["alignment"].clamp(min=1)
         return terms
-
-
-class _Once(nn.Module):
-    """A model that keeps what else it told, so that two may read it after one pass."""
-
-    told: dict[str, Tensor] | None = None
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = [model]  # not a submodule: nothing here owns it
-
-    def forward(self, **inputs: Any) -> Any:
-        found = self._model[0](**inputs)
-        assert isinstance(found, tuple)
-        self.told = found[1]
-        return found
