@@ -204,7 +204,6 @@ def _run(options: argparse.Namespace) -> int:
     from llm_itemtok.config import RunConfig
 
     config = RunConfig.load(options.recipe, options.overrides)
-    from llm_itemtok.pipeline.engines import leave_together
     from llm_itemtok.pipeline.fit import Stopped
     from llm_itemtok.pipeline.run import run
 
@@ -220,7 +219,6 @@ def _run(options: argparse.Namespace) -> int:
             fresh=options.fresh,
             log=_say,
         )
-        leave_together()
     except Stopped:
         print("itemtok: stopped after a checkpoint; the same command with --resume goes on from it", file=sys.stderr)
         return STOPPED

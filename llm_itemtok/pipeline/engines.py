@@ -82,14 +82,6 @@ def on_processors(trainer: Mapping[str, Any]) -> bool:
     )
 
 
-def leave_together() -> None:
-    """End the talk between processes, once all have come to their end; without it a process may abort as it leaves."""
-    state = PartialState()
-    if state.num_processes > 1:
-        state.wait_for_everyone()
-        state.destroy_process_group()
-
-
 def refuse_engine(config: RunConfig, *, here: bool) -> None:
     """Refuse what the engine that is asked for cannot do.
 
