@@ -29,7 +29,7 @@ LAUNCHED = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-"""What `accelerate launch` makes of `recipes/accelerate/fsdp2.yaml` (tests/test_engines.py)."""
+"""What `accelerate launch` makes of `recipes/accelerate/fsdp2.yaml` (tests/test_distributed_engines.py)."""
 
 
 def open_the_door() -> None:
@@ -91,8 +91,7 @@ if __name__ == "__main__":
         from llm_itemtok.cli import main
 
         status = main(rest)
-    # What is to be shown is written; threads of a group of processes were seen to abort as the interpreter takes them
-    # down, one run in some thirty.
+    # What is to be shown is written; a process of a group was seen to abort as the interpreter took its threads down.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
