@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_itemtok.data.parquet import table_of_arrow
 from llm_itemtok.data.tables import (
     Table,
     check_columns,
@@ -31,7 +32,6 @@ from llm_itemtok.data.tables import (
     read_json_lines,
     read_text,
     shown,
-    table_of_arrow,
 )
 from llm_itemtok.errors import DataError
 

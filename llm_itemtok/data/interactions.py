@@ -19,6 +19,7 @@ from functools import cached_property
 import numpy as np
 
 from llm_itemtok.artifacts import sha256_of_arrays
+from llm_itemtok.data.columns import by_first_row, distinct
 from llm_itemtok.errors import DataError
 
 DEDUPLICATE = ("exact", "first", "last")
@@ -102,6 +103,7 @@ def from_log(
     user_ids: Sequence[str],
     items: np.ndarray,
     *,
+    users: np.ndarray | None = None,
     timestamps: np.ndarray | None = None,
     positions: np.ndarray | None = None,
     labels: np.ndarray | None = None,
@@ -111,24 +113,24 @@ def from_log(
     """Group a log by user and put each user's interactions in time order.
 
     Args:
-        user_ids: the user of each row of the log, [N].
+        user_ids: the user of each row of the log, [N]; with `users`, the users that its numbers stand for.
         items: int64 [N] catalogue rows.
+        users: int64 [N], where the users of the rows are given by number.
         timestamps: float64 [N] in seconds, or None.
         positions: float64 [N], or None. They order rows of the same timestamp.
         labels: int64 [N]; rows that differ here are not exact duplicates (rating, kind of event).
         extra: further columns to keep, texts [N]; rows that differ only here are duplicates.
         duplicates: see `deduplicate`.
     """
-    codes: dict[str, int] = {}
-    users = np.fromiter((codes.setdefault(user, len(codes)) for user in user_ids), dtype=np.int64, count=len(user_ids))
+    user_ids, users = distinct(user_ids) if users is None else by_first_row(user_ids, users)
     keys = [key for key in (positions, timestamps) if key is not None]
     order = np.lexsort((*keys, users))  # stable, so file order breaks what ties are left
     users, items = users[order], np.asarray(items, dtype=np.int64)[order]
     rest = [key[order] for key in (timestamps, positions, labels) if key is not None]
     keep = deduplicate(users, items, *rest, how=duplicates)
-    lengths = np.bincount(users[keep], minlength=len(codes))
+    lengths = np.bincount(users[keep], minlength=len(user_ids))
     return Interactions(
-        user_ids=tuple(codes),
+        user_ids=tuple(user_ids),
         offsets=offsets_of(lengths),
         items=items[keep],
         timestamps=None if timestamps is None else np.asarray(timestamps, dtype=np.float64)[order][keep],

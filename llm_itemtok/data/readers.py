@@ -6,12 +6,13 @@ same words. What was dropped or found is counted in `RawData.notes`, never hidde
 
 The data folder: `items.(jsonl|csv|parquet)[.gz]` with `item_id`, `title` and any of `categories`, `brand`,
 `description`; `interactions.(csv|jsonl|parquet)[.gz]` with `user_id`, `item_id`, and `timestamp` or
-`position` or both; `rating` and `event` are for filters. Other columns are ignored, unless the caller asks for
+`position` or both; `rating` and `event` are for filters. Either may be a folder of Parquet files, `interactions` or
+`interactions.parquet`, read as one in the order of their names. Other columns are ignored, unless the caller asks for
 them by name: then they come along as text, are checked to be there, and change nothing else.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,10 @@ import numpy as np
 
 from llm_itemtok.data import foreign, values
 from llm_itemtok.data.catalog import Catalog
+from llm_itemtok.data.columns import ArrowColumn, by_first_row, distinct
 from llm_itemtok.data.interactions import DEDUPLICATE, Interactions, from_log, k_core
-from llm_itemtok.data.tables import Table, fault, find_file, read_table, shown
+from llm_itemtok.data.parquet import read_parquet
+from llm_itemtok.data.tables import Table, fault, find_file, read_delimited, read_json_lines, read_text, shown
 from llm_itemtok.errors import DataError
 
 SOURCES = ("folder", *foreign.SOURCES)
@@ -145,7 +148,7 @@ def read_items(path: Path | str, *, columns: Mapping[str, str] | None = None) ->
         found = "another kind of file" if path.is_file() else "no such file"
         raise DataError(f"{path}: items must be in a file .csv, .jsonl or .parquet (or packed, .gz), found: {found}")
     wanted, _ = _wanted(foreign.ITEM_COLUMNS, foreign.LOG_COLUMNS, columns or {})
-    return _catalog(read_table(path, wanted, foreign.REQUIRED_ITEM_COLUMNS), ())
+    return _catalog(_read_table(path, wanted, foreign.REQUIRED_ITEM_COLUMNS), ())
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -187,13 +190,25 @@ def _wanted(
 
 def _read_folder(folder: Path, wanted_items: Mapping[str, str], wanted_log: Mapping[str, str]) -> tuple[Table, Table]:
     kinds = r"\.(csv|jsonl|parquet)(\.gz)?"
-    names = "`{}.jsonl`, `{}.csv` or `{}.parquet` (or packed, `.gz`)"
-    items = find_file(folder, "items" + kinds, what=names.replace("{}", "items"))
-    log = find_file(folder, "interactions" + kinds, what=names.replace("{}", "interactions"))
-    return (
-        read_table(items, wanted_items, foreign.REQUIRED_ITEM_COLUMNS),
-        read_table(log, wanted_log, foreign.REQUIRED_LOG_COLUMNS),
+    names = "`{0}.jsonl`, `{0}.csv` or `{0}.parquet` (or packed, `.gz`, or a folder `{0}` of Parquet files)"
+    items, log = (
+        find_file(folder, name + kinds, what=names.format(name), folders=(name, f"{name}.parquet"))
+        for name in ("items", "interactions")
     )
+    return (
+        _read_table(items, wanted_items, foreign.REQUIRED_ITEM_COLUMNS),
+        _read_table(log, wanted_log, foreign.REQUIRED_LOG_COLUMNS),
+    )
+
+
+def _read_table(path: Path, wanted: Mapping[str, str], required: Collection[str]) -> Table:
+    """Read a file by the format that its name says, or a folder of Parquet files."""
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "csv":
+        return read_delimited(path, read_text(path), wanted, required)
+    if kind == "jsonl":
+        return read_json_lines(path, wanted, required)
+    return read_parquet(path, wanted, required)
 
 
 def _refuse_missing(table: Table, names: Sequence[str]) -> None:
@@ -208,13 +223,12 @@ def _refuse_missing(table: Table, names: Sequence[str]) -> None:
 
 
 def _catalog(items: Table, extra: Sequence[str]) -> Catalog:
-    item_ids = values.ids(items, "item_id")
-    if len(set(item_ids)) < len(item_ids):
-        first: dict[str, int] = {}
-        for index, item_id in enumerate(item_ids):
-            if first.setdefault(item_id, index) != index:
-                problem = f"item ids must be distinct, was: {item_id!r}, which row {items.rows[first[item_id]]} has too"
-                raise items.fault(index, "item_id", problem)
+    item_ids, numbers = values.ids(items, "item_id")
+    if len(item_ids) < len(items):
+        again = int(np.argmax(numbers != np.arange(len(items))))  # the first row whose id is not new
+        first = int(np.argmax(numbers == numbers[again]))
+        problem = f"item ids must be distinct, was: {item_ids[numbers[again]]!r}, which row {items.rows[first]} has too"
+        raise items.fault(again, "item_id", problem)
     return Catalog(
         item_ids=tuple(item_ids),
         titles=tuple(values.texts(items, "title")),
@@ -235,7 +249,8 @@ def _interactions(
     deduplicate: str,
     extra: Sequence[str],
 ) -> tuple[Interactions, dict[str, int | float | str]]:
-    user_ids, item_ids = values.ids(log, "user_id"), values.ids(log, "item_id")
+    user_ids, users = values.ids(log, "user_id")
+    item_ids, numbers = values.ids(log, "item_id")
     if not {"timestamp", "position"} & set(log.columns):
         raise fault(log.path, "a column `timestamp` or `position` must be there, or the interactions have no order")
     times = values.times(log) if "timestamp" in log.columns else None
@@ -244,19 +259,22 @@ def _interactions(
     if not counts.any():
         raise fault(log.path, f"the filter {dict(event_filter)} leaves none of {len(log):,} rows")
     index_of = {item_id: row for row, item_id in enumerate(catalog.item_ids)}
-    rows = np.fromiter((index_of.get(item_id, -1) for item_id in item_ids), dtype=np.int64, count=len(item_ids))
+    rows = np.array([index_of.get(item_id, -1) for item_id in item_ids], dtype=np.int64)[numbers]
     unknown = counts & (rows < 0)
-    unknown_ids = {item_ids[index] for index in np.flatnonzero(unknown).tolist()}
-    if unknown_ids:
-        _refuse_unknown(log, items, catalog, item_ids, unknown, counts, drop=unknown_items == "drop")
+    unknown_ids, _ = by_first_row(item_ids, numbers[unknown])
+    if unknown_ids and (unknown_items != "drop" or unknown.sum() == counts.sum()):
+        used, _ = by_first_row(item_ids, numbers[counts])
+        raise _unknown(log, items, catalog, used, unknown_ids, unknown)
     kept = np.flatnonzero(counts & ~unknown)
+    labels = _labels(log)
     more = {name: values.labels(log, name, limit=values.MAX_ID_CHARS) for name in extra}
     interactions = from_log(
-        [user_ids[index] for index in kept.tolist()],
+        user_ids,
         rows[kept],
+        users=users[kept],
         timestamps=None if times is None else times[kept],
         positions=None if places is None else places[kept],
-        labels=_labels(log)[kept],
+        labels=None if labels is None else labels[kept],
         extra={name: [column[index] for index in kept.tolist()] for name, column in more.items()},
         duplicates=deduplicate,
     )
@@ -277,36 +295,45 @@ def _passes(log: Table, event_filter: Mapping[str, object], keep: frozenset[str]
     if column not in log.columns:
         raise fault(log.path, f"the filter's column `{column}` is missing; map it in `data.columns` or drop the filter")
     if keep or "keep" in event_filter:
-        return np.array([str(value) in keep for value in log.columns[column]], dtype=bool)
+        found, codes = _distinct_texts(log, column)
+        return np.array([value in keep for value in found], dtype=bool)[codes]
     numbers = values.numbers(log, column)
     low, high = (float(str(event_filter.get(name, limit))) for name, limit in (("min", "-inf"), ("max", "inf")))
     return (numbers >= low) & (numbers <= high)
 
 
-def _labels(log: Table) -> np.ndarray:
-    """Rating and event of each row as one number, equal where both are: int64."""
-    columns = [map(repr, log.columns[name]) for name in ("rating", "event") if name in log.columns]
-    codes: dict[tuple[str, ...], int] = {}
-    if not columns:
-        return np.zeros(len(log), dtype=np.int64)
-    return np.array([codes.setdefault(label, len(codes)) for label in zip(*columns, strict=True)], dtype=np.int64)
+def _labels(log: Table) -> np.ndarray | None:
+    """Rating and event of each row as one number, equal where both are: int64; None if the log has neither."""
+    labels = None
+    for name in ("rating", "event"):
+        if name in log.columns:
+            found, codes = _distinct_texts(log, name)
+            labels = codes if labels is None else labels * len(found) + codes
+    return labels
 
 
-def _refuse_unknown(
-    log: Table,
-    items: Table,
-    catalog: Catalog,
-    item_ids: Sequence[str],
-    unknown: np.ndarray,
-    counts: np.ndarray,
-    *,
-    drop: bool,
-) -> None:
-    """Raise for items of the log that the items file does not have, unless they may be dropped and some rows stay."""
-    if drop and unknown.sum() < counts.sum():
-        return
-    used = {item_ids[index] for index in np.flatnonzero(counts).tolist()}
-    missing = {item_ids[index] for index in np.flatnonzero(unknown).tolist()}
+def _distinct_texts(log: Table, column: str) -> tuple[list[str], np.ndarray]:
+    """A column by its distinct values as text, and for each row which it has, int64."""
+    values = log.columns[column]
+    if isinstance(values, ArrowColumn) and not values.is_nested:
+        found, codes = distinct(values)
+        return list(map(str, found)), codes
+    return distinct(list(map(str, values)))
+
+
+def _unknown(
+    log: Table, items: Table, catalog: Catalog, used: Sequence[str], missing: Sequence[str], unknown: np.ndarray
+) -> DataError:
+    """The error for items of the log that the items file does not have.
+
+    Args:
+        log: the log.
+        items: the items file.
+        catalog: what was read of it.
+        used: distinct ids in the rows of the log that count.
+        missing: those of them that the catalogue does not have, in order of their first row.
+        unknown: bool, which rows of the log have such an item.
+    """
     first = int(np.argmax(unknown))
     share = f"{len(missing):,} of the {len(used):,} items in the log are not in {Path(items.path).name}"
     if len(missing) * 2 > len(used):
@@ -317,9 +344,10 @@ def _refuse_unknown(
             f"  ids in the items file look like: {ours}\n"
             "  ids are compared as text (`007` is not `7`); map the right columns with `data.columns`"
         )
-        raise log.fault(first, "item_id", problem)
+        return log.fault(first, "item_id", problem)
+    item_id = missing[0]
     problem = (
-        f"the item must be in the items file, was: {shown(item_ids[first])} ({catalog.nearest(item_ids[first])}); "
+        f"the item must be in the items file, was: {shown(item_id)} ({catalog.nearest(item_id)}); "
         f"{share} ({int(unknown.sum()):,} rows); complete the items file, or set `data.unknown_items: drop`"
     )
-    raise log.fault(first, "item_id", problem)
+    return log.fault(first, "item_id", problem)

@@ -1,9 +1,9 @@
 """Files to columns: the one place that opens data files, and that says what is wrong with one.
 
-A `Table` holds the columns that were asked for as plain lists, still as the file has them, and knows
-the row each entry stands in, so that whoever finds a bad value can name file, row and column. In text
-files the row is the line number as an editor shows it (a CSV file's header is row 1; where a quoted
-field spans lines, the last of them); in Parquet files, JSON documents and data sets it counts records from 1.
+A `Table` holds the columns that were asked for, still as the file has them, and knows the row each entry stands in, so
+that whoever finds a bad value can name file, row and column. In text files the row is the line number as an editor
+shows it (a CSV file's header is row 1; where a quoted field spans lines, the last of them); in Parquet files, JSON
+documents and data sets it counts records from 1.
 
 Text files are read strictly: UTF-8 (a byte order mark is dropped), no NUL bytes, quotes that close,
 as many fields as the header has. Knows nothing of items and users.
@@ -19,9 +19,9 @@ import warnings
 import zlib
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llm_itemtok.errors import DataError
 
@@ -53,7 +53,7 @@ class Table:
 
     path: str
     """For messages."""
-    columns: Mapping[str, list[Any]]
+    columns: Mapping[str, Sequence[Any]]
     """Our name of a column to its values; only columns that the file has. All are equally long."""
     rows: Sequence[int]
     """Where each entry stands in the file, counted from 1."""
@@ -61,30 +61,39 @@ class Table:
     """Our name of a column to the file's."""
     there: Sequence[str]
     """The file's names of all its columns, those included that nobody asked for; for messages."""
+    parts: Sequence[tuple[str, int]] = ()
+    """Where the rows are of several files: each with its number of them; for messages."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def fault(self, index: int, column: str, problem: str) -> DataError:
         """The error for the entry at `index` of one of the columns."""
-        return fault(self.path, problem, row=self.rows[index], column=self.names.get(column, column))
+        path, row = self.path, self.rows[index]
+        for part, rows in self.parts:
+            path = part
+            if row <= rows:
+                break
+            row -= rows
+        return fault(path, problem, row=row, column=self.names.get(column, column))
 
     def with_columns(self, **columns: list[Any]) -> "Table":
         """The same rows with some columns replaced or added."""
-        return Table(self.path, {**self.columns, **columns}, self.rows, self.names, self.there)
+        return replace(self, columns={**self.columns, **columns})
 
 
-def find_file(folder: Path | str, pattern: str, *, what: str) -> Path:
-    """The one file of a folder whose name matches a pattern.
+def find_file(folder: Path | str, pattern: str, *, what: str, folders: Collection[str] = ()) -> Path:
+    """The one file of a folder whose name matches a pattern, or one of its folders that may stand for it.
 
     Args:
         folder: where to look, not below.
         pattern: regular expression of the whole name.
         what: the names in words, for messages.
+        folders: names of folders that are taken, too.
 
     Raises:
         DataError: if the folder is missing or a file, if no file matches, if several do, or if the match
-            is a folder.
+            is another folder.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -95,14 +104,14 @@ def find_file(folder: Path | str, pattern: str, *, what: str) -> Path:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise fault(folder, f"the data folder cannot be read: {error.strerror}") from error
-    found = [name for name in names if re.fullmatch(pattern, name)]
+    found = [name for name in names if re.fullmatch(pattern, name) or (name in folders and (folder / name).is_dir())]
     if not found:
         there = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") if names else "nothing"
         raise fault(folder, f"a file {what} is missing; the folder holds: {there}")
     if len(found) > 1:
         raise fault(folder, f"there must be one file {what}, was: {', '.join(found)}; remove or rename all but one")
     path = folder / found[0]
-    if path.is_dir():
+    if path.is_dir() and path.name not in folders:
         raise fault(path, f"must be a file {what}, was: a folder")
     return path
 
@@ -111,32 +120,43 @@ def read_bytes(path: Path) -> bytes:
     """The content of a file, unpacked if its name ends in `.gz`.
 
     Raises:
+        DataError: as `open_bytes`.
+    """
+    with open_bytes(path) as file:
+        return file.read()
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file to read, from what is in memory if it must be unpacked because its name ends in `.gz`.
+
+    Raises:
         DataError: if it is missing, a folder, unreadable, empty, or not the gzip file its name says.
     """
     if path.is_dir():
         raise fault(path, "must be a file, was: a folder")
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            begin = file.read(2)
     except FileNotFoundError as error:
         raise fault(path, "the file does not exist") from error
     except OSError as error:
         raise fault(path, f"the file cannot be read: {error.strerror}") from error
-    if not content:
+    if not begin:
         raise fault(path, "the file is empty")
-    packed = content[:2] == b"\x1f\x8b"
+    packed = begin == b"\x1f\x8b"
     if path.suffix != ".gz":
         if packed:
             raise fault(path, "the file is packed with gzip; let its name end in `.gz` or unpack it")
-        return content
+        return path.open("rb")
     if not packed:
         raise fault(path, "the name ends in `.gz` but the file is not packed with gzip; rename it or pack it")
     try:
-        content = gzip.decompress(content)
+        content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise fault(path, f"the gzip file is broken ({error}); copy or download it again") from error
     if not content:
         raise fault(path, "the file is empty once unpacked")
-    return content
+    return io.BytesIO(content)
 
 
 def read_text(path: Path, *, fallback: str | None = None) -> str:
@@ -166,29 +186,6 @@ def read_text(path: Path, *, fallback: str | None = None) -> str:
     if not text.strip():
         raise fault(path, "the file is empty (white space only)")
     return text
-
-
-def read_table(path: Path, wanted: Mapping[str, str], required: Collection[str]) -> Table:
-    """Read a `.csv`, `.jsonl` or `.parquet` file, packed with gzip or not.
-
-    Args:
-        path: the file; its name says its format.
-        wanted: our name of a column to the file's. Columns that are not asked for are ignored.
-        required: those of our names that the file must have.
-
-    Returns:
-        the wanted columns that the file has. Values of a CSV file are texts; JSON and Parquet values
-        have the type they have there, None where a JSON line lacks the column.
-
-    Raises:
-        DataError: for everything that can be wrong with the file or its columns.
-    """
-    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
-    if kind == "csv":
-        return read_delimited(path, read_text(path), wanted, required)
-    if kind == "jsonl":
-        return read_json_lines(path, wanted, required)
-    return _read_parquet(path, wanted, required)
 
 
 def check_columns(
@@ -337,53 +334,6 @@ def read_json(path: Path) -> object:
     except (ValueError, RecursionError) as error:
         row = error.lineno if isinstance(error, json.JSONDecodeError) else None
         raise fault(path, f"the file must be one JSON document ({error})", row=row) from error
-
-
-def _read_parquet(path: Path, wanted: Mapping[str, str], required: Collection[str]) -> Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    content = read_bytes(path)
-    try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-        names = check_columns(path, file.schema_arrow.names, wanted, required)
-        there = file.schema_arrow.names
-        table = file.read(columns=list(names.values()))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise fault(path, f"the Parquet file is broken ({first}); write it again") from error
-    return table_of_arrow(str(path), table, names, there)
-
-
-def table_of_arrow(path: str, table: Any, names: Mapping[str, str], there: Sequence[str]) -> Table:
-    """Take columns out of an Arrow table; times and dates become seconds.
-
-    Args:
-        path: for messages.
-        table: a `pyarrow.Table`.
-        names: our name of a column to the table's.
-        there: the names of all columns that could have been asked for.
-
-    Raises:
-        DataError: if the table has no rows, or a text that is not UTF-8.
-    """
-    import pyarrow as pa
-
-    if not table.num_rows:
-        raise fault(path, "the file has columns but no rows")
-    columns: dict[str, list[Any]] = {}
-    for ours, theirs in names.items():
-        column = table.column(theirs)
-        seconds = pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)
-        try:
-            if seconds:
-                column = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
-            columns[ours] = column.to_pylist()
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise fault(path, f"the values cannot be read ({error})", column=theirs) from error
-        if seconds:
-            columns[ours] = [None if value is None else value / 1e6 for value in columns[ours]]
-    return Table(path, columns, range(1, table.num_rows + 1), names, there)
 
 
 def combined(path: str, records: Iterable[Mapping[str, Any]], names: Sequence[str]) -> Table:

@@ -7,14 +7,16 @@ function names file, row and column of the first value it cannot take.
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
+from llm_itemtok.data.columns import ArrowColumn, by_first_row, distinct
 from llm_itemtok.data.tables import Table, python_literal, shown
+from llm_itemtok.errors import DataError
 
 MAX_TITLE_CHARS = 20_000
 """A title, a brand or a category longer than this is a broken file, not a title."""
@@ -23,6 +25,7 @@ MAX_DESCRIPTION_CHARS = 1_000_000
 MAX_ID_CHARS = 512
 """The same for ids."""
 
+_WRONG_CHARACTERS = "the text holds NUL or half a character, was: {}"
 _EPOCH = datetime(1970, 1, 1)
 _SECOND = timedelta(seconds=1)
 _UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
@@ -30,30 +33,44 @@ _UNIT_LIMITS = (1e11, 1e14, 1e17)
 """Beyond 1e11 seconds lies the year 5138; the same moment in milliseconds is 1973."""
 
 
-def ids(table: Table, column: str) -> list[str]:
+def ids(table: Table, column: str) -> tuple[list[str], np.ndarray]:
     """A column of ids as text.
+
+    Returns:
+        the distinct ids in order of their first row, and for each row which it has, int64 [N].
 
     Raises:
         DataError: for an empty id, a truth value, a number that is not whole, anything else.
     """
     values = table.columns[column]
-    kinds = set(map(type, values))
-    if kinds == {int}:
-        return list(map(str, values))
-    if kinds != {str}:
-        values = [_id(table, index, column, value) for index, value in enumerate(values)]
-    if not all(values) or any(map(str.isspace, values)):
-        index = next(index for index, value in enumerate(values) if not value or value.isspace())
-        raise table.fault(index, column, f"ids must not be empty, was: {shown(values[index])}")
-    if max(map(len, values)) > MAX_ID_CHARS:
-        index = next(index for index, value in enumerate(values) if len(value) > MAX_ID_CHARS)
-        problem = f"ids must have at most {MAX_ID_CHARS} characters, was: {shown(values[index])}"
-        raise table.fault(index, column, problem)
-    _check_characters(table, column, values)
-    return values
+    of_one_kind = not values.is_nested if isinstance(values, ArrowColumn) else set(map(type, values)) in ({int}, {str})
+    if not of_one_kind:
+        values = list(map(_id, values))
+        if None in values:
+            raise _no_id(table, column, values.index(None))
+    found, codes = distinct(values)
+    named = list(map(_id, found))
+
+    def row(place: int) -> int:
+        return int(np.argmax(codes == place))
+
+    for place, value in enumerate(named):
+        if value is None:
+            raise _no_id(table, column, row(place))
+        if not value or value.isspace():
+            raise table.fault(row(place), column, f"ids must not be empty, was: {shown(found[place])}")
+        if len(value) > MAX_ID_CHARS:
+            problem = f"ids must have at most {MAX_ID_CHARS} characters, was: {shown(value)}"
+            raise table.fault(row(place), column, problem)
+    texts = [value for value in named if value is not None]
+    wrong = _wrong_characters(texts)
+    if wrong is not None:
+        raise table.fault(row(wrong), column, _WRONG_CHARACTERS.format(shown(texts[wrong])))
+    return by_first_row(texts, codes)
 
 
-def _id(table: Table, index: int, column: str, value: object) -> str:
+def _id(value: object) -> str | None:
+    """The text of an id, empty where it is missing; None if it is none."""
     if isinstance(value, str):
         return value
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -64,7 +81,12 @@ def _id(table: Table, index: int, column: str, value: object) -> str:
         value = float(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
-    raise table.fault(index, column, f"ids must be text or whole numbers, was: {shown(value)} ({_kind(value)})")
+    return None
+
+
+def _no_id(table: Table, column: str, index: int) -> DataError:
+    value = table.columns[column][index]
+    return table.fault(index, column, f"ids must be text or whole numbers, was: {shown(value)} ({_kind(value)})")
 
 
 def _kind(value: object) -> str:
@@ -74,11 +96,17 @@ def _kind(value: object) -> str:
 
 def _check_characters(table: Table, column: str, values: list[str]) -> None:
     """Refuse NUL and halves of surrogate pairs, which JSON can spell but no text file can hold."""
+    wrong = _wrong_characters(values)
+    if wrong is not None:
+        raise table.fault(wrong, column, _WRONG_CHARACTERS.format(shown(values[wrong])))
+
+
+def _wrong_characters(values: list[str]) -> int | None:
+    """Place of the first text with NUL or half of a surrogate pair; None if there is none."""
     joined = "".join(values)
     if "\0" not in joined and (joined.isascii() or _is_utf8(joined)):
-        return
-    index = next(index for index, value in enumerate(values) if "\0" in value or not _is_utf8(value))
-    raise table.fault(index, column, f"the text holds NUL or half a character, was: {shown(values[index])}")
+        return None
+    return next(index for index, value in enumerate(values) if "\0" in value or not _is_utf8(value))
 
 
 def _is_utf8(text: str) -> bool:
@@ -229,8 +257,11 @@ def numbers(table: Table, column: str) -> np.ndarray:
     return np.array(_numbers(table, column, values), dtype=np.float64) if fast is None else fast
 
 
-def _plain_numbers(values: list[Any]) -> np.ndarray | None:
+def _plain_numbers(values: Sequence[Any]) -> np.ndarray | None:
     """All values at once where they are finite numbers of one type, as in almost every file; None otherwise."""
+    if isinstance(values, ArrowColumn):
+        numbers = values.numbers()
+        return numbers if numbers is not None and np.isfinite(numbers).all() else None
     kinds = set(map(type, values))
     if not (kinds <= {int, float} or (kinds == {str} and not any("_" in value for value in values))):
         return None

@@ -65,6 +65,29 @@ def co_occurrence(items: np.ndarray, offsets: np.ndarray, *, num_items: int, win
     return counts
 
 
+def draw_sequences(
+    items: np.ndarray, offsets: np.ndarray, *, most: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Some sequences of a long log, whole, drawn at random.
+
+    Args:
+        items: as in `co_occurrence`.
+        offsets: the same.
+        most: interactions; sequences are drawn until the next would be one too many.
+        seed: of the draw.
+
+    Returns:
+        Items and offsets of the sequences drawn, in their old order; of all, if they have no more than `most`.
+    """
+    if len(items) <= most:
+        return items, offsets
+    lengths = np.diff(offsets)
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    drawn = np.zeros(len(lengths), dtype=bool)
+    drawn[order[np.cumsum(lengths[order]) <= most]] = True
+    return items[np.repeat(drawn, lengths)], np.concatenate([[0], np.cumsum(lengths[drawn])])
+
+
 def near_pairs(counts: csr_array, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
     """Find the items that each item occurs with most, for how often both occur near anything.
 

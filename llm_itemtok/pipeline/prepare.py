@@ -24,7 +24,7 @@ from llm_itemtok.errors import DataError
 from llm_itemtok.items import collisions
 from llm_itemtok.items.base import ItemTokenizer, Quantizer
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.collaborative import co_occurrence, near_pairs
+from llm_itemtok.items.collaborative import co_occurrence, draw_sequences, near_pairs
 from llm_itemtok.items.doctor import examine
 from llm_itemtok.items.files import read_codes
 from llm_itemtok.items.findings import as_json, findings, gaps
@@ -48,6 +48,9 @@ from llm_itemtok.model.prompts import encode_text
 from llm_itemtok.pipeline.vectors import Log, Sources, needs_vectors, text_sources
 
 BASE = "base"
+DOCTORS_LOG = 2_000_000
+"""Training interactions, of users drawn at random, by which the doctor says which items are neighbours: for 8 million
+it would take 3 GB and a minute and a half."""
 
 
 @dataclass(frozen=True)
@@ -397,7 +400,8 @@ def doctor_facts(codes: ItemCodes, data: Dataset, near_vectors: Pairs | None) ->
         near_vectors: what `vector_pairs` says of the item vectors; None without vectors.
     """
     split = data.split
-    counts = co_occurrence(split.train_items, split.train_offsets, num_items=split.num_items)
+    drawn = draw_sequences(split.train_items, split.train_offsets, most=DOCTORS_LOG)
+    counts = co_occurrence(*drawn, num_items=split.num_items)
     near = {"training": near_pairs(counts, NEIGHBOURS)}
     if near_vectors is not None:
         near = {"vectors": near_vectors, **near}

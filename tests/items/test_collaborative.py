@@ -1,10 +1,18 @@
 """Vectors from training sequences: what is near in them is near, what they do not have is zero."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from llm_itemtok.errors import DataError
-from llm_itemtok.items.collaborative import co_occurrence, near_pairs, ppmi_vectors, sasrec_vectors
+from llm_itemtok.items.collaborative import (
+    co_occurrence,
+    draw_sequences,
+    near_pairs,
+    ppmi_vectors,
+    sasrec_vectors,
+)
 
 
 def sequences(num=300, seed=0):
@@ -22,6 +30,20 @@ def groups_apart(vectors):
     likeness = vectors[:20] @ vectors[:20].T
     same = np.arange(20)[:, None] // 5 == np.arange(20) // 5
     return likeness[same].min(), likeness[~same].max()
+
+
+def test_sequences_are_drawn_whole_in_their_order_and_as_many_as_fit():
+    offsets = np.array([0, 3, 3, 7, 12, 14, 20])
+    items = np.arange(20)
+    whole = {tuple(items[start:end].tolist()) for start, end in pairwise(offsets)}
+    for seed in range(5):
+        drawn, places = draw_sequences(items, offsets, most=9, seed=seed)
+        assert 4 <= len(drawn) == places[-1] <= 9  # no sequence is longer than 6
+        assert {tuple(drawn[start:end].tolist()) for start, end in pairwise(places)} <= whole
+        assert (np.diff(drawn) > 0).all()
+    same, there = draw_sequences(items, offsets, most=20)
+    assert same is items
+    assert there is offsets
 
 
 def test_co_occurrence_by_hand():
