@@ -102,7 +102,7 @@ def _without_contradictions(found: Sequence[Finding]) -> list[Finding]:
     changed = []
     for finding in found:
         of = [cause for cause in causes if finding.rule in _FOLLOWING[cause]]
-        changed.append(replace(finding, change=f"first mend *{of[0]}*, from which this may follow") if of else finding)
+        changed.append(replace(finding, change=f'first mend "{of[0]}", from which this may follow') if of else finding)
     return changed
 
 

@@ -196,6 +196,7 @@ def pairs(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """
     items = batch["target_items"]
     where = (batch["levels"] == 0) & (items >= 0) & (batch["tasks"] == TASKS.index("next-item")).unsqueeze(1)
+    where &= batch["loss_weights"] > 0  # a blank row has a target that does not count
     if "context_ids" not in batch:
         where[:, 0] = False  # predicted from the start token alone
     rows, places = where.nonzero(as_tuple=True)

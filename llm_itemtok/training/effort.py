@@ -84,7 +84,8 @@ class Effort(TrainerCallback, ExportableState):
 
 def batch_counts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """Targets, positions and context positions of some micro-batches, at least one: int64 `[3]` on their device."""
-    targets = torch.stack([(batch["levels"] == 0).sum() for batch in batches]).sum()
+    counted = [(batch["levels"] == 0) & (batch["loss_weights"] > 0) for batch in batches]
+    targets = torch.stack([each.sum() for each in counted]).sum()
     positions, contexts = (
         sum(batch[name].numel() for batch in batches if name in batch) for name in ("input_ids", "context_ids")
     )

@@ -4,24 +4,28 @@ What to optimise is an `Objective`; the trainer sums its denominators over the o
 each under its own name, and leaves the rest to Hugging Face. Validation is an injected function that ranks the whole
 catalogue, so that early stopping and the best checkpoint go by the metric that users see.
 
-Two hooks below are private to Hugging Face; the tests in `tests/training/test_invariants.py` are what makes depending
-on them safe.
+Three hooks below are private to Hugging Face; the tests in `tests/training/test_invariants.py` and `test_order.py` are
+what makes depending on them safe.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llm_itemtok.errors import TrainingError
 from llm_itemtok.training.effort import Effort, batch_counts
 from llm_itemtok.training.objective import Objective
+from llm_itemtok.training.order import BLANK, KeepOrder, LengthGrouped, own_share
 from llm_itemtok.training.updates import Updates
 
 
@@ -60,6 +64,7 @@ class ItemTokenTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._terms_start = 0  # global step at which `_terms` began to fill; Trainer moves its own mark before `log`
+        self._order: KeepOrder | None = None
 
     @property
     def effort(self) -> Effort:
@@ -156,6 +161,38 @@ class ItemTokenTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.updates is not None and output_dir is not None:
             self.updates.save(Path(output_dir), writes=self.args.should_save)
+        if self._order is not None and output_dir is not None and self.args.should_save:
+            self._order.save(Path(output_dir))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Any]:
+        """Collect the micro-batches of a step, and promise its totals; each example counts once an epoch."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if batches and self.accelerator.gradient_state.end_of_dataloader:
+            batches[-1] = self._without_repeats(batches[-1])
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out of an epoch's last batch what the library has completed it with."""
+        args = self.args
+        if args.world_size == 1 or args.dataloader_drop_last or args.train_sampling_strategy == "batch_rebalance":
+            return batch
+        assert isinstance(self.train_dataset, Sized)
+        own = own_share(len(self.train_dataset), args.train_batch_size)
+        if own:
+            return {name: value[:own] for name, value in batch.items()}
+        device = batch["input_ids"].device
+        return {name: value.to(device) for name, value in self.data_collator([BLANK]).items()}
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """As the library's; an order by length is that of all processes, and kept in checkpoints."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler = LengthGrouped(sampler.batch_size * self.args.world_size, sampler.lengths, self.args.device)
+            self._order = KeepOrder(sampler)
+            self.add_callback(self._order)
+        return sampler
 
     def _get_num_items_in_batch(  # type: ignore[override]
         self, batch_samples: list[dict[str, Tensor]], device: torch.device

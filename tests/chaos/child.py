@@ -20,14 +20,24 @@ import torch
 
 import llm_itemtok.pipeline.run  # noqa: F401  # what takes its time, once for all children
 from llm_itemtok.cli import main
+from llm_itemtok.training.alternate import Alternate
+from llm_itemtok.training.bilevel import Bilevel
+from llm_itemtok.training.quantizer_optimizer import QuantizerOptimizer
 from llm_itemtok.training.self_improve import SelfImprove
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.chaos.child"])
 
-PLACES = ("torch.save", "safetensors", "replace", "rmtree", "update")
-"""Where a process can die: in the middle of a file of a checkpoint; before what was written takes its place; while old
-checkpoints are deleted; while new codes are proposed."""
+PLACES = {"torch.save": 3, "safetensors": 3, "replace": 8, "rmtree": 3}
+"""Where a process can die, and how often it comes there at least: in the middle of a file of a checkpoint; before what
+was written takes its place; while old checkpoints are deleted."""
+SIIT = {"update": 3}
+"""While new codes are proposed."""
+ETEGREC = {"turn": 3, "batch": 12, "learnt": 12}
+"""In a turn of the quantizer: some time after its beginning; before a batch; behind a step that it has taken."""
+BLOGER = {"upper": 3, "ahead": 6, "learnt": 6}
+"""In a step of the quantizer: some time after its beginning; at the model of the look-ahead, on the way back from
+there; behind the step, before codes are read anew."""
 
 
 class Run:
@@ -43,7 +53,7 @@ class Run:
         count: int = 1,
         delay: float = 0.0,
     ) -> None:
-        """Start; die at a place, when it is come to for the `count`-th time, in an update `delay` seconds after."""
+        """Start; die at a place, when it is come to for the `count`-th time; where that is a time, `delay` after it."""
         self._said = said or out.with_name(f"{out.name}.txt")
         self._process = SERVER.Process(target=_work, args=(recipe, out, self._said, place, count, delay))
         self._process.start()
@@ -83,12 +93,18 @@ def _work(recipe: Path, out: Path, said: Path, place: str | None, count: int, de
 
 def _arm(place: str, count: int, delay: float) -> None:
     """Let this process die when it comes to a place for the `count`-th time."""
+    later = _Later(delay)
     owner, name, last_words = {
         "torch.save": (torch, "save", _half_of_torch_save(torch.save)),
         "safetensors": (safetensors.torch, "save_file", _half_of_save_file),
-        "replace": (os, "replace", lambda *_: None),
+        "replace": (os, "replace", _nothing),
         "rmtree": (shutil, "rmtree", _half_of_rmtree),
-        "update": (SelfImprove, "propose", lambda *_: threading.Timer(delay, _die).start()),
+        "update": (SelfImprove, "propose", later),
+        "turn": (Alternate, "propose", later),
+        "batch": (Alternate, "learn", _nothing),
+        "upper": (Bilevel, "propose", later),
+        "ahead": (Bilevel, "_through", _nothing),
+        "learnt": (QuantizerOptimizer, "step", QuantizerOptimizer.step),
     }[place]
     work, left = getattr(owner, name), itertools.count(count - 1, -1)
 
@@ -96,11 +112,25 @@ def _arm(place: str, count: int, delay: float) -> None:
     def dying(*args, **kwargs):
         if next(left) == 0:
             last_words(*args)
-            if place != "update":
+            if last_words is not later:
                 _die()
         return work(*args, **kwargs)
 
     setattr(owner, name, dying)
+
+
+class _Later:
+    """Death after some seconds, whatever is done then."""
+
+    def __init__(self, delay: float) -> None:
+        self._delay = delay
+
+    def __call__(self, *_: object) -> None:
+        threading.Timer(self._delay, _die).start()
+
+
+def _nothing(*_: object) -> None:
+    """What is done before death where death itself is all."""
 
 
 def _die() -> None:

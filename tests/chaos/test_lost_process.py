@@ -37,7 +37,7 @@ def start(recipe, out, *flags):
 def ended(processes):
     """Exit status and standard error of each; none is left behind."""
     try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
+        errors = [process.communicate(timeout=600)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -73,7 +73,7 @@ def test_what_may_follow_from_idle_codewords_brings_no_advice_of_its_own():
     collapsed = extra_level(ItemCodes([[row % 3] for row in range(300)], (256,)))
     found = {finding.rule: finding for finding in findings(quality(collapsed), examine(collapsed))}
     assert {"collapsed", "collisions"} <= set(found)
-    assert found["collisions"].change == "first mend *collapsed*, from which this may follow"
+    assert found["collisions"].change == 'first mend "collapsed", from which this may follow'
     assert not any("larger" in finding.change or "one more" in finding.change for finding in found.values())
     even = extra_level(ItemCodes([[row % 8] for row in range(300)], (8,)))
     found = {finding.rule: finding for finding in findings(quality(even), examine(even))}
