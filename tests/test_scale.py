@@ -21,7 +21,7 @@ LIMIT = 16e9
 RECIPE = """
 data: {{source: folder, path: {folder}}}
 vectors: {{kind: file, path: {folder}/vectors.npy}}
-tokenizer: {{kind: residual-kmeans, levels: 4, codebook_size: 256, collisions: reassign}}
+tokenizer: {{kind: residual-kmeans, levels: 4, codebook_size: 256, sample: 500000, collisions: reassign}}
 model: {{name: scratch, scratch: {{layers: 2, width: 64, heads: 2, pretrain_epochs: 0}}}}
 vocab: {{init: codebook}}
 examples: {{history_length: 10}}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from llm_itemtok import artifacts
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.experiments.book import Book
 from llm_itemtok.experiments.findings import CHOOSE_BY
@@ -214,6 +215,8 @@ def rerun(
 ) -> tuple[bool, str]:
     """Run one row of a plan again, beside its pool, and compare; item vectors and baselines may come from the cache.
 
+    One that was interrupted is gone on with.
+
     Args:
         path: the plan.
         which: first digits of the row's `recipe_sha256`.
@@ -237,8 +240,10 @@ def rerun(
         raise RecipeError(f"`--rerun` must begin the hash of one finished run, was: {which}; finished are: {names}")
     (job,) = found
     again = Pool(results, runs / f"rerun-{job.short}")
+    last = artifacts.METRICS if job.cell.stage == "confirm" else artifacts.TRAINING
     with alone_in(again.runs), _signals() as received:
-        shutil.rmtree(again.runs, ignore_errors=True)
+        if (again.folder(job) / last).exists():
+            shutil.rmtree(again.runs)
         log(f"{job.cell.name}: {job.short} runs again in {again.folder(job)}")
         worker = Worker.start(job, again)
         while worker.status is None and not received:

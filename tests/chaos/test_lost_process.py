@@ -2,30 +2,29 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from tests.chaos.test_kills import RECIPE, left
+from tests.process_pairs import free_port
+from tests.test_architecture import ROOT
 
 FLAGS = ("--resume", "--set", "trainer.max_steps=60", "--set", "evaluation.every=0.4")
 """More steps, so that the kill falls among them."""
+PLAIN = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def start(recipe, out, *flags):
     """Two processes of one training that talk by gloo on the loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    pair = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    plain = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pair = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "llm_itemtok", "run", str(recipe), "--out", str(out), *FLAGS, *flags],
-            env={**os.environ, **plain, **pair, "RANK": place, "LOCAL_RANK": place},
+            env={**os.environ, **PLAIN, **pair, "RANK": place, "LOCAL_RANK": place},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -35,13 +34,19 @@ def start(recipe, out, *flags):
 
 
 def ended(processes):
-    """Exit status and standard error of each; none is left behind."""
+    """Exit status of each and what it said, on its standard error if that is its own; none is left behind."""
     try:
-        errors = [process.communicate(timeout=600)[1] for process in processes]
+        said = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
+    return [(process.returncode, err or out) for process, (out, err) in zip(processes, said, strict=True)]
+
+
+def wait_for_checkpoint(out, process):
+    """Until there is a whole one, or the process has ended."""
+    while not list(out.glob("checkpoints/checkpoint-*/checksums.json")) and process.poll() is None:
+        time.sleep(0.02)
 
 
 @pytest.mark.chaos
@@ -52,8 +57,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_to_the_same_end(tm
 
     out = tmp_path / "run"
     processes = start(recipe, out)
-    while not list(out.glob("checkpoints/checkpoint-*/checksums.json")) and processes[1].poll() is None:
-        time.sleep(0.02)
+    wait_for_checkpoint(out, processes[1])
     processes[1].send_signal(signal.SIGKILL)
     (status, said), (killed, _) = ended(processes)
     assert killed == -signal.SIGKILL
@@ -62,3 +66,32 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_to_the_same_end(tm
 
     assert [status for status, _ in ended(start(recipe, out))] == [0, 0]
     assert left(out) == left(tmp_path / "straight")
+
+
+@pytest.mark.chaos
+def test_torchrun_starts_the_processes_again_and_the_run_ends_as_ever(tmp_path):
+    """One process is killed; the launcher ends the other and starts both anew, which go on from the checkpoint."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE, encoding="utf-8")
+
+    def launch(out):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+        script = [str(ROOT / "scripts" / "train.py"), "--config", str(recipe), "--out", str(out), *FLAGS]
+        return subprocess.Popen(
+            [sys.executable, *launcher, *script],
+            env={**os.environ, **PLAIN, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    ((status, said),) = ended([launch(tmp_path / "straight")])
+    assert status == 0, said
+
+    launcher = launch(tmp_path / "run")
+    wait_for_checkpoint(tmp_path / "run", launcher)
+    psutil.Process(launcher.pid).children()[1].send_signal(signal.SIGKILL)
+    ((status, said),) = ended([launcher])
+    assert status == 0, said
+    assert "resumed from checkpoint-" in said
+    assert left(tmp_path / "run") == left(tmp_path / "straight")

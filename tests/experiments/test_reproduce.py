@@ -129,8 +129,18 @@ def test_a_finished_plan_runs_nothing_and_a_rerun_gives_the_same(plan, undisturb
     assert time.monotonic() - began < 10
     assert (places["results"] / "demo.md").read_bytes() == page
     run = table(undisturbed)[-1]["recipe_sha256"][:12]
-    assert main(["reproduce", str(plan), "--rerun", run, *flags]) == 0
+    again = ["reproduce", str(plan), "--rerun", run, *flags]
+    assert main(again) == 0
     assert "the same in all of test, validation, segments" in capsys.readouterr().out
+
+    folder = places["runs"] / f"rerun-{run}" / run
+    (folder / artifacts.METRICS).unlink()  # as if it had been stopped before the test
+    stages = artifacts.read_json(folder / artifacts.STAGES)
+    before = {name: key for name, key in stages.items() if name not in ("evaluate", "report")}
+    artifacts.write_json(folder / artifacts.STAGES, before)
+    assert main(again) == 0
+    assert "the same in all of test, validation, segments" in capsys.readouterr().out
+    assert "train: done before, kept" in folder.with_suffix(".log").read_text(encoding="utf-8")
 
 
 def one_stage(folder, settings):
