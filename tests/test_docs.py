@@ -62,6 +62,17 @@ def words_in_sentences(page: Path) -> list[str]:
 
 
 @pytest.mark.skipif(not (ROOT / "docs").exists(), reason="without the docs")
+def test_the_api_pages_describe_every_public_name():
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    shown = {
+        name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    for name in llm_itemtok.__all__:
+        public = getattr(llm_itemtok, name)
+        assert {public.__module__, f"{public.__module__}.{public.__qualname__}"} & shown, name
+
+
+@pytest.mark.skipif(not (ROOT / "docs").exists(), reason="without the docs")
 def test_messages_that_troubleshooting_explains_are_those_of_the_code():
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     said = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
