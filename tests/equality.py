@@ -61,3 +61,12 @@ def _work(said: Path, launched: dict[str, str], arguments: list[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def flat(value, place=""):
+    """The leaves of nested values by their places."""
+    if isinstance(value, dict):
+        return {at: leaf for name, part in value.items() for at, leaf in flat(part, f"{place}.{name}").items()}
+    if isinstance(value, list):
+        return flat(dict(enumerate(value)), place)
+    return {place: value}

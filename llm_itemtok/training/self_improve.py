@@ -49,6 +49,9 @@ from llm_itemtok.training.late_binding import LateBinding
 from llm_itemtok.training.processes import added_up, dealt
 from llm_itemtok.training.updates import Moment, Proposal
 
+ROUNDING = 1e-4
+"""Nats by which a code may differ from itself, computed twice: less is no conflict."""
+
 Source = Literal["generate", "embeddings", "both"]
 
 
@@ -156,7 +159,7 @@ class SelfImprove:
         facts = {
             "collisions": assigned.collisions,
             "items_with_candidates": len(rows),
-            "conflicting": float((conflicts > 0).mean()) if len(rows) else 0.0,
+            "conflicting": float((conflicts > ROUNDING).mean()) if len(rows) else 0.0,
             "nats_a_level": float(-found.keep[rows].mean() / codes.num_levels) if len(rows) else None,
             "gain_a_move": float((assigned.after - assigned.before).mean()) if len(assigned.moved) else None,
         }

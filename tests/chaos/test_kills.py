@@ -16,6 +16,7 @@ import pytest
 
 from llm_itemtok.items.codes import ItemCodes
 from tests.chaos.child import BLOGER, ETEGREC, PLACES, SIIT, Run
+from tests.equality import flat
 
 EVERY = """
 data: {source: synthetic, items: 60, users: 80}
@@ -117,13 +118,6 @@ def left(folder):
 def read(log):
     """The lines of a log; none of one that this way to train has not."""
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-
-
-def flat(value, place):
-    """The leaves of nested dictionaries by their places, so that a difference is told by its place."""
-    if not isinstance(value, dict):
-        return {place: value}
-    return {at: leaf for name, part in value.items() for at, leaf in flat(part, f"{place}.{name}").items()}
 
 
 def flip_a_bit(folder, draw):
