@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llm_itemtok.config import RunConfig
     from llm_itemtok.data.catalog import Catalog
     from llm_itemtok.data.interactions import Interactions
+    from llm_itemtok.ensemble import Ensemble
     from llm_itemtok.evaluation.full_ranking import rank_cases as evaluate
     from llm_itemtok.items.base import ItemTokenizer
     from llm_itemtok.items.codes import ItemCodes
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Catalog": ("data.catalog", "Catalog"),
+    "Ensemble": ("ensemble", "Ensemble"),
     "Interactions": ("data.interactions", "Interactions"),
     "ItemCodes": ("items.codes", "ItemCodes"),
     "ItemTokenTrainer": ("training.trainer", "ItemTokenTrainer"),
@@ -44,6 +46,7 @@ _PLACES = {
 
 __all__ = [
     "Catalog",
+    "Ensemble",
     "Interactions",
     "ItemCodes",
     "ItemTokenTrainer",

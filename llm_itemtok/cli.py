@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_itemtok.recommender import Recommender
+    from llm_itemtok.answering import Answering
 
 STOPPED = 143
 STAGES = ("data", "items", "vocab", "train", "evaluate", "report")
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = _command(commands, "evaluate", _evaluate, "measure a run or a model by full ranking")
     evaluate.add_argument("path", help="run folder, model folder or Hub id")
+    _together(evaluate)
     evaluate.add_argument("--data", type=Path, help="data folder (default: the run's own)")
     evaluate.add_argument("--json", action="store_true", help="print metrics.json instead of a table")
 
@@ -96,7 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         commands, "recommend", _recommend, "recommend items for a history, or for many on standard input"
     )
     recommend.add_argument("model", help="run folder, model folder or Hub id")
-    recommend.add_argument("--history", help="item ids, oldest first, separated by commas; empty for a new user")
+    _together(recommend)
+    recommend.add_argument(
+        "--history",
+        metavar="ID,ID|@FILE",
+        help="item ids, oldest first; empty for a new user; a file has one id a line",
+    )
     recommend.add_argument("-k", type=int, default=10, help="number of items (default: 10)")
     lists = {"allow": "only these items may come out, of any request", "deny": "these items must not come out"}
     for name, text in lists.items():
@@ -120,6 +126,17 @@ def _parser() -> argparse.ArgumentParser:
     explain = _command(commands, "explain", _explain, "what a recipe setting means")
     explain.add_argument("setting", nargs="?", default="", help="such as tokenizer.levels; all of them if left out")
     return parser
+
+
+def _together(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--with",
+        dest="others",
+        metavar="MODEL",
+        action="append",
+        default=[],
+        help="another model of the same catalogue, to answer together with it; may be given more than once",
+    )
 
 
 def _command(
@@ -266,23 +283,25 @@ def _evaluate(options: argparse.Namespace) -> int:
     from llm_itemtok.pipeline.evaluate import evaluate_path, table
 
     _quiet()
-    metrics = evaluate_path(options.path, options.data, log=lambda line: print(line, file=sys.stderr))
+    metrics = evaluate_path(options.path, options.data, options.others, log=lambda line: print(line, file=sys.stderr))
     print(json.dumps(metrics, indent=2) if options.json else table(metrics))
     return 0
 
 
 def _recommend(options: argparse.Namespace) -> int:
-    from llm_itemtok.recommender import Recommender
-    from llm_itemtok.serving import BATCH, answer, answer_lines
+    from llm_itemtok.ensemble import load
+    from llm_itemtok.serving import BATCH, answer, answer_lines, ids_of
 
     _quiet()
     if options.history is None and sys.stdin.isatty():
         print("itemtok: give a history with --history, or JSON Lines requests on standard input", file=sys.stderr)
         return 2
-    given_allow, given_deny = _ids_of(options.allow), _ids_of(options.deny)  # before the model, which takes its time
-    recommender = Recommender.from_pretrained(options.model)
+    given_allow = None if options.allow is None else ids_of(options.allow)  # before the model, which takes its time
+    given_deny = ids_of(options.deny or "")
+    given_history = ids_of(options.history or "")
+    recommender = load([options.model, *options.others])
     allow, unknown_allow = _known(recommender, given_allow or [], "--allow")
-    deny, unknown_deny = _known(recommender, given_deny or [], "--deny")
+    deny, unknown_deny = _known(recommender, given_deny, "--deny")
     lists: dict[str, Any] = {"allow": None if given_allow is None else allow, "deny": deny}
     if lists["allow"] == []:
         print("itemtok: no item of --allow is known, so nothing is recommended", file=sys.stderr)
@@ -292,7 +311,7 @@ def _recommend(options: argparse.Namespace) -> int:
         for line in answer_lines(recommender, sys.stdin, options.k, batch=BATCH if whole else 1, **lists):
             print(line, flush=True)
         return 0
-    history, unknown = _known(recommender, _split_ids(options.history), "--history")
+    history, unknown = _known(recommender, given_history, "--history")
     if unknown and not history:
         print("itemtok: no item of the history is known; this is the answer for a new user", file=sys.stderr)
     items = recommender.recommend(history, options.k, **lists)
@@ -305,24 +324,7 @@ def _recommend(options: argparse.Namespace) -> int:
     return 0
 
 
-def _ids_of(option: str | None) -> list[str] | None:
-    """Ids of `ID,ID` or `@FILE`, whose lines may hold commas; None where the option was not given."""
-    from llm_itemtok.errors import DataError
-
-    if option is None or not option.startswith("@"):
-        return None if option is None else _split_ids(option)
-    try:
-        text = Path(option[1:]).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{option[1:]}: must be text in UTF-8, one item id a line: {error}") from error
-    return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def _split_ids(text: str) -> list[str]:
-    return [item_id.strip() for item_id in text.split(",") if item_id.strip()]
-
-
-def _known(recommender: "Recommender", ids: list[str], option: str) -> tuple[list[str], list[str]]:
+def _known(recommender: "Answering", ids: list[str], option: str) -> tuple[list[str], list[str]]:
     """Known and unknown ids; standard error names some of the unknown ones."""
     unknown = recommender.known(ids)[1]
     if unknown:

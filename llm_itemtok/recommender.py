@@ -7,12 +7,11 @@ It holds no user histories.
 
 import json
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,13 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_itemtok import bundle, hub
 from llm_itemtok import card as model_card
+from llm_itemtok.answering import Answering
 from llm_itemtok.artifacts import ITEMS, atomic_folder, sha256_of_arrays, write_json, write_text
 from llm_itemtok.bundle import CARD, GENERATION, Generation
-from llm_itemtok.data.catalog import Catalog
-from llm_itemtok.decoding.beams import beam_search
+from llm_itemtok.data.splits import Cases
+from llm_itemtok.decoding.beams import Beams, beam_search
 from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.scoring import score_items
-from llm_itemtok.errors import ArtifactError, DataError
+from llm_itemtok.errors import ArtifactError
+from llm_itemtok.evaluation.full_ranking import Ranking, rank_cases
 from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model import export, item_network
@@ -36,25 +37,8 @@ from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.vocab.trie import ItemTrie
 
 
-@dataclass(frozen=True)
-class Recommendation:
-    """One recommended item.
-
-    Attributes:
-        rank: 1 for the best.
-        item_id: as in the catalogue.
-        title: empty when the catalogue has none.
-        score: natural logarithm of the item's probability under the decoding normaliser.
-    """
-
-    rank: int
-    item_id: str
-    title: str
-    score: float
-
-
-class Recommender:
-    """Answers for histories of item ids.
+class Recommender(Answering):
+    """Answers for histories of item ids, by one model.
 
     Attributes:
         model: in evaluation mode.
@@ -89,12 +73,10 @@ class Recommender:
         assert generation.reads == model.reads
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.item_ids = tuple(item_ids)
-        self.titles = tuple(titles)
+        super().__init__(item_ids, titles)
         self.generation = generation
         self.quantizer = quantizer
         self._peft_model = peft_model
-        self._rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
         self._prompts = Prompts.of(model, tokenizer)
         self._trie = ItemTrie(model.vocab.codes).to(model.device)
 
@@ -231,138 +213,57 @@ class Recommender:
             folder = self.save_pretrained(Path(place) / "bundle", card=card)
             return push_folder(folder, repo, revision=revision, private=private, message=message, licence=licence)
 
-    def known(self, history: Iterable[str]) -> tuple[list[int], list[str]]:
-        """Split a list of ids, such as a history, into rows of known items, in order, and unknown ids.
+    @property
+    def generations(self) -> tuple[Generation, ...]:
+        """Its own alone."""
+        return (self.generation,)
 
-        Raises:
-            DataError: if it is a text, whose letters would be read as ids.
-        """
-        ids = item_id_list(history)
-        return [self._rows[i] for i in ids if i in self._rows], [i for i in ids if i not in self._rows]
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return self.model.device
 
-    def recommend(
-        self, history: Iterable[str], k: int = 10, *, allow: Iterable[str] | None = None, deny: Iterable[str] = ()
-    ) -> list[Recommendation]:
-        """Recommend for one history.
-
-        Args:
-            history: item ids, oldest first. Unknown ids, here and in the lists below, are skipped, with one warning; an
-                empty history gives the model's unconditional answer.
-            k: how many items, at least 1; fewer come out only if no more may.
-            allow: the items that may come out, such as those in stock. All may when None; none when the list is empty
-                or no id of it is known.
-            deny: items that must not come out, whatever `allow` says.
-
-        Returns:
-            Items, best first, each once.
-        """
-        history, deny = item_id_list(history), item_id_list(deny)
-        allow = None if allow is None else item_id_list(allow)
-        self._warn_of_unknown({"the history": history, "`allow`": allow or [], "`deny`": deny})
-        return self.recommend_batch([history], k, allow=[allow], deny=[deny])[0]
-
-    def recommend_batch(
+    def search(
         self,
-        histories: Sequence[Iterable[str]],
-        k: int = 10,
+        histories: Sequence[np.ndarray],
+        beam: int,
         *,
-        allow: Sequence[Iterable[str] | None] | None = None,
-        deny: Sequence[Iterable[str] | None] | None = None,
-    ) -> list[list[Recommendation]]:
-        """Recommend for many histories at once; see `recommend`. Unknown ids are skipped; `known` tells which.
-
-        Args:
-            histories: of B requests.
-            k: items for each.
-            allow: one list per request, or None where all items may come out. A list given to many requests is best
-                the same object, which is then read once.
-            deny: one list per request, or None.
-
-        Raises:
-            DataError: if `k` is below 1, or there are not as many lists as histories.
-        """
-        if k < 1:
-            raise DataError(f"the number of recommendations must be at least 1, was: {k}")
-        rows = [self.known(history)[0] for history in histories]
-        allowed, excluded = self._listed("allow", allow, len(rows)), self._listed("deny", deny, len(rows))
-        if not rows:
-            return []
-        if self.generation.mask_seen:
-            excluded = [
-                np.concatenate([np.asarray(part, dtype=np.int64) for part in (seen, denied) if part is not None])
-                for seen, denied in zip(rows, excluded, strict=True)
-            ]
-        beams = beam_search(
+        allowed: Sequence[np.ndarray | None] | None = None,
+        excluded: Sequence[np.ndarray | None] | None = None,
+    ) -> Beams:
+        """See `Answering.search`."""
+        return beam_search(
             decoder_for(self.model),
             self._trie,
-            [self._prompts.history(history[-self.generation.history_length :]) for history in rows],
-            beam=min(max(k, self.generation.beam), len(self.item_ids)),
+            self._read(histories),
+            beam=min(beam, len(self.item_ids)),
             normaliser=self.generation.normaliser,
             allowed=allowed,
             excluded=excluded,
         )
-        return [
-            [
-                Recommendation(rank, self.item_ids[item], self.titles[item], float(score))
-                for rank, (item, score) in enumerate(zip(items[:k].tolist(), scores[:k], strict=True), start=1)
-                if item >= 0
-            ]
-            for items, scores in zip(beams.items, beams.scores, strict=True)
-        ]
 
-    def _warn_of_unknown(self, lists: dict[str, list[str]]) -> None:
-        """Warn once of the unknown ids of named lists."""
-        told = [
-            f"{len(unknown)} of {len(ids)} items of {name} are not in the catalogue and were skipped: "
-            f"{', '.join(unknown[:3])}"
-            for name, ids in lists.items()
-            if (unknown := self.known(ids)[1])
-        ]
-        if told:
-            warnings.warn("; ".join(told), stacklevel=3)
+    def score_rows(self, histories: Sequence[np.ndarray], items: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See `Answering.score_rows`."""
+        return score_items(self.model, self._trie, self._read(histories), items, normaliser=self.generation.normaliser)
 
-    def _listed(
-        self, name: str, lists: Sequence[Iterable[str] | None] | None, requests: int
-    ) -> list[np.ndarray | None]:
-        """Rows of the known items of each request's list; one array for a list that is there more than once."""
-        if lists is None:
-            return [None] * requests
-        if len(lists) != requests:
-            raise DataError(f"`{name}` must have one list per history, {requests}, was: {len(lists)}")
-        distinct = {id(ids): ids for ids in lists if ids is not None}
-        rows = {key: np.asarray(self.known(ids)[0], dtype=np.int64) for key, ids in distinct.items()}
-        return [None if ids is None else rows[id(ids)] for ids in lists]
+    def _read(self, histories: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Token ids that the model reads of each history: its most recent items."""
+        return [self._prompts.history(history[-self.generation.history_length :]) for history in histories]
 
-    def score(self, history: Iterable[str], items: Iterable[str]) -> list[float]:
-        """Score given items for re-ranking.
-
-        Args:
-            history: as in `recommend`.
-            items: item ids of the catalogue, a few or all of it; what they have in common is computed once.
-
-        Returns:
-            Natural logarithms of the items' probabilities, in the order given.
-
-        Raises:
-            DataError: if an item is not in the catalogue.
-        """
-        rows, unknown = self.known(items)
-        if unknown:
-            raise DataError(f"items to score must be in the catalogue, {len(unknown)} are not: {unknown[:3]}")
-        prompt = self._prompts.history(self.known(history)[0][-self.generation.history_length :])
-        scores = score_items(
-            self.model, self._trie, [prompt], [np.asarray(rows, dtype=np.int64)], normaliser=self.generation.normaliser
+    def rank(self, cases: Cases, *, batch_size: int, progress: Callable[[int, int], None] | None = None) -> Ranking:
+        """See `Answering.rank`."""
+        return rank_cases(
+            self.model,
+            self._trie,
+            self._prompts,
+            cases,
+            beam=self.generation.beam,
+            history_length=self.generation.history_length,
+            normaliser=self.generation.normaliser,
+            mask_seen=self.generation.mask_seen,
+            batch_size=batch_size,
+            progress=progress,
         )
-        return cast(list[float], scores[0].tolist())
-
-    def check_catalog(self, catalog: Catalog) -> None:
-        """Raise `ArtifactError` unless this is the catalogue the model was trained on, item by item."""
-        if tuple(catalog.item_ids) != self.item_ids:
-            raise ArtifactError(
-                "the data must have the catalogue that the model was trained on, but their items differ: "
-                f"{len(self.item_ids)} in the model, {len(catalog)} in the data, "
-                f"{len(set(self.item_ids) & set(catalog.item_ids))} in both"
-            )
 
     def with_generation(self, **changes: Any) -> "Recommender":
         """The same model, decoded in another way, such as `beam=50`."""
@@ -435,14 +336,3 @@ def push_folder(
         text = (folder / CARD).read_text(encoding="utf-8")
         files[CARD] = model_card.for_repo(text, repo, licence).encode()
     return hub.push(repo, files, ours=bundle.FILES, revision=revision, private=private, message=message)
-
-
-def item_id_list(given: Iterable[str]) -> list[str]:
-    """Item ids as texts; a text itself is refused, because it would be taken for a list of letters.
-
-    Raises:
-        DataError: if `given` is a text.
-    """
-    if isinstance(given, str):
-        raise DataError(f"a history, `allow` or `deny` must be a list of item ids, was: the text {given[:40]!r}")
-    return [str(item_id) for item_id in given]

@@ -9,10 +9,11 @@ come out, and `"deny": [ids]` when these must not. A reply is `{"user": …, "it
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from llm_itemtok.answering import Answering, Recommendation, item_id_list
 from llm_itemtok.errors import DataError
-from llm_itemtok.recommender import Recommendation, Recommender, item_id_list
 
 BATCH = 32
 """Requests answered at a time when all of them are there already, as in a file."""
@@ -43,7 +44,7 @@ def answer(
 
 
 def answer_lines(
-    recommender: Recommender,
+    recommender: Answering,
     lines: Iterable[str],
     k: int,
     *,
@@ -84,7 +85,7 @@ def answer_lines(
 
 
 def _answer_all(
-    recommender: Recommender, waiting: Sequence[Request], k: int, allow: frozenset[str] | None, deny: frozenset[str]
+    recommender: Answering, waiting: Sequence[Request], k: int, allow: frozenset[str] | None, deny: frozenset[str]
 ) -> Iterator[str]:
     # Lists that are for all requests are handed on as one object, which `recommend_batch` reads once.
     lists = recommender.recommend_batch(
@@ -135,3 +136,18 @@ def _item_ids(given: Any, name: str, number: int) -> list[str] | None:
     if wrong:
         raise DataError(f"standard input, line {number}: item ids must be text or whole numbers, was: {wrong[0]!r}")
     return [str(item) for item in given]
+
+
+def ids_of(text: str) -> list[str]:
+    """Item ids of `ID,ID`, or of the lines of `@FILE`, which may hold commas.
+
+    Raises:
+        DataError: if the file is not text in UTF-8.
+    """
+    if not text.startswith("@"):
+        return [item_id.strip() for item_id in text.split(",") if item_id.strip()]
+    try:
+        lines = Path(text[1:]).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{text[1:]}: must be text in UTF-8, one item id a line: {error}") from error
+    return [line.strip() for line in lines if line.strip()]

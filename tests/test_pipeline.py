@@ -18,7 +18,7 @@ from llm_itemtok.errors import ArtifactError, CollisionError, DataError, ItemTok
 from llm_itemtok.evaluation.metrics import metrics_from_ranks
 from llm_itemtok.pipeline import stages
 from llm_itemtok.pipeline.check import check
-from llm_itemtok.pipeline.evaluate import evaluate_path
+from llm_itemtok.pipeline.evaluate import evaluate_path, table
 from llm_itemtok.pipeline.fit import most_positions
 from llm_itemtok.pipeline.inspect import inspect
 from llm_itemtok.pipeline.run import alone_in, run
@@ -408,6 +408,14 @@ def test_evaluate_measures_a_run_again_to_the_same_numbers(finished: Path, folde
     metrics = json.loads((finished / "metrics.json").read_text())
     assert evaluate_path(str(finished), None)["test"] == metrics["test"]
     assert evaluate_path(str(finished / "model"), folder)["test"] == metrics["test"]
+
+
+def test_several_models_are_measured_together(finished: Path) -> None:
+    alone = json.loads((finished / "metrics.json").read_text())
+    together = evaluate_path(str(finished), None, [str(finished / "model")])
+    assert together["test"] == pytest.approx(alone["test"], abs=1e-9)
+    assert together["protocol"] == {**alone["protocol"], "models": 2}
+    assert table(together).splitlines()[-1].startswith(("2 models", "oracle"))
 
 
 def test_evaluate_refuses_data_of_another_catalogue(finished: Path, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from llm_itemtok.answering import Recommendation
 from llm_itemtok.errors import DataError
-from llm_itemtok.recommender import Recommendation
 from llm_itemtok.serving import BATCH, answer, answer_lines
 from tests.test_recommender import IDS, merged
 

@@ -9,7 +9,7 @@ depend on the number of processes. Neighbouring batches cost about the same, so 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,15 @@ import torch
 from torch import distributed
 
 from llm_itemtok.data.splits import Cases
-from llm_itemtok.decoding.beams import DecodeNormaliser, beam_search
+from llm_itemtok.decoding.beams import Beams, DecodeNormaliser, beam_search
 from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.evaluation.metrics import ranks_from_lists
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.vocab.trie import ItemTrie
+
+Search = Callable[[Sequence[np.ndarray], Sequence[np.ndarray] | None], Beams]
+"""Finds the best items after each of some histories (arrays of item rows), none of those that are excluded."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Ranking:
         ranks: float64 `[C]`, rank of each target, 0 where it is not in the list.
         model_seconds: how long this process was inside the model, body and head; None on an accelerator, which works on
             while the process goes ahead, so that only waiting for it at every step would tell.
-        decoder: how the beams of a user were decoded: `tree` or `encoder-decoder tree` in one row, or `replicated`.
+        decoder: how the beams of a user were decoded: `tree` or `encoder-decoder tree` in one row, or `replicated`;
+            of several models each way once, joined by `+`.
     """
 
     items: np.ndarray
@@ -82,32 +86,65 @@ def rank_cases(
         All lists, on every process.
     """
     model.eval()
-    histories = cases.histories()
-    order = np.argsort([len(history) for history in histories], kind="stable")
-    width = min(beam, trie.num_items)
-    items = np.zeros((len(cases), width), dtype=np.int64)
-    scores = np.zeros((len(cases), width), dtype=np.float32)
     decoder = decoder_for(model)
     trie.to(model.device)
-    place, processes = (distributed.get_rank(), distributed.get_world_size()) if _together() else (0, 1)
+
+    def search(histories: Sequence[np.ndarray], excluded: Sequence[np.ndarray] | None) -> Beams:
+        read = [prompts.history(history[-history_length:]) for history in histories]
+        return beam_search(decoder, trie, read, beam=width, normaliser=normaliser, excluded=excluded)
+
+    width = min(beam, trie.num_items)
     with _clocked(model) as calls:
-        for start in range(place * batch_size, len(order), processes * batch_size):
-            chosen = order[start : start + batch_size]
-            seen = [histories[case][histories[case] != cases.targets[case]] for case in chosen] if mask_seen else None
-            beams = beam_search(
-                decoder,
-                trie,
-                [prompts.history(histories[case][-history_length:]) for case in chosen],
-                beam=width,
-                normaliser=normaliser,
-                excluded=seen,
-            )
-            items[chosen], scores[chosen] = beams.items, beams.scores
-            if progress is not None:
-                progress(min(start + (processes - place) * batch_size, len(order)), len(order))
-    items, scores = _added_up(items, model.device), _added_up(scores, model.device)
+        items, scores = best_lists(
+            search,
+            cases,
+            width=width,
+            mask_seen=mask_seen,
+            batch_size=batch_size,
+            device=model.device,
+            progress=progress,
+        )
     ranks = ranks_from_lists(items, scores, cases.targets)
     return Ranking(items, scores, ranks, sum(calls) if model.device.type == "cpu" else None, decoder.name)
+
+
+def best_lists(
+    search: Search,
+    cases: Cases,
+    *,
+    width: int,
+    mask_seen: bool,
+    batch_size: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Search for every case, in batches of like length, shared out among the processes.
+
+    Args:
+        search: finds `width` items after each of the histories, none of those excluded.
+        cases: as in `rank_cases`.
+        width: length of the lists.
+        mask_seen: as in `rank_cases`.
+        batch_size: the same.
+        device: by which processes tell each other what they found.
+        progress: as in `rank_cases`.
+
+    Returns:
+        Items int64 and scores float32, `[C, width]`, of all cases on every process.
+    """
+    histories = cases.histories()
+    order = np.argsort([len(history) for history in histories], kind="stable")
+    items = np.zeros((len(cases), width), dtype=np.int64)
+    scores = np.zeros((len(cases), width), dtype=np.float32)
+    place, processes = (distributed.get_rank(), distributed.get_world_size()) if _together() else (0, 1)
+    for start in range(place * batch_size, len(order), processes * batch_size):
+        chosen = order[start : start + batch_size]
+        seen = [histories[case][histories[case] != cases.targets[case]] for case in chosen] if mask_seen else None
+        beams = search([histories[case] for case in chosen], seen)
+        items[chosen], scores[chosen] = beams.items, beams.scores
+        if progress is not None:
+            progress(min(start + (processes - place) * batch_size, len(order)), len(order))
+    return _added_up(items, device), _added_up(scores, device)
 
 
 def _together() -> bool:

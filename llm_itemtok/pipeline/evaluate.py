@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
 
+from llm_itemtok.answering import Answering
 from llm_itemtok.artifacts import (
     CATEGORIES,
     EXAMPLES,
@@ -32,44 +33,29 @@ from llm_itemtok.bundle import CARD
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.splits import Cases
+from llm_itemtok.ensemble import Ensemble
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.evaluation import baselines
-from llm_itemtok.evaluation.full_ranking import Ranking, rank_cases
+from llm_itemtok.evaluation.full_ranking import Ranking
 from llm_itemtok.evaluation.metrics import bootstrap, metrics_from_ranks, ranks_from_scores
 from llm_itemtok.evaluation.segments import item_order_masks, segment_masks, segment_metrics, user_column_masks
 from llm_itemtok.items.quality import quality
-from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.pipeline.prepare import Dataset, Log, load_data, progress_lines
 from llm_itemtok.pipeline.updates import newest_version
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.settings import Data, Evaluation, Filter, ItemOrderSegments, Segments
-from llm_itemtok.vocab.trie import ItemTrie
 
 
-def rank(recommender: Recommender, cases: Cases, *, batch_size: int, log: Log, what: str) -> Ranking:
-    """Rank cases as the bundle says that it is decoded; `what` they are is said in progress lines."""
-    generation = recommender.generation
-    return rank_cases(
-        recommender.model,
-        ItemTrie(recommender.model.vocab.codes),
-        Prompts.of(recommender.model, recommender.tokenizer),
-        cases,
-        beam=generation.beam,
-        history_length=generation.history_length,
-        normaliser=generation.normaliser,
-        mask_seen=generation.mask_seen,
-        batch_size=batch_size,
-        progress=progress_lines(log, what),
-    )
+def rank(answers: Answering, cases: Cases, *, batch_size: int, log: Log, what: str) -> Ranking:
+    """Rank cases as the model says that it is decoded; `what` they are is said in progress lines."""
+    return answers.rank(cases, batch_size=batch_size, progress=progress_lines(log, what))
 
 
-def rank_test(
-    recommender: Recommender, data: Dataset, *, batch_size: int, log: Log
-) -> tuple[Ranking, dict[str, float]]:
+def rank_test(answers: Answering, data: Dataset, *, batch_size: int, log: Log) -> tuple[Ranking, dict[str, float]]:
     """Rank the test cases, and say how fast that was.
 
     Args:
-        recommender: whose catalogue must be the data's.
+        answers: whose catalogue must be the data's.
         data: catalogue, log and split.
         batch_size: users decoded at a time.
         log: called with progress lines.
@@ -82,12 +68,12 @@ def rank_test(
     Raises:
         ArtifactError: if model and data have different catalogues.
     """
-    recommender.check_catalog(data.catalog)
+    answers.check_catalog(data.catalog)
     started = time.perf_counter()
-    ranking = rank(recommender, data.split.test, batch_size=batch_size, log=log, what="test users")
+    ranking = rank(answers, data.split.test, batch_size=batch_size, log=log, what="test users")
     seconds = time.perf_counter() - started
     speed = {"test_seconds": round(seconds, 3), "users_per_second": round(len(data.split.test) / seconds, 1)}
-    if ranking.decoder == "replicated":
+    if "replicated" in ranking.decoder:
         log(
             "  the model's attention takes no tree-shaped masks: every beam keeps a copy of the history, slower by half"
         )
@@ -97,7 +83,7 @@ def rank_test(
 
 
 def measure(
-    recommender: Recommender,
+    answers: Answering,
     data: Dataset,
     ranking: Ranking,
     *,
@@ -114,7 +100,7 @@ def measure(
     """Measure a recommender by its test lists: the contract's `metrics.json`.
 
     Args:
-        recommender: whose lists they are.
+        answers: whose lists they are.
         data: catalogue, log and split.
         ranking: of the test cases.
         k_core: of the data, for the protocol stamp.
@@ -127,15 +113,14 @@ def measure(
         speed: of the ranking, copied.
         log: called with progress lines.
     """
-    generation = recommender.generation
     masks = _masks(data, segments)
     return {
-        "protocol": _protocol(recommender, data, k_core, seed),
+        "protocol": _protocol(answers, data, k_core, seed),
         "test": metrics_from_ranks(ranking.ranks),
         "ci95": bootstrap(ranking.ranks, seed=seed),
         "segments": segment_metrics(ranking.ranks, masks),
         "validation": dict(validation),
-        "baselines": _baselines(data, baseline_names, generation.mask_seen, masks, seed, recommender.model.device, log),
+        "baselines": _baselines(data, baseline_names, answers.mask_seen, masks, seed, answers.device, log),
         "codes": dict(quality),
         "training": dict(training),
         "speed": dict(speed),
@@ -165,17 +150,18 @@ def _baselines(
     return others
 
 
-def _protocol(recommender: Recommender, data: Dataset, k_core: int, seed: int) -> dict[str, Any]:
-    """What has to agree for numbers to be comparable."""
-    generation = recommender.generation
+def _protocol(answers: Answering, data: Dataset, k_core: int, seed: int) -> dict[str, Any]:
+    """What has to agree for numbers to be comparable; `models` only where several answer together."""
+    generations = answers.generations
     return {
         "split": data.split.kind,
         "k_core": k_core,
-        "history_length": generation.history_length,
-        "mask_seen": generation.mask_seen,
+        "history_length": max(generation.history_length for generation in generations),
+        "mask_seen": answers.mask_seen,
         "candidates": "full",
-        "beam": generation.beam,
-        "normaliser": generation.normaliser,
+        "beam": answers.beam,
+        "normaliser": "/".join(sorted({generation.normaliser for generation in generations})),
+        **({"models": len(generations)} if len(generations) > 1 else {}),
         "seed": seed,
         "catalog_sha256": data.catalog.sha256,
         "interactions_sha256": data.interactions.sha256,
@@ -235,21 +221,28 @@ def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
     log(table(metrics))
 
 
-def evaluate_path(path: str, data_folder: Path | None, log: Log = lambda _line: None) -> dict[str, Any]:
+def evaluate_path(
+    path: str, data_folder: Path | None, others: Sequence[str] = (), *, log: Log = lambda _line: None
+) -> dict[str, Any]:
     """Measure a run or a bundle again, by default on the data of its run.
 
     Args:
         path: run folder, bundle or Hub id.
         data_folder: data folder to use instead of the run's.
+        others: further ones that answer together with it, see `Ensemble`; data and protocol are those of `path`.
         log: called with progress lines.
 
     Returns:
-        As `metrics.json`.
+        As `metrics.json`. `codes` is empty where several models answer.
 
     Raises:
-        ArtifactError: if `path` is a bundle without a run around it and no data folder is given.
+        ArtifactError: if `path` is a bundle without a run around it and no data folder is given, or the models do not
+            go together.
     """
     recommender = Recommender.from_pretrained(path)
+    answers: Answering = recommender
+    if others:
+        answers = Ensemble([recommender, *(Recommender.from_pretrained(other) for other in others)])
     recipe = next((folder / RECIPE for folder in (Path(path), Path(path).parent) if (folder / RECIPE).is_file()), None)
     if recipe is None and data_folder is None:
         raise ArtifactError(f"{path}: a model without its run folder has no data; name a folder with `--data`")
@@ -262,17 +255,17 @@ def evaluate_path(path: str, data_folder: Path | None, log: Log = lambda _line: 
     segments = config.evaluation.segments if config else {}
     batch_size = config.evaluation.batch_size if config else Evaluation().batch_size
     data = load_data(settings, seed, segments)
-    ranking, speed = rank_test(recommender, data, batch_size=batch_size, log=log)
-    validation = rank(recommender, data.split.validation, batch_size=batch_size, log=log, what="validation users")
+    ranking, speed = rank_test(answers, data, batch_size=batch_size, log=log)
+    validation = rank(answers, data.split.validation, batch_size=batch_size, log=log, what="validation users")
     return measure(
-        recommender,
+        answers,
         data,
         ranking,
         k_core=settings.k_core,
         seed=seed,
         baseline_names=config.evaluation.baselines if config else Evaluation().baselines,
         segments=segments,
-        quality=quality(recommender.model.vocab.codes),
+        quality={} if others else quality(recommender.model.vocab.codes),
         training={},
         validation=metrics_from_ranks(validation.ranks),
         speed=speed,
@@ -378,7 +371,8 @@ def _chosen_users(ranks: NDArray[np.float64], each: int) -> dict[str, list[int]]
 def table(metrics: Mapping[str, Any]) -> str:
     """Plain-text table of the test metrics, the model last but for the oracle."""
     rows = [(name, part) for name, part in metrics["baselines"].items() if name != "oracle"]
-    rows.append(("model", metrics))
+    models = metrics["protocol"].get("models", 1)
+    rows.append(("model" if models == 1 else f"{models} models", metrics))
     rows += [(name, part) for name, part in metrics["baselines"].items() if name == "oracle"]
     lines = [f"{'test, full ranking':<20} {'Recall@10':>9} {'95 % interval':>17} {'NDCG@10':>8}"]
     for name, part in rows:
