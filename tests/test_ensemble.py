@@ -104,5 +104,6 @@ def test_the_command_line_asks_models_together(tmp_path: Path, capsys: pytest.Ca
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     expected = [item.item_id for item in load([a, b]).recommend(["item-3"], 4)]
     capsys.readouterr()
-    assert main(["recommend", a, "--with", b, "--history", "item-3", "-k", "4", "--json"]) == 0
+    (tmp_path / "history.txt").write_text("item-3\n", encoding="utf-8")
+    assert main(["recommend", a, "--with", b, "--history", f"@{tmp_path / 'history.txt'}", "-k", "4", "--json"]) == 0
     assert [item["item_id"] for item in json.loads(capsys.readouterr().out)["items"]] == expected
