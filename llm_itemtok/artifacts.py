@@ -16,12 +16,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from llm_itemtok.errors import ArtifactError
 
@@ -72,13 +73,35 @@ STAGES = "stages.json"
 
 
 def cache_folder() -> Path:
-    """Folder of what is worth keeping between runs: item vectors and baselines, each under a hash of its inputs.
+    """Folder of what is worth keeping between runs: item vectors, RQ-VAEs, `scratch` models and baselines.
 
-    `$ITEMTOK_CACHE`, else `llm_itemtok` under `$XDG_CACHE_HOME`, else `~/.cache/llm_itemtok`. It may be deleted.
+    Each stands under a hash of what went into it. The folder is `$ITEMTOK_CACHE`, else `llm_itemtok` under
+    `$XDG_CACHE_HOME`, else `~/.cache/llm_itemtok`. It may be deleted.
     """
     if given := os.environ.get("ITEMTOK_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_itemtok"
+
+
+def kept_folder(kind: str, key: str, fill: Callable[[Path], None]) -> Path:
+    """Find a folder of the cache, or fill it now; processes that need the same one wait for the first of them.
+
+    Args:
+        kind: folder of the cache that it stands in, such as "models".
+        key: hash of all that its content depends on.
+        fill: writes the content into an empty folder. If it raises, nothing is kept.
+
+    Returns:
+        The folder, to be read and not changed.
+    """
+    place = cache_folder() / kind / key[:32]
+    if not place.is_dir():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.with_suffix(".lock")):
+            if not place.is_dir():
+                with atomic_folder(place) as new:
+                    fill(new)
+    return place
 
 
 def sha256_of_arrays(*arrays: np.ndarray | bytes | str) -> str:

@@ -100,7 +100,10 @@ def test_the_metrics_log_is_json_lines_with_loss_terms_and_validation(finished: 
     assert all("step" in line for line in lines)
 
 
-def test_the_same_recipe_and_seed_give_the_same_metrics_timings_aside(finished: Path, tmp_path: Path) -> None:
+def test_the_same_recipe_and_seed_give_the_same_metrics_timings_aside(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ITEMTOK_CACHE", str(tmp_path / "cache"))  # nothing is taken from the other run
     again = run(recipe(tmp_path), tmp_path / "again")
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (finished, again))
     for metrics in (first, second):
@@ -108,6 +111,60 @@ def test_the_same_recipe_and_seed_give_the_same_metrics_timings_aside(finished: 
         for baseline in metrics["baselines"].values():
             baseline.pop("seconds", None)
     assert first == second
+
+
+def test_a_model_from_scratch_is_made_once_for_the_runs_that_begin_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ITEMTOK_CACHE", str(tmp_path / "cache"))
+    said: list[str] = []
+
+    def trained(name: str, *overrides: str) -> bytes:
+        said.clear()
+        out = run(recipe(tmp_path, *overrides), tmp_path / name, until="train", log=said.append)
+        return (out / "model" / "model.safetensors").read_bytes()
+
+    def made() -> bool:
+        return any("pre-training" in line for line in said)
+
+    first = trained("first")
+    assert made()
+    assert trained("second") == first
+    assert not made()
+    other = ("tokenizer.kind=random",)
+    of_kept = trained("other", *other)
+    assert not made()
+    shutil.rmtree(tmp_path / "cache")
+    assert trained("other anew", *other) == of_kept
+    assert made()
+    trained("other seed", "seed=1")
+    assert made()
+    trained("other sizes", "model.scratch.width=32")
+    assert made()
+
+
+def test_an_rqvae_is_fitted_once_for_the_runs_that_begin_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ITEMTOK_CACHE", str(tmp_path / "cache"))
+    kind = "tokenizer={kind: rqvae, levels: 2, codebook_size: 8, hidden: [8], latent: 4, epochs: 3}"
+
+    def made(name: str, *overrides: str) -> tuple[Path, int]:
+        codes = run(recipe(tmp_path, kind, *overrides), tmp_path / name, until="items") / "codes" / "v0"
+        return codes, sum(path.is_dir() for path in (tmp_path / "cache" / "rqvae").iterdir())
+
+    first, fits = made("first")
+    assert fits == 1
+    of_kept, fits = made("of kept", "tokenizer.collisions=reassign", "objective.normaliser=level")
+    assert fits == 1
+    shutil.rmtree(tmp_path / "cache" / "rqvae")
+    anew, fits = made("anew", "tokenizer.collisions=reassign")
+    assert fits == 1
+    for name in ("item_codes.safetensors", "quantizer.safetensors", "quality.json"):
+        assert (anew / name).read_bytes() == (of_kept / name).read_bytes()
+    assert (first / "quantizer.safetensors").read_bytes() == (anew / "quantizer.safetensors").read_bytes()
+    for i, other in enumerate(("seed=1", "tokenizer.epochs=4", "vectors.dimensions=8")):
+        assert made(f"other {i}", other)[1] == 2 + i
 
 
 def test_another_seed_gives_other_metrics(finished: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import string
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import numpy as np
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_itemtok import settings
-from llm_itemtok.artifacts import CODES, QUALITY, atomic_folder, read_json, sha256_of_arrays, write_json
+from llm_itemtok.artifacts import CODES, QUALITY, atomic_folder, kept_folder, read_json, sha256_of_arrays, write_json
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data import splits, synthetic
 from llm_itemtok.data.catalog import Catalog
@@ -38,6 +39,7 @@ from llm_itemtok.items.quality import (
     reconstruction_error,
     vector_pairs,
 )
+from llm_itemtok.items.quantizers import load_quantizer
 from llm_itemtok.items.random_codes import RandomCodes
 from llm_itemtok.items.residual_kmeans import ResidualKMeans
 from llm_itemtok.items.rqvae import RQVAE
@@ -45,6 +47,7 @@ from llm_itemtok.items.text_codes import TextCodes, random_numbers, sequential_n
 from llm_itemtok.model import scratch
 from llm_itemtok.model.load import load_base, load_lm
 from llm_itemtok.model.prompts import encode_text
+from llm_itemtok.pipeline.stages import RESULTS_VERSION
 from llm_itemtok.pipeline.vectors import Log, Sources, needs_vectors, text_sources
 
 BASE = "base"
@@ -170,7 +173,7 @@ def refuse_textless(config: RunConfig, catalog: Catalog) -> None:
 def base_model(
     config: RunConfig, catalog: Catalog, folder: Path, log: Log
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base model; for `scratch`, make it once per run folder."""
+    """Load the base model; for `scratch`, make it once, for this run and others with the same texts and seed."""
     model = config.model
     if model.name != "scratch":
         return load_base(
@@ -180,22 +183,28 @@ def base_model(
             quantization=model.quantization,
             trust_remote_code=model.trust_remote_code,
         )
-    place, sizes, letters = folder / BASE, model.scratch, needed_letters(config)
-    inputs = [catalog.sha256, repr(sizes), str(config.seed), scratch_version(), *([letters] if letters else [])]
+    place, letters = folder / BASE, needed_letters(config)
+    inputs = [catalog.sha256, repr(model.scratch), str(config.seed), scratch_version(), *([letters] if letters else [])]
     key = sha256_of_arrays(*inputs)
     if not (place / "key.json").exists() or read_json(place / "key.json") != key:
-        texts = catalog.texts()
-        tokenizer = scratch.train_tokenizer(texts, vocab_size=sizes.vocab_size, letters=letters)
-        lm = scratch_model(config, tokenizer)
-        log(f"  base model: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tokenizer):,} text tokens")
-        report = _every_fifth(log, "pre-training on the item texts")
-        scratch.pretrain(lm, tokenizer, texts, epochs=sizes.pretrain_epochs, seed=config.seed, progress=report)
-        with atomic_folder(place) as new:
-            lm.save_pretrained(new)
-            tokenizer.save_pretrained(new)
+        kept = kept_folder("models", key, lambda new: _make_scratch(config, catalog, letters, new, log))
+        with atomic_folder(place) as new:  # a copy: other machines of a run may share its folder and no cache
+            shutil.copytree(kept, new, dirs_exist_ok=True)
             write_json(new / "key.json", key)
     dtype = "bfloat16" if model.dtype == "bfloat16" else "float32"
     return load_lm(place, AutoConfig.from_pretrained(place), dtype=dtype), AutoTokenizer.from_pretrained(place)
+
+
+def _make_scratch(config: RunConfig, catalog: Catalog, letters: str, place: Path, log: Log) -> None:
+    """Train a `scratch` model and its text tokenizer on the catalogue's texts, and save them."""
+    sizes, texts = config.model.scratch, catalog.texts()
+    tokenizer = scratch.train_tokenizer(texts, vocab_size=sizes.vocab_size, letters=letters)
+    lm = scratch_model(config, tokenizer)
+    log(f"  base model: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tokenizer):,} text tokens")
+    report = _every_fifth(log, "pre-training on the item texts")
+    scratch.pretrain(lm, tokenizer, texts, epochs=sizes.pretrain_epochs, seed=config.seed, progress=report)
+    lm.save_pretrained(place)
+    tokenizer.save_pretrained(place)
 
 
 def needed_letters(config: RunConfig) -> str:
@@ -222,7 +231,8 @@ def scratch_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 
 def scratch_version() -> str:
     """What, beside the recipe, decides how a scratch model comes out."""
-    return " ".join(f"{name}={version(name)}" for name in ("torch", "transformers", "sentencepiece"))
+    packages = " ".join(f"{name}={version(name)}" for name in ("torch", "transformers", "sentencepiece"))
+    return f"{packages} results={RESULTS_VERSION}"
 
 
 def _every_fifth(log: Log, what: str) -> Callable[[int, int, float], None]:
@@ -364,8 +374,26 @@ def fit_codes(
     if isinstance(tokenizer, RandomCodes):
         return tokenizer.deal(len(data.catalog)), None
     assert matrix is not None  # only codes that are not fitted do without
+    if isinstance(tokenizer, RQVAE):
+        return _kept_fit(tokenizer, matrix, config)
     codes = tokenizer.fit(matrix)
     return codes, tokenizer.quantizer
+
+
+def _kept_fit(tokenizer: RQVAE, matrix: np.ndarray, config: RunConfig) -> tuple[ItemCodes, Quantizer | None]:
+    """Fit an RQ-VAE, which takes minutes, once for all runs that begin with the same."""
+
+    def fill(new: Path) -> None:
+        tokenizer.fit(matrix).save(new)
+        assert tokenizer.quantizer is not None  # it is fitted
+        tokenizer.quantizer.save(new)
+
+    assert isinstance(config.tokenizer, settings.RqVaeTokenizer)
+    chosen = repr(dataclasses.replace(config.tokenizer, collisions="forbid"))  # they are resolved later
+    aligned = [] if tokenizer.collaborative is None else [tokenizer.collaborative]
+    versions = f"torch={version('torch')} results={RESULTS_VERSION}"
+    kept = kept_folder("rqvae", sha256_of_arrays(matrix, *aligned, chosen, str(config.seed), versions), fill)
+    return ItemCodes.load(kept), load_quantizer(kept)
 
 
 def text_codes(
