@@ -18,7 +18,8 @@ from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import Beams
 from llm_itemtok.errors import ArtifactError, DataError
-from llm_itemtok.evaluation.full_ranking import Ranking
+from llm_itemtok.evaluation.full_ranking import Ranking, best_lists
+from llm_itemtok.evaluation.metrics import ranks_from_lists
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,24 @@ class Answering(abc.ABC):
             B float32 arrays of log-probabilities, beside `items`.
         """
 
+    @property
     @abc.abstractmethod
+    def decoder(self) -> str:
+        """How beams are decoded, as `Ranking` says it."""
+
     def rank(self, cases: Cases, *, batch_size: int, progress: Callable[[int, int], None] | None = None) -> Ranking:
         """Rank the whole catalogue for every case; see `evaluation.full_ranking.rank_cases`."""
+        width = min(self.beam, len(self.item_ids))
+        items, scores = best_lists(
+            lambda histories, excluded: self.search(histories, width, excluded=excluded),
+            cases,
+            width=width,
+            mask_seen=self.mask_seen,
+            batch_size=batch_size,
+            device=self.device,
+            progress=progress,
+        )
+        return Ranking(items, scores, ranks_from_lists(items, scores, cases.targets), None, self.decoder)
 
     def known(self, history: Iterable[str]) -> tuple[list[int], list[str]]:
         """Split a list of ids, such as a history, into rows of known items, in order, and unknown ids.
@@ -228,6 +244,25 @@ class Answering(abc.ABC):
                 f"{len(self.item_ids)} in the model, {len(catalog)} in the data, "
                 f"{len(set(self.item_ids) & set(catalog.item_ids))} in both"
             )
+
+
+def best_scored(candidates: Sequence[np.ndarray], scores: Sequence[np.ndarray], width: int) -> Beams:
+    """The best of some items.
+
+    Args:
+        candidates: B arrays of item rows, int64, ascending, each once; of equal scores the lower row comes first.
+        scores: B float arrays beside them.
+        width: length of the lists.
+
+    Returns:
+        Lists, best first; where there are fewer items than `width`, -1 with a score of -inf.
+    """
+    items = np.full((len(candidates), width), -1, dtype=np.int64)
+    values = np.full((len(candidates), width), -np.inf, dtype=np.float32)
+    for place, (rows, found) in enumerate(zip(candidates, scores, strict=True)):
+        best = np.argsort(-found, kind="stable")[:width]
+        items[place, : len(best)], values[place, : len(best)] = rows[best], found[best]
+    return Beams(items, values)
 
 
 def item_id_list(given: Iterable[str]) -> list[str]:

@@ -23,7 +23,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from llm_itemtok import custom_generate, hub
 from llm_itemtok.artifacts import FORMAT_VERSION, ITEMS, RECIPE, read_json, sha256_of_arrays, write_bytes
+from llm_itemtok.decoding import dense
 from llm_itemtok.decoding.beams import DecodeNormaliser
+from llm_itemtok.decoding.dense import Rescorer
 from llm_itemtok.errors import ArtifactError, HubError, ItemTokError
 from llm_itemtok.items import codes as item_codes
 from llm_itemtok.items.base import QUANTIZER_FILE, Quantizer
@@ -54,6 +56,7 @@ FILES = (
     ITEMS,
     item_codes.FILE_NAME,
     QUANTIZER_FILE,
+    dense.FILE_NAME,
     item_network.FILE_NAME,
     f"{CUSTOM_GENERATE}/generate.py",
     f"{CUSTOM_GENERATE}/requirements.txt",
@@ -88,6 +91,7 @@ class Generation:
         vectors: what item vectors were made of, as the recipe's `vectors` section says it, without places; new items
             must have vectors of that kind. Empty where the codes were made without, and in bundles of earlier versions.
         reads: how items stand in what the model reads (`ItemTokenModel.reads`); `tokens` in earlier versions' bundles.
+        rescoring: share of the dense model's log-probability in an item's score, in [0, 1]; at 0 it is not asked.
     """
 
     layout: str
@@ -107,9 +111,10 @@ class Generation:
     items_sha256: str = ""
     vectors: dict[str, Any] = field(default_factory=dict)
     reads: Reads = "tokens"
+    rescoring: float = 0.0
 
 
-_YOUNGER = ("quantization", "items_sha256", "vectors", "reads")
+_YOUNGER = ("quantization", "items_sha256", "vectors", "reads", "rescoring")
 """Settings that bundles of earlier versions lack."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -157,6 +162,7 @@ class Parts:
         vocab: the item tokens and codes.
         items: id, title and code of each item, by row.
         quantizer: that gave the codes; None where there is none, and in bundles of earlier versions.
+        rescorer: the dense model that scores items as well; None where there is none.
     """
 
     generation: Generation
@@ -164,6 +170,7 @@ class Parts:
     vocab: ItemVocab
     items: list[dict[str, str]]
     quantizer: Quantizer | None
+    rescorer: Rescorer | None
 
 
 def read(folder: Path) -> Parts:
@@ -188,7 +195,8 @@ def read(folder: Path) -> Parts:
             f"{folder}: {ITEMS} and generation.json must belong together, but the items are those of another "
             "catalogue; were files mixed from two runs?"
         )
-    return Parts(generation, tokenizer, vocab, items, read_quantizer(folder))
+    rescorer = Rescorer.load(folder) if generation.rescoring > 0 or (folder / dense.FILE_NAME).is_file() else None
+    return Parts(generation, tokenizer, vocab, items, read_quantizer(folder), rescorer)
 
 
 def items_sha256(item_ids: Sequence[str]) -> str:
@@ -334,6 +342,9 @@ def _check_settings(settings: dict[str, Any], path: Path) -> None:
             check(name, isinstance(settings[name], kinds), told)
     for name in _COUNTS:
         check(name, type(settings[name]) is int and settings[name] >= 1, "a whole number of at least 1")
+    share = settings.get("rescoring", 0.0)
+    right = isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1
+    check("rescoring", right, "a number in [0, 1]")
     check("mask_seen", isinstance(settings["mask_seen"], bool), "true or false")
 
 

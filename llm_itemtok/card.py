@@ -72,6 +72,10 @@ _NETWORK = """
 It loads through this package only: what it {knows} stands in `item_network.safetensors`, which plain `transformers` and
 `peft` pass over, so the model that they load would answer wrongly.
 """
+_RESCORED = """
+A dense model of the log, in `rescorer.safetensors`, has a share of {share:g} in the scores. Only this package asks it:
+what plain `transformers` finds is ranked by the language model alone, and is not what was measured.
+"""
 _WORDS = """
 The items are spelled in words of the model's own vocabulary, so no plain `transformers` code keeps to them yet.
 """
@@ -131,7 +135,7 @@ def card(subject: Subject, metrics: Mapping[str, Any] | None = None, recipe: Map
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         _introduction(subject, base),
-        _usage(subject),
+        _usage(subject) + (_RESCORED.format(share=share) if (share := subject.generation.rescoring) > 0 else ""),
         *(() if metrics is None else (_measured(metrics), _data(metrics), _item_tokens(metrics))),
         *(() if recipe is None else (_made(recipe),)),
         f"## Licence\n\nOf the model: {_NO_LICENCE}. Those of the base model and of the item data hold too.\n",

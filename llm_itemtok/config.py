@@ -29,8 +29,10 @@ from llm_itemtok.settings import (
     FileTokenizer,
     FileVectors,
     LlmVectors,
+    NoRescoring,
     ProductTokenizer,
     RecursiveScoring,
+    Rescoring,
     ResidualKMeansTokenizer,
     RqVaeTokenizer,
     Scoring,
@@ -80,6 +82,8 @@ class RunConfig:
     """Whether item tokens change during training."""
     scoring: Scoring = field(default_factory=TokensScoring)
     """How a next item is scored."""
+    rescoring: Rescoring = field(default_factory=NoRescoring)
+    """Whether a dense model scores items beside the language model."""
     trainer: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `transformers.TrainingArguments`, under their own names."""
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -181,6 +185,7 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     if isinstance(config.tokenizer, TextTokenizer):
         yield from _text_contradictions(config, config.tokenizer)
     yield from _update_contradictions(config)
+    yield from _rescoring_contradictions(config.rescoring)
     if isinstance(config.scoring, RecursiveScoring):
         yield from _recursive_contradictions(config)
     elif config.scoring.item_embedding and isinstance(config.tokenizer, TextTokenizer):
@@ -188,6 +193,15 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             "`scoring.item_embedding` needs item tokens to be carried by, and `tokenizer.kind: "
             f"{config.tokenizer.kind}` has none; write 0, or choose another tokenizer"
         )
+
+
+def _rescoring_contradictions(rescoring: Rescoring) -> Iterator[str]:
+    if isinstance(rescoring, NoRescoring):
+        return
+    if rescoring.width % 2:
+        yield f"`rescoring.width` must be even, for two heads of attention, was: {rescoring.width}"
+    if not rescoring.weights:
+        yield "`rescoring.weights` must have at least one share, was: []"
 
 
 def _recursive_contradictions(config: RunConfig) -> Iterator[str]:

@@ -5,20 +5,16 @@ the log-probabilities decides (a logarithmic opinion pool, doi:10.1214/ss/117701
 backbones and ways of scoring of their own; what they share is the catalogue. They are no bundle: their folders are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from llm_itemtok.answering import Answering
+from llm_itemtok.answering import Answering, best_scored
 from llm_itemtok.bundle import Generation
-from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import Beams
-from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.errors import ArtifactError
-from llm_itemtok.evaluation.full_ranking import Ranking, best_lists
-from llm_itemtok.evaluation.metrics import ranks_from_lists
 from llm_itemtok.recommender import Recommender
 
 
@@ -66,6 +62,11 @@ class Ensemble(Answering):
         """Of the first member."""
         return self.members[0].device
 
+    @property
+    def decoder(self) -> str:
+        """Each way of the members once, joined by `+`."""
+        return "+".join(sorted({member.decoder for member in self.members}))
+
     def search(
         self,
         histories: Sequence[np.ndarray],
@@ -77,33 +78,12 @@ class Ensemble(Answering):
         """See `Answering.search`; every member keeps `beam` beams."""
         found = [member.search(histories, beam, allowed=allowed, excluded=excluded).items for member in self.members]
         candidates = [np.unique(rows[rows >= 0]) for rows in np.concatenate(found, axis=1)]
-        width = min(beam, len(self.item_ids))
-        items = np.full((len(histories), width), -1, dtype=np.int64)
-        scores = np.full((len(histories), width), -np.inf, dtype=np.float32)
-        for place, (rows, values) in enumerate(zip(candidates, self.score_rows(histories, candidates), strict=True)):
-            best = np.argsort(-values, kind="stable")[:width]
-            items[place, : len(best)], scores[place, : len(best)] = rows[best], values[best]
-        return Beams(items, scores)
+        return best_scored(candidates, self.score_rows(histories, candidates), min(beam, len(self.item_ids)))
 
     def score_rows(self, histories: Sequence[np.ndarray], items: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `Answering.score_rows`; means over the members."""
         by_member = [member.score_rows(histories, items) for member in self.members]
         return [np.stack(of_history).mean(axis=0) for of_history in zip(*by_member, strict=True)]
-
-    def rank(self, cases: Cases, *, batch_size: int, progress: Callable[[int, int], None] | None = None) -> Ranking:
-        """See `Answering.rank`."""
-        width = min(self.beam, len(self.item_ids))
-        items, scores = best_lists(
-            lambda histories, excluded: self.search(histories, width, excluded=excluded),
-            cases,
-            width=width,
-            mask_seen=self.mask_seen,
-            batch_size=batch_size,
-            device=self.device,
-            progress=progress,
-        )
-        ways = sorted({decoder_for(member.model).name for member in self.members})
-        return Ranking(items, scores, ranks_from_lists(items, scores, cases.targets), None, "+".join(ways))
 
 
 def load(

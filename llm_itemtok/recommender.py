@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_itemtok import bundle, hub
 from llm_itemtok import card as model_card
-from llm_itemtok.answering import Answering
+from llm_itemtok.answering import Answering, best_scored
 from llm_itemtok.artifacts import ITEMS, atomic_folder, sha256_of_arrays, write_json, write_text
 from llm_itemtok.bundle import CARD, GENERATION, Generation
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import Beams, beam_search
+from llm_itemtok.decoding.dense import Both, Rescorer, best_known
 from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.scoring import score_items
 from llm_itemtok.errors import ArtifactError
@@ -47,6 +48,7 @@ class Recommender(Answering):
         titles: of the catalogue, by row; empty strings where there is none.
         generation: how to decode.
         quantizer: that gave the item codes, by which new items can be given theirs; None for codes made without one.
+        rescorer: the dense model that scores items beside this one, by the share `generation.rescoring`; None without.
     """
 
     def __init__(
@@ -59,16 +61,23 @@ class Recommender(Answering):
         generation: Generation,
         peft_model: PeftModel | None = None,
         quantizer: Quantizer | None = None,
+        rescorer: Rescorer | None = None,
     ) -> None:
         """Bring the parts of a trained model together.
 
         Raises:
-            ArtifactError: if codes and catalogue do not belong to each other.
+            ArtifactError: if codes, catalogue and dense model do not belong to each other.
         """
         if len(item_ids) != model.vocab.codes.num_items:
             raise ArtifactError(
                 f"codes and catalogue must have the same items, found: {model.vocab.codes.num_items} codes and "
                 f"{len(item_ids)} items"
+            )
+        if generation.rescoring > 0 and (rescorer is None or rescorer.network.num_items > len(item_ids)):
+            found = "none" if rescorer is None else f"one of {rescorer.network.num_items:,} items"
+            raise ArtifactError(
+                f"items that are re-scored need a dense model of the same catalogue, {len(item_ids):,} items, "
+                f"found: {found}"
             )
         assert generation.reads == model.reads
         self.model = model.eval()
@@ -76,6 +85,9 @@ class Recommender(Answering):
         super().__init__(item_ids, titles)
         self.generation = generation
         self.quantizer = quantizer
+        self.rescorer = rescorer
+        if rescorer is not None:
+            rescorer.network.to(model.device)
         self._peft_model = peft_model
         self._prompts = Prompts.of(model, tokenizer)
         self._trie = ItemTrie(model.vocab.codes).to(model.device)
@@ -114,6 +126,7 @@ class Recommender(Answering):
             generation=parts.generation,
             peft_model=peft_model,
             quantizer=parts.quantizer,
+            rescorer=parts.rescorer,
         )
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> Path:
@@ -147,6 +160,8 @@ class Recommender(Answering):
             write_text(new / ITEMS, "\n".join(lines) + "\n")
             if self.quantizer is not None:
                 self.quantizer.save(new)
+            if self.rescorer is not None:
+                self.rescorer.save(new)
             write_json(new / GENERATION, asdict(self.generation))
             write_text(new / CARD, card or self.card())
             if vocab.num_tokens > 0 and self.model.reads == "tokens":  # what else there is needs this package
@@ -219,6 +234,11 @@ class Recommender(Answering):
         return (self.generation,)
 
     @property
+    def decoder(self) -> str:
+        """That of the language model."""
+        return decoder_for(self.model).name
+
+    @property
     def device(self) -> torch.device:
         """Of the model."""
         return self.model.device
@@ -232,6 +252,35 @@ class Recommender(Answering):
         excluded: Sequence[np.ndarray | None] | None = None,
     ) -> Beams:
         """See `Answering.search`."""
+        if self.generation.rescoring == 0:
+            return self._beams(histories, beam, allowed, excluded)
+        found = self.both(histories, beam, allowed=allowed, excluded=excluded)
+        return best_scored(found.items, found.mixed(self.generation.rescoring), min(beam, len(self.item_ids)))
+
+    def both(
+        self,
+        histories: Sequence[np.ndarray],
+        beam: int,
+        *,
+        allowed: Sequence[np.ndarray | None] | None = None,
+        excluded: Sequence[np.ndarray | None] | None = None,
+    ) -> Both:
+        """What the language model and the dense one find, scored by either; for the rest see `Answering.search`."""
+        assert self.rescorer is not None
+        found = self._beams(histories, beam, allowed, excluded).items
+        dense_BM = self.rescorer.log_probs(histories)
+        others = best_known(dense_BM, beam, allowed, excluded)
+        items = [np.unique(np.concatenate([rows[rows >= 0], more])) for rows, more in zip(found, others, strict=True)]
+        return Both(items, self._own_scores(histories, items), dense_BM)
+
+    def _beams(
+        self,
+        histories: Sequence[np.ndarray],
+        beam: int,
+        allowed: Sequence[np.ndarray | None] | None,
+        excluded: Sequence[np.ndarray | None] | None,
+    ) -> Beams:
+        """What the language model finds, and its scores."""
         return beam_search(
             decoder_for(self.model),
             self._trie,
@@ -244,6 +293,14 @@ class Recommender(Answering):
 
     def score_rows(self, histories: Sequence[np.ndarray], items: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `Answering.score_rows`."""
+        own = self._own_scores(histories, items)
+        if self.generation.rescoring == 0:
+            return own
+        assert self.rescorer is not None  # as `__init__` checks
+        return Both(items, own, self.rescorer.log_probs(histories)).mixed(self.generation.rescoring)
+
+    def _own_scores(self, histories: Sequence[np.ndarray], items: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probabilities of the language model."""
         return score_items(self.model, self._trie, self._read(histories), items, normaliser=self.generation.normaliser)
 
     def _read(self, histories: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -252,6 +309,8 @@ class Recommender(Answering):
 
     def rank(self, cases: Cases, *, batch_size: int, progress: Callable[[int, int], None] | None = None) -> Ranking:
         """See `Answering.rank`."""
+        if self.generation.rescoring > 0:
+            return super().rank(cases, batch_size=batch_size, progress=progress)
         return rank_cases(
             self.model,
             self._trie,
@@ -266,8 +325,14 @@ class Recommender(Answering):
         )
 
     def with_generation(self, **changes: Any) -> "Recommender":
-        """The same model, decoded in another way, such as `beam=50`."""
+        """The same model, decoded in another way: `beam=50`, or `rescoring=0.0` for the language model alone."""
         return self._changed(replace(self.generation, **changes), self.item_ids, self.titles)
+
+    def with_rescorer(self, rescorer: Rescorer, share: float) -> "Recommender":
+        """The same model with a dense one beside it, whose share in the scores is in [0, 1]."""
+        changed = self.with_generation()
+        changed.rescorer = rescorer
+        return changed.with_generation(rescoring=share)
 
     def _changed(self, generation: Generation, item_ids: Sequence[str], titles: Sequence[str]) -> "Recommender":
         """The same model under another description."""
@@ -279,6 +344,7 @@ class Recommender(Answering):
             generation=generation,
             peft_model=self._peft_model,
             quantizer=self.quantizer,
+            rescorer=self.rescorer,
         )
 
     def extended(

@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from llm_itemtok import artifacts, report_codes, report_paths, report_updates, report_weights
+from llm_itemtok import artifacts, report_codes, report_paths, report_rescoring, report_updates, report_weights
 from llm_itemtok.evaluation.metrics import METRIC_KEYS
 from llm_itemtok.report_plots import (
     SERIES_COLOURS,
@@ -118,7 +118,10 @@ def _rendered(
         metric_rows=_metric_rows(found.metrics),
         fitting_rows=_fitting_rows(found.metrics),
         result_charts=_result_charts(found.metrics),
-        training_charts=[*_training_charts(found.log), *report_weights.charts(found), *report_paths.charts(found)],
+        training_charts=[
+            *_training_charts(found.log),
+            *(chart for part in (report_weights, report_paths, report_rescoring) for chart in part.charts(found)),
+        ],
         training_facts=_training_facts(found.metrics.get("training", {})),
         segments=_segments(found.metrics),
         token_parts=token_parts or [report_codes.part(found)],

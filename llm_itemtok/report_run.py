@@ -74,6 +74,7 @@ class RunFolder:
     recommended: Recommended | None
     notes: tuple[str, ...]
     token_weights: Mapping[str, Any] = field(default_factory=dict)  # empty where all tokens weigh the same
+    rescoring: Mapping[str, Any] = field(default_factory=dict)  # empty where no dense model scores items as well
     item_paths: Mapping[str, Any] = field(default_factory=dict)  # empty where no recursive network makes vectors
     updates: tuple[dict[str, Any], ...] = ()  # rounds of updates of item tokens, oldest first
 
@@ -139,6 +140,9 @@ def read_run(folder: Path) -> RunFolder:
     weights: Mapping[str, Any] = {}
     if recipe.get("objective", {}).get("kind") == "token-weighted":
         weights = _optional_json(folder / artifacts.TOKEN_WEIGHTS, {}, "weights of target tokens", notes)
+    shares: Mapping[str, Any] = {}
+    if recipe.get("rescoring", {}).get("kind", "none") != "none":
+        shares = _optional_json(folder / artifacts.RESCORING, {}, "shares of the dense model", notes)
     paths: Mapping[str, Any] = {}
     if recipe.get("scoring", {}).get("kind") == "recursive":
         paths = _optional_json(folder / artifacts.ITEM_PATHS, {}, "how items' vectors go by their codes", notes)
@@ -159,6 +163,7 @@ def read_run(folder: Path) -> RunFolder:
         recommended=_read_predictions(folder / artifacts.PREDICTIONS, items, notes),
         notes=tuple(notes),
         token_weights=weights,
+        rescoring=shares,
         item_paths=paths,
         updates=updates,
     )

@@ -102,6 +102,7 @@ class SASRec(nn.Module):
                 f"{num_items} items, width {width}, {layers} layers, {heads} heads, length {max_length}, {dropout}"
             )
         self.num_items, self.max_length, self.dropout = num_items, max_length, dropout
+        self.heads = heads
         self.items = nn.Embedding(num_items + 1, width)
         self.positions = nn.Embedding(max_length + 1, width)
         self.layers = nn.ModuleList(_Layer(width, heads, dropout) for _ in range(layers))

@@ -364,6 +364,33 @@ Scoring = TokensScoring | RecursiveScoring
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoRescoring:
+    """Items are found and scored by the language model alone."""
+
+    kind: Literal["none"] = "none"
+    """No other model is asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SasrecRescoring:
+    """A dense model of the log, a vector an item, is trained too; what either finds is scored by both."""
+
+    kind: Literal["sasrec"] = "sasrec"
+    """A small transformer over item ids (SASRec), in the bundle beside the language model."""
+    weights: tuple[Annotated[float, Within(above=0, below=1)], ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    """Shares in the score to choose from, by NDCG@10 on validation; one entry sets it."""
+    width: Annotated[int, Within(low=2)] = 64
+    """Dimensions of an item's vector and of every layer, even."""
+    dropout: Dropout = 0.5
+    """While it is trained."""
+    steps: Count = 30_000
+    """Of its training at most; validation ends it before, as a rule."""
+
+
+Rescoring = NoRescoring | SasrecRescoring
+
+
+@dataclass(frozen=True, kw_only=True)
 class ItemOrderSegments:
     """Users by the direction of their last step in an order of the items: `NAME up`, `NAME down`, `NAME same`."""
 

@@ -82,10 +82,12 @@ class Pool:
         job = Job(cell, recipe, recipe_hash(recipe))
         if self.record_path(job.sha256).exists():
             return job
-        stood_for = unwritten(cell.config)
+        stood_for, sections = unwritten(cell.config), json.loads(json.dumps(RunConfig().to_dict(), default=str))
         for path in sorted(self.record_path(job.sha256).parent.glob("*.json")):
             older = _read_record(path)["recipe"]
-            if serves(older, recipe, stood_for):
+            # Without a whole section, its default held, whatever kind is chosen of it now.
+            missing = {name: section for name, section in sections.items() if name not in older}
+            if serves(older, recipe, stood_for | missing):
                 return Job(cell, older, recipe_hash(older))
         return job
 

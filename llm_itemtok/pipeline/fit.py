@@ -25,7 +25,17 @@ from transformers import (
     TrainingArguments,
 )
 
-from llm_itemtok.artifacts import CODES, ITEM_PATHS, METRICS_LOG, MODEL, TOKEN_WEIGHTS, TRAINING, read_json, write_json
+from llm_itemtok.artifacts import (
+    CODES,
+    ITEM_PATHS,
+    METRICS_LOG,
+    MODEL,
+    RESCORING,
+    TOKEN_WEIGHTS,
+    TRAINING,
+    read_json,
+    write_json,
+)
 from llm_itemtok.bundle import Generation, items_sha256, refuse_others
 from llm_itemtok.card import redacted
 from llm_itemtok.config import ALL_POSITIONS_REASON, RunConfig
@@ -41,6 +51,7 @@ from llm_itemtok.pipeline.alternate import with_alignments
 from llm_itemtok.pipeline.engines import asks_for_fsdp, on_processors
 from llm_itemtok.pipeline.objective import make_aim, token_figures
 from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, item_vectors
+from llm_itemtok.pipeline.rescoring import chosen_metrics, with_rescoring
 from llm_itemtok.pipeline.scoring import give_items, path_figures
 from llm_itemtok.pipeline.stages import environment
 from llm_itemtok.pipeline.updates import (
@@ -263,11 +274,13 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
             keep_versions_until(folder, codes)  # later ones are of items that `extend` gave to a model before this one
         effort = trainer.effort
         facts = _took(trainer, training_flops(model, effort.positions, effort.context_positions), trainable)
-        write_json(folder / TRAINING, {**facts, "validation": validation})
-        figures = {TOKEN_WEIGHTS: token_figures(trainer.objective, table), ITEM_PATHS: path_figures(model)}
-        _write_figures(folder, figures)
         quantizer = keep_quantizer(folder, model)
-        bundle(config, data, model, tokenizer, peft_model, quantizer).save_pretrained(folder / MODEL)
+        alone = bundle(config, data, model, tokenizer, peft_model, quantizer)
+        recommender, shares = with_rescoring(config, data, alone, log)
+        write_json(folder / TRAINING, {**facts, "validation": chosen_metrics(shares) or validation})
+        figures = {TOKEN_WEIGHTS: token_figures(trainer.objective, table), ITEM_PATHS: path_figures(model)}
+        _write_figures(folder, {**figures, RESCORING: shares})
+        recommender.save_pretrained(folder / MODEL)
 
 
 def _write_figures(folder: Path, figures: dict[str, dict[str, Any]]) -> None:

@@ -45,7 +45,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "data": ("seed", "data"),
     "items": ("vectors", "tokenizer", "model"),
     "vocab": ("vocab",),
-    "train": ("examples", "objective", "update", "scoring", "trainer", "evaluation"),
+    "train": ("examples", "objective", "update", "scoring", "rescoring", "trainer", "evaluation"),
     "evaluate": (),
     "report": (),
 }

@@ -132,6 +132,17 @@ def test_a_record_from_before_a_setting_existed_serves_its_default_and_nothing_e
     assert pool.record(other) is None
 
 
+def test_a_record_from_before_a_section_existed_serves_its_default_and_no_other_kind(tmp_path, data, pool):
+    """The defaults of another kind are no defaults of the section."""
+    written = finish(pool, pool.job(cell(recipe(tmp_path, data))))
+    pool.record_path(recipe_hash(written["recipe"])).unlink()
+    del written["recipe"]["rescoring"]
+    older = recipe_hash(written["recipe"])
+    artifacts.write_json(pool.record_path(older), written)
+    assert pool.job(cell(recipe(tmp_path, data))).sha256 == older
+    assert pool.record(pool.job(cell(recipe(tmp_path, data, rescoring={"kind": "sasrec"})))) is None
+
+
 def test_a_setting_whose_default_is_not_what_was_before_it_is_taken_for_what_was(tmp_path, data, pool):
     """An RQ-VAE of a record without `tokenizer.stop` was stopped by the loss, whatever the default is today."""
     by_loss = {"kind": "rqvae", "stop": "loss"}

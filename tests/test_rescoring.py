@@ -1,0 +1,203 @@
+"""Recipes with a dense model beside the language model, from training to the report, and what a bundle makes of it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_itemtok.decoding.beams import Beams
+from llm_itemtok.decoding.dense import FILE_NAME
+from llm_itemtok.ensemble import Ensemble
+from llm_itemtok.errors import ArtifactError, RecipeError, UnsupportedModelError
+from llm_itemtok.pipeline.evaluate import evaluate_path
+from llm_itemtok.pipeline.export import export
+from llm_itemtok.pipeline.extend import extend
+from llm_itemtok.pipeline.run import run
+from llm_itemtok.recommender import Recommender
+from llm_itemtok.report_rescoring import charts
+from llm_itemtok.report_run import read_run
+from tests.test_extend import new_items
+from tests.test_pipeline import recipe, run_in_two_processes
+
+DENSE = ("rescoring={kind: sasrec, width: 8, steps: 40, weights: [0.25, 0.5]}",)
+SPACIOUS = ("tokenizer.collisions=reassign", "tokenizer.codebook_size=9")
+"""Codes that have room for new items."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run with a dense model, and the same one without."""
+    folder = tmp_path_factory.mktemp("pair")
+    with_dense = run(recipe(folder, *DENSE, *SPACIOUS), folder / "dense")
+    return with_dense, run(recipe(folder, *SPACIOUS), folder / "plain")
+
+
+@pytest.fixture(scope="module")
+def rescored(pair: tuple[Path, Path]) -> Recommender:
+    return Recommender.from_pretrained(pair[0])
+
+
+def histories(recommender: Recommender) -> list[np.ndarray]:
+    size = len(recommender.item_ids)
+    return [np.array([], dtype=np.int64), np.array([5]), np.arange(size - 10, size)]
+
+
+def same(one: Beams, other: Beams) -> None:
+    np.testing.assert_array_equal(one.items, other.items)
+    np.testing.assert_array_equal(one.scores, other.scores)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rescoring={kind: sasrec, width: 7}", "`rescoring.width` must be even"),
+        ("rescoring={kind: sasrec, weights: []}", "`rescoring.weights` must have at least one share"),
+        ("rescoring={kind: sasrec, weights: [0.5, 1.0]}", "rescoring.weights"),
+        ("rescoring={kind: none, width: 8}", "width"),
+        ("rescoring.kind=dense", "rescoring.kind"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        recipe(tmp_path, override)
+
+
+def test_the_share_is_chosen_on_validation_and_everything_says_so(pair: tuple[Path, Path]) -> None:
+    folder, plain = pair
+    found = json.loads((folder / "rescoring.json").read_text())
+    by_share = {line["share"]: line for line in found["validation"]}
+    assert set(by_share) == {0.0, 0.25, 0.5, 1.0}
+    assert by_share[found["share"]]["ndcg@10"] == max(by_share[share]["ndcg@10"] for share in (0.25, 0.5))
+    metrics, without = (json.loads((run_folder / "metrics.json").read_text()) for run_folder in pair)
+    assert metrics["validation"] == {k: v for k, v in by_share[found["share"]].items() if k != "share"}
+    assert without["validation"] == {k: v for k, v in by_share[0.0].items() if k != "share"}
+    assert metrics["protocol"] == {**without["protocol"], "rescoring": found["share"]}
+    assert f"a share of {found['share']:g}" in (folder / "model" / "README.md").read_text()
+    assert not (plain / "rescoring.json").exists()
+    assert not (plain / "model" / FILE_NAME).exists()
+
+
+def test_the_language_model_is_what_it_would_be_alone(pair: tuple[Path, Path], rescored: Recommender) -> None:
+    plain = Recommender.from_pretrained(pair[1])
+    alone = rescored.with_generation(rescoring=0.0)
+    same(alone.search(histories(plain), 20), plain.search(histories(plain), 20))
+
+
+def test_lists_are_those_of_exact_scores_where_beams_hold_everything(rescored: Recommender) -> None:
+    """The mean of two log-probabilities, neither of which this test takes from what it tests."""
+    asked, size = histories(rescored), len(rescored.item_ids)
+    every = [np.arange(size)] * len(asked)
+    own = rescored.with_generation(rescoring=0.0).score_rows(asked, every)
+    logits = rescored.rescorer.network.scores(asked)
+    dense = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
+    share = rescored.generation.rescoring
+    wanted = (1 - share) * np.stack(own) + share * dense
+    found = rescored.search(asked, size)
+    np.testing.assert_array_equal(found.items, np.argsort(-wanted, axis=1, kind="stable"))
+    np.testing.assert_allclose(found.scores, -np.sort(-wanted, axis=1), rtol=1e-4)
+    np.testing.assert_allclose(np.stack(rescored.score_rows(asked, every)), wanted, rtol=1e-4)
+
+
+def test_lists_of_what_may_come_out_hold(rescored: Recommender) -> None:
+    ids = rescored.item_ids
+    found = rescored.recommend([ids[5]], 10, allow=ids[:6], deny=[ids[2]])
+    assert {item.item_id for item in found} == set(ids[:6]) - {ids[2]}
+    assert rescored.recommend([ids[5]], 3, allow=[]) == []
+
+
+def test_tested_again_to_the_same_numbers_and_alone_to_those_of_the_plain_run(pair: tuple[Path, Path]) -> None:
+    metrics, without = (json.loads((run_folder / "metrics.json").read_text()) for run_folder in pair)
+    again = evaluate_path(str(pair[0]), None)
+    assert again["test"] == metrics["test"]
+    assert again["validation"] == metrics["validation"]
+    assert metrics["test"] != without["test"]
+
+
+def test_it_may_be_one_of_several_models(pair: tuple[Path, Path], rescored: Recommender) -> None:
+    plain = Recommender.from_pretrained(pair[1])
+    asked = histories(plain)
+    every = [np.arange(len(plain.item_ids))] * len(asked)
+    together = Ensemble([rescored, plain]).score_rows(asked, every)
+    parts = [np.stack(model.score_rows(asked, every)) for model in (rescored, plain)]
+    np.testing.assert_allclose(np.stack(together), np.mean(parts, axis=0), rtol=1e-6)
+
+
+def test_saved_and_loaded_it_answers_the_same(rescored: Recommender, tmp_path: Path) -> None:
+    rescored.save_pretrained(tmp_path / "bundle")
+    again = Recommender.from_pretrained(tmp_path / "bundle")
+    asked = histories(rescored)
+    same(again.search(asked, 20), rescored.search(asked, 20))
+
+
+def test_new_items_keep_the_language_models_scores_and_old_ones_theirs(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pair[0], tmp_path / "run"))
+    before = Recommender.from_pretrained(folder)
+    extend(folder, new_items(tmp_path, "new1", "new2"))
+    after = Recommender.from_pretrained(folder)
+    assert after.generation.rescoring == before.generation.rescoring
+    history, old = before.item_ids[:3], before.item_ids[:5]
+    assert after.score(history, old) == pytest.approx(before.score(history, old), rel=1e-5)
+    alone = after.with_generation(rescoring=0.0)
+    assert after.score(history, ["new1", "new2"]) == alone.score(history, ["new1", "new2"])
+    assert after.score(["new1", *history], old) != before.score(history, old)  # the language model reads it
+    assert len(after.recommend(["new1"], 70)) == len(after.item_ids)
+
+
+def test_a_bundle_without_its_dense_model_or_with_anothers_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pair[0] / "model", tmp_path / "model"))
+    (folder / FILE_NAME).unlink()
+    with pytest.raises(ArtifactError, match="this is missing"):
+        Recommender.from_pretrained(folder)
+    plain = Recommender.from_pretrained(pair[1])
+    with pytest.raises(ArtifactError, match="found: none"):
+        plain.with_generation(rescoring=0.5)
+    settings = json.loads((folder / "generation.json").read_text())
+    for wrong in (1.5, "half", True):
+        (folder / "generation.json").write_text(json.dumps({**settings, "rescoring": wrong}))
+        with pytest.raises(ArtifactError, match=r"`rescoring` must be a number in \[0, 1\]"):
+            Recommender.from_pretrained(folder)
+
+
+def test_servers_that_would_leave_it_out_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="asks the language model alone"):
+        export(pair[0], tmp_path / "out", "paths")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_shows_what_the_share_does(pair: tuple[Path, Path]) -> None:
+    (chart,) = charts(read_run(pair[0]))
+    share = json.loads((pair[0] / "rescoring.json").read_text())["share"]
+    assert f"{share:g} was chosen" in chart.title
+    assert chart.title in (pair[0] / "report.html").read_text().replace("&#39;", "'")
+    assert charts(read_run(pair[1])) == []
+
+
+def test_the_dense_model_is_trained_once_for_the_runs_that_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ITEMTOK_CACHE", str(tmp_path / "cache"))
+
+    def made(name: str, *overrides: str) -> tuple[bytes, int]:
+        out = run(recipe(tmp_path, *DENSE, "trainer.max_steps=2", *overrides), tmp_path / name, until="train")
+        kept = [path for path in (tmp_path / "cache" / "dense").iterdir() if path.is_dir()]
+        return (out / "model" / FILE_NAME).read_bytes(), len(kept)
+
+    first, kept = made("first")
+    assert kept == 1
+    assert made("other tokens", "tokenizer.kind=random") == (first, 1)
+    for number, other in enumerate(("seed=1", "rescoring.dropout=0.1", "evaluation.mask_seen=true"), start=2):
+        assert made(f"other {number}", other)[1] == number
+
+
+@pytest.mark.slow
+def test_two_processes_share_all_but_the_dense_model(tmp_path: Path) -> None:
+    recipe(tmp_path)  # writes the file
+    ended = run_in_two_processes(tmp_path / "tiny.yaml", "--set", DENSE[0], "--out", str(tmp_path / "run"))
+    assert [code for code, _ in ended] == [0, 0], ended
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    found = json.loads((tmp_path / "run" / "rescoring.json").read_text())
+    assert metrics["protocol"]["rescoring"] == found["share"]
+    assert evaluate_path(str(tmp_path / "run"), None)["test"] == metrics["test"]
