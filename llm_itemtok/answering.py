@@ -30,7 +30,8 @@ class Recommendation:
         rank: 1 for the best.
         item_id: as in the catalogue.
         title: empty when the catalogue has none.
-        score: natural logarithm of the item's probability under the decoding normaliser.
+        score: natural logarithm of the item's probability under the decoding normaliser; a mean of several such
+            logarithms where more than one model answers.
     """
 
     rank: int

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from llm_itemtok.errors import ArtifactError
 
 _TEMPORARY = r"\.[^.].*\.[a-z0-9_]{8}"
 """Names that `tempfile` makes for the functions below."""
+CONTENT = "content.json"
+"""In a kept folder: the hash of each of its files, written last."""
 FORMAT_VERSION = 1
 """Version of the files below; a reader refuses a newer one."""
 
@@ -85,25 +87,53 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_itemtok"
 
 
-def kept_folder(kind: str, key: str, fill: Callable[[Path], None]) -> Path:
+def kept_folder(
+    kind: str, key: str, fill: Callable[[Path], None], log: Callable[[str], None] = lambda line: None
+) -> Path:
     """Find a folder of the cache, or fill it now; processes that need the same one wait for the first of them.
+
+    A folder whose files are not those that were written, such as after a clean-up by age, is filled anew.
 
     Args:
         kind: folder of the cache that it stands in, such as "models".
         key: hash of all that its content depends on.
-        fill: writes the content into an empty folder. If it raises, nothing is kept.
+        fill: writes the content, files without folders, into an empty folder. If it raises, nothing is kept.
+        log: told if another process is at work on it.
 
     Returns:
         The folder, to be read and not changed.
+
+    Raises:
+        OSError: if the cache cannot be written to.
     """
     place = cache_folder() / kind / key[:32]
-    if not place.is_dir():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.with_suffix(".lock")):
-            if not place.is_dir():
-                with atomic_folder(place) as new:
-                    fill(new)
+    if _is_whole(place):
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        log(f"  waiting for {place}, which another process makes")
+        lock.acquire()
+    try:
+        if not _is_whole(place):
+            for left in filter(is_leftover, place.parent.glob(f".{place.name}.*")):  # of those that were killed
+                shutil.rmtree(left, ignore_errors=True)
+            with atomic_folder(place) as new:
+                fill(new)
+                write_json(new / CONTENT, {path.name: sha256_of_file(path) for path in sorted(new.iterdir())})
+    finally:
+        lock.release()
     return place
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether a kept folder has the files that were written, as they were."""
+    if not (place / CONTENT).is_file():
+        return False
+    content = read_json(place / CONTENT)
+    return all((place / name).is_file() and sha256_of_file(place / name) == found for name, found in content.items())
 
 
 def sha256_of_arrays(*arrays: np.ndarray | bytes | str) -> str:

@@ -91,7 +91,7 @@ class Generation:
         vectors: what item vectors were made of, as the recipe's `vectors` section says it, without places; new items
             must have vectors of that kind. Empty where the codes were made without, and in bundles of earlier versions.
         reads: how items stand in what the model reads (`ItemTokenModel.reads`); `tokens` in earlier versions' bundles.
-        rescoring: share of the dense model's log-probability in an item's score, in [0, 1]; at 0 it is not asked.
+        dense_share: share of the dense model's log-probability in an item's score, in [0, 1]; at 0 it is not asked.
     """
 
     layout: str
@@ -111,10 +111,10 @@ class Generation:
     items_sha256: str = ""
     vectors: dict[str, Any] = field(default_factory=dict)
     reads: Reads = "tokens"
-    rescoring: float = 0.0
+    dense_share: float = 0.0
 
 
-_YOUNGER = ("quantization", "items_sha256", "vectors", "reads", "rescoring")
+_YOUNGER = ("quantization", "items_sha256", "vectors", "reads", "dense_share")
 """Settings that bundles of earlier versions lack."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -195,7 +195,7 @@ def read(folder: Path) -> Parts:
             f"{folder}: {ITEMS} and generation.json must belong together, but the items are those of another "
             "catalogue; were files mixed from two runs?"
         )
-    rescorer = Rescorer.load(folder) if generation.rescoring > 0 or (folder / dense.FILE_NAME).is_file() else None
+    rescorer = Rescorer.load(folder) if generation.dense_share > 0 or (folder / dense.FILE_NAME).is_file() else None
     return Parts(generation, tokenizer, vocab, items, read_quantizer(folder), rescorer)
 
 
@@ -342,9 +342,9 @@ def _check_settings(settings: dict[str, Any], path: Path) -> None:
             check(name, isinstance(settings[name], kinds), told)
     for name in _COUNTS:
         check(name, type(settings[name]) is int and settings[name] >= 1, "a whole number of at least 1")
-    share = settings.get("rescoring", 0.0)
+    share = settings.get("dense_share", 0.0)
     right = isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1
-    check("rescoring", right, "a number in [0, 1]")
+    check("dense_share", right, "a number in [0, 1]")
     check("mask_seen", isinstance(settings["mask_seen"], bool), "true or false")
 
 

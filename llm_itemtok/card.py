@@ -73,9 +73,9 @@ It loads through this package only: what it {knows} stands in `item_network.safe
 `peft` pass over, so the model that they load would answer wrongly.
 """
 _RESCORED = """
-A dense model of the log, in `rescorer.safetensors`, has a share of {share:g} in the scores. Only this package asks it:
-what plain `transformers` finds is ranked by the language model alone, and is not what was measured.
+A dense model of the log, in `rescorer.safetensors`, has a share of {share:g} in the scores. Only this package asks it.
 """
+_UNLIKE = "What plain `transformers` finds is ranked by the language model alone, which is not what was measured.\n"
 _WORDS = """
 The items are spelled in words of the model's own vocabulary, so no plain `transformers` code keeps to them yet.
 """
@@ -135,7 +135,7 @@ def card(subject: Subject, metrics: Mapping[str, Any] | None = None, recipe: Map
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         _introduction(subject, base),
-        _usage(subject) + (_RESCORED.format(share=share) if (share := subject.generation.rescoring) > 0 else ""),
+        _usage(subject) + _rescored(subject),
         *(() if metrics is None else (_measured(metrics), _data(metrics), _item_tokens(metrics))),
         *(() if recipe is None else (_made(recipe),)),
         f"## Licence\n\nOf the model: {_NO_LICENCE}. Those of the base model and of the item data hold too.\n",
@@ -219,6 +219,12 @@ def _is_local(value: str, key: str) -> bool:
 def _hub_base(name: str | None) -> str | None:
     """The base model if it is one of the Hub."""
     return name if name is not None and name != "scratch" and hub.is_id(name) else None
+
+
+def _rescored(subject: Subject) -> str:
+    """What to know of a dense model beside the language model."""
+    share, plain = subject.generation.dense_share, subject.codes is not None and subject.reads == "tokens"
+    return _RESCORED.format(share=share) + (_UNLIKE if plain else "") if share > 0 else ""
 
 
 def _introduction(subject: Subject, base: str | None) -> str:
@@ -321,13 +327,15 @@ def _results(metrics: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> It
 def _measured(metrics: Mapping[str, Any]) -> str:
     protocol, counts = metrics["protocol"], metrics["protocol"]["counts"]
     seen = "left out" if protocol["mask_seen"] else "included"
+    share = protocol.get("dense_share")
+    shared = "" if share is None else f", of the dense model a share of {share:g}"
     rows = [("**this model**", metrics), *metrics["baselines"].items()]
     return f"""## Measured
 
 Full ranking over all {counts["items"]:,} items by {counts["test_cases"]:,} test users: split {protocol["split"]}, \
 {protocol["k_core"]}-core, histories of {protocol["history_length"]}
 items at most (seen items {seen}), beam {protocol["beam"]}, scores normalised over the {protocol["normaliser"]}, \
-seed {protocol["seed"]}.
+seed {protocol["seed"]}{shared}.
 
 {_table(rows, ("recall@5", "recall@10", "ndcg@10", "mrr@20"))}
 
@@ -397,6 +405,9 @@ _PAPERS = {
     ),
     ("tokenizer", "collisions", "sinkhorn"): (
         "2311.09049", 2023, "Adapting Large Language Models by Integrating Collaborative Semantics for Recommendation"
+    ),
+    ("rescoring", "kind", "sasrec"): (
+        "2411.18814", 2024, "Unifying Generative and Dense Retrieval for Sequential Recommendation"
     ),
     ("vectors", "source", "sasrec"): ("1808.09781", 2018, "Self-Attentive Sequential Recommendation"),
     ("scoring", "kind", "recursive"): (

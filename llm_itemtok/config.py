@@ -200,8 +200,8 @@ def _rescoring_contradictions(rescoring: Rescoring) -> Iterator[str]:
         return
     if rescoring.width % 2:
         yield f"`rescoring.width` must be even, for two heads of attention, was: {rescoring.width}"
-    if not rescoring.weights:
-        yield "`rescoring.weights` must have at least one share, was: []"
+    if not rescoring.shares:
+        yield "`rescoring.shares` must have at least one share, was: []"
 
 
 def _recursive_contradictions(config: RunConfig) -> Iterator[str]:

@@ -48,7 +48,7 @@ class Recommender(Answering):
         titles: of the catalogue, by row; empty strings where there is none.
         generation: how to decode.
         quantizer: that gave the item codes, by which new items can be given theirs; None for codes made without one.
-        rescorer: the dense model that scores items beside this one, by the share `generation.rescoring`; None without.
+        rescorer: the dense model that scores items, too, with the share `generation.dense_share`; None without.
     """
 
     def __init__(
@@ -73,11 +73,12 @@ class Recommender(Answering):
                 f"codes and catalogue must have the same items, found: {model.vocab.codes.num_items} codes and "
                 f"{len(item_ids)} items"
             )
-        if generation.rescoring > 0 and (rescorer is None or rescorer.network.num_items > len(item_ids)):
-            found = "none" if rescorer is None else f"one of {rescorer.network.num_items:,} items"
+        if rescorer is None and generation.dense_share > 0:
+            raise ArtifactError(f"a dense model has a share of {generation.dense_share:g} in the scores, found: none")
+        if rescorer is not None and not _belong(rescorer, item_ids):
             raise ArtifactError(
-                f"items that are re-scored need a dense model of the same catalogue, {len(item_ids):,} items, "
-                f"found: {found}"
+                f"a dense model must be of the same catalogue, {len(item_ids):,} items, or of its first ones, found: "
+                f"one of {rescorer.network.num_items:,} other items; were files mixed from two runs?"
             )
         assert generation.reads == model.reads
         self.model = model.eval()
@@ -252,10 +253,10 @@ class Recommender(Answering):
         excluded: Sequence[np.ndarray | None] | None = None,
     ) -> Beams:
         """See `Answering.search`."""
-        if self.generation.rescoring == 0:
+        if self.generation.dense_share == 0:
             return self._beams(histories, beam, allowed, excluded)
         found = self.both(histories, beam, allowed=allowed, excluded=excluded)
-        return best_scored(found.items, found.mixed(self.generation.rescoring), min(beam, len(self.item_ids)))
+        return best_scored(found.items, found.mixed(self.generation.dense_share), min(beam, len(self.item_ids)))
 
     def both(
         self,
@@ -294,10 +295,10 @@ class Recommender(Answering):
     def score_rows(self, histories: Sequence[np.ndarray], items: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `Answering.score_rows`."""
         own = self._own_scores(histories, items)
-        if self.generation.rescoring == 0:
+        if self.generation.dense_share == 0:
             return own
         assert self.rescorer is not None  # as `__init__` checks
-        return Both(items, own, self.rescorer.log_probs(histories)).mixed(self.generation.rescoring)
+        return Both(items, own, self.rescorer.log_probs(histories)).mixed(self.generation.dense_share)
 
     def _own_scores(self, histories: Sequence[np.ndarray], items: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probabilities of the language model."""
@@ -309,7 +310,7 @@ class Recommender(Answering):
 
     def rank(self, cases: Cases, *, batch_size: int, progress: Callable[[int, int], None] | None = None) -> Ranking:
         """See `Answering.rank`."""
-        if self.generation.rescoring > 0:
+        if self.generation.dense_share > 0:
             return super().rank(cases, batch_size=batch_size, progress=progress)
         return rank_cases(
             self.model,
@@ -325,17 +326,21 @@ class Recommender(Answering):
         )
 
     def with_generation(self, **changes: Any) -> "Recommender":
-        """The same model, decoded in another way: `beam=50`, or `rescoring=0.0` for the language model alone."""
+        """The same model, decoded in another way: `beam=50`, or `dense_share=0.0` for the language model alone."""
         return self._changed(replace(self.generation, **changes), self.item_ids, self.titles)
 
     def with_rescorer(self, rescorer: Rescorer, share: float) -> "Recommender":
         """The same model with a dense one beside it, whose share in the scores is in [0, 1]."""
-        changed = self.with_generation()
-        changed.rescorer = rescorer
-        return changed.with_generation(rescoring=share)
+        return self._changed(replace(self.generation, dense_share=share), self.item_ids, self.titles, rescorer)
 
-    def _changed(self, generation: Generation, item_ids: Sequence[str], titles: Sequence[str]) -> "Recommender":
-        """The same model under another description."""
+    def _changed(
+        self,
+        generation: Generation,
+        item_ids: Sequence[str],
+        titles: Sequence[str],
+        rescorer: Rescorer | None = None,
+    ) -> "Recommender":
+        """The same model under another description, and beside another dense model where one is given."""
         return Recommender(
             self.model,
             self.tokenizer,
@@ -344,7 +349,7 @@ class Recommender(Answering):
             generation=generation,
             peft_model=self._peft_model,
             quantizer=self.quantizer,
-            rescorer=self.rescorer,
+            rescorer=rescorer or self.rescorer,
         )
 
     def extended(
@@ -380,6 +385,12 @@ class Recommender(Answering):
             catalog_sha256=sha256_of_arrays(self.generation.catalog_sha256, *item_ids, *titles),
         )
         return self._changed(generation, whole, (*self.titles, *titles))
+
+
+def _belong(rescorer: Rescorer, item_ids: Sequence[str]) -> bool:
+    """Whether a dense model knows the first of these items, in this order."""
+    known = rescorer.network.num_items
+    return known <= len(item_ids) and rescorer.items_sha256 == bundle.items_sha256(item_ids[:known])
 
 
 def push_folder(

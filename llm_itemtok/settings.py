@@ -377,8 +377,8 @@ class SasrecRescoring:
 
     kind: Literal["sasrec"] = "sasrec"
     """A small transformer over item ids (SASRec), in the bundle beside the language model."""
-    weights: tuple[Annotated[float, Within(above=0, below=1)], ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-    """Shares in the score to choose from, by NDCG@10 on validation; one entry sets it."""
+    shares: tuple[Annotated[float, Within(above=0, below=1)], ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    """Of it in the score, to choose from by NDCG@10 on validation; one entry sets it."""
     width: Annotated[int, Within(low=2)] = 64
     """Dimensions of an item's vector and of every layer, even."""
     dropout: Dropout = 0.5

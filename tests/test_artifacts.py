@@ -2,6 +2,8 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -152,3 +154,78 @@ def test_what_is_being_written_is_told_by_its_name(tmp_path):
     with artifacts.atomic_folder(tmp_path / "model") as writing:
         assert artifacts.is_leftover(writing)
     assert not artifacts.is_leftover(tmp_path / "model")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ITEMTOK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def filler(calls, text="content"):
+    def fill(folder):
+        calls.append(text)
+        (folder / "a").write_text(text)
+        (folder / "b").write_text("b")
+
+    return fill
+
+
+def test_a_kept_folder_is_filled_once_for_a_key(cache):
+    calls = []
+    first = artifacts.kept_folder("kind", "0" * 64, filler(calls))
+    assert artifacts.kept_folder("kind", "0" * 64, filler(calls)) == first
+    assert first.parent == cache / "kind"
+    assert artifacts.kept_folder("kind", "1" * 64, filler(calls, "other")) != first
+    assert calls == ["content", "other"]
+    assert (first / "a").read_text() == "content"
+
+
+@pytest.mark.parametrize("damage", ["a file gone", "a file changed", "the note gone"])
+def test_a_kept_folder_that_is_not_as_it_was_written_is_filled_anew(cache, damage):
+    calls = []
+    place = artifacts.kept_folder("kind", "0" * 64, filler(calls))
+    if damage == "a file gone":
+        (place / "b").unlink()
+    elif damage == "a file changed":
+        (place / "a").write_text("cont")
+    else:
+        (place / artifacts.CONTENT).unlink()
+    assert artifacts.kept_folder("kind", "0" * 64, filler(calls)) == place
+    assert calls == ["content"] * 2
+    assert (place / "b").read_text() == "b"
+
+
+def test_where_filling_fails_nothing_is_kept_and_the_next_one_begins_anew(cache):
+    def fail(folder):
+        (folder / "a").write_text("half")
+        raise ValueError("stopped")
+
+    with pytest.raises(ValueError, match="stopped"):
+        artifacts.kept_folder("kind", "0" * 64, fail)
+    (cache / "kind" / f".{'0' * 32}.abcdefgh").mkdir()  # of a process that was killed
+    calls = []
+    place = artifacts.kept_folder("kind", "0" * 64, filler(calls))
+    assert calls == ["content"]
+    assert {path.name for path in place.parent.iterdir()} == {place.name, f"{place.name}.lock"}
+
+
+def test_who_needs_what_another_makes_waits_and_says_so(cache):
+    begun, release, calls, said = threading.Event(), threading.Event(), [], []
+
+    def slowly(folder):
+        begun.set()
+        assert release.wait(60)
+        filler(calls)(folder)
+
+    def say(line):
+        said.append(line)
+        release.set()
+
+    with ThreadPoolExecutor() as threads:
+        one = threads.submit(artifacts.kept_folder, "kind", "0" * 64, slowly)
+        assert begun.wait(60)
+        other = threads.submit(artifacts.kept_folder, "kind", "0" * 64, filler(calls), say)
+        assert one.result() == other.result()
+    assert calls == ["content"]
+    assert "which another process makes" in said[0]

@@ -45,6 +45,7 @@ KINDS = {
     "rqvae": ("tokenizer.kind=rqvae", "tokenizer.epochs=5", "tokenizer.stop=loss"),
     "rqvae by reconstruction": ("tokenizer.kind=rqvae", "tokenizer.epochs=10", "tokenizer.hidden=[64, 32]"),
     "random": ("tokenizer.kind=random",),
+    "with a dense model": ("rescoring={kind: sasrec, width: 8, steps: 40, shares: [0.5]}",),
 }
 """After more epochs the codes of an RQ-VAE differ between processors, by rounding alone. Of the ten, stopping by the
 loss would keep the fifth."""
@@ -57,6 +58,7 @@ PINNED = {
         ("rqvae by reconstruction", "plain"): {"losses": [2.16482, 2.13058, 2.23441], "test": 0.17984},
         ("random", "plain"): {"losses": [2.19519, 2.09957, 2.16185], "test": 0.12086},
         ("random", "as planned"): {"losses": [3.17737, 2.99856, 2.73500], "test": 0.18030},
+        ("with a dense model", "plain"): {"losses": [2.13641, 2.06791, 2.17476], "test": 0.26107},
     }
 }
 BASELINES = {"popularity": 0.123658319, "markov": 0.493005412, "item-knn": 0.586777915}

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from llm_itemtok.decoding.beams import Beams
-from llm_itemtok.decoding.dense import FILE_NAME
+from llm_itemtok.decoding.dense import FILE_NAME, Rescorer
 from llm_itemtok.ensemble import Ensemble
 from llm_itemtok.errors import ArtifactError, RecipeError, UnsupportedModelError
+from llm_itemtok.evaluation import baselines
+from llm_itemtok.pipeline.check import check
 from llm_itemtok.pipeline.evaluate import evaluate_path
 from llm_itemtok.pipeline.export import export
 from llm_itemtok.pipeline.extend import extend
@@ -19,10 +21,15 @@ from llm_itemtok.pipeline.run import run
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.report_rescoring import charts
 from llm_itemtok.report_run import read_run
+from llm_itemtok.sasrec import SASRec
+from tests.hub_server import Hub
 from tests.test_extend import new_items
 from tests.test_pipeline import recipe, run_in_two_processes
 
-DENSE = ("rescoring={kind: sasrec, width: 8, steps: 40, weights: [0.25, 0.5]}",)
+# As in test_hub.py.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+DENSE = ("rescoring={kind: sasrec, width: 8, steps: 40, shares: [0.25, 0.5]}",)
 SPACIOUS = ("tokenizer.collisions=reassign", "tokenizer.codebook_size=9")
 """Codes that have room for new items."""
 
@@ -54,8 +61,8 @@ def same(one: Beams, other: Beams) -> None:
     ("override", "message"),
     [
         ("rescoring={kind: sasrec, width: 7}", "`rescoring.width` must be even"),
-        ("rescoring={kind: sasrec, weights: []}", "`rescoring.weights` must have at least one share"),
-        ("rescoring={kind: sasrec, weights: [0.5, 1.0]}", "rescoring.weights"),
+        ("rescoring={kind: sasrec, shares: []}", "`rescoring.shares` must have at least one share"),
+        ("rescoring={kind: sasrec, shares: [0.5, 1.0]}", "rescoring.shares"),
         ("rescoring={kind: none, width: 8}", "width"),
         ("rescoring.kind=dense", "rescoring.kind"),
     ],
@@ -63,6 +70,13 @@ def same(one: Beams, other: Beams) -> None:
 def test_what_makes_no_sense_is_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)):
         recipe(tmp_path, override)
+
+
+def test_check_tells_what_a_dense_model_takes(tmp_path: Path) -> None:
+    text = check(recipe(tmp_path, *DENSE))
+    assert "sasrec of 60 items, 8 dimensions" in text
+    assert "at most 40 steps" in text
+    assert "dense model" not in check(recipe(tmp_path))
 
 
 def test_the_share_is_chosen_on_validation_and_everything_says_so(pair: tuple[Path, Path]) -> None:
@@ -74,7 +88,7 @@ def test_the_share_is_chosen_on_validation_and_everything_says_so(pair: tuple[Pa
     metrics, without = (json.loads((run_folder / "metrics.json").read_text()) for run_folder in pair)
     assert metrics["validation"] == {k: v for k, v in by_share[found["share"]].items() if k != "share"}
     assert without["validation"] == {k: v for k, v in by_share[0.0].items() if k != "share"}
-    assert metrics["protocol"] == {**without["protocol"], "rescoring": found["share"]}
+    assert metrics["protocol"] == {**without["protocol"], "dense_share": found["share"]}
     assert f"a share of {found['share']:g}" in (folder / "model" / "README.md").read_text()
     assert not (plain / "rescoring.json").exists()
     assert not (plain / "model" / FILE_NAME).exists()
@@ -82,7 +96,7 @@ def test_the_share_is_chosen_on_validation_and_everything_says_so(pair: tuple[Pa
 
 def test_the_language_model_is_what_it_would_be_alone(pair: tuple[Path, Path], rescored: Recommender) -> None:
     plain = Recommender.from_pretrained(pair[1])
-    alone = rescored.with_generation(rescoring=0.0)
+    alone = rescored.with_generation(dense_share=0.0)
     same(alone.search(histories(plain), 20), plain.search(histories(plain), 20))
 
 
@@ -90,10 +104,10 @@ def test_lists_are_those_of_exact_scores_where_beams_hold_everything(rescored: R
     """The mean of two log-probabilities, neither of which this test takes from what it tests."""
     asked, size = histories(rescored), len(rescored.item_ids)
     every = [np.arange(size)] * len(asked)
-    own = rescored.with_generation(rescoring=0.0).score_rows(asked, every)
+    own = rescored.with_generation(dense_share=0.0).score_rows(asked, every)
     logits = rescored.rescorer.network.scores(asked)
     dense = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
-    share = rescored.generation.rescoring
+    share = rescored.generation.dense_share
     wanted = (1 - share) * np.stack(own) + share * dense
     found = rescored.search(asked, size)
     np.testing.assert_array_equal(found.items, np.argsort(-wanted, axis=1, kind="stable"))
@@ -132,32 +146,58 @@ def test_saved_and_loaded_it_answers_the_same(rescored: Recommender, tmp_path: P
     same(again.search(asked, 20), rescored.search(asked, 20))
 
 
-def test_new_items_keep_the_language_models_scores_and_old_ones_theirs(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_with_short_lists_either_model_brings_items(rescored: Recommender) -> None:
+    """By what either finds and scores alone, put together by this test."""
+    asked, beam = histories(rescored), 4
+    alone = rescored.with_generation(dense_share=0.0)
+    logits = rescored.rescorer.network.scores(asked)
+    dense = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
+    share, brought = 0.9, 0
+    found = rescored.with_generation(dense_share=share).search(asked, beam)
+    for row, (own, best) in enumerate(zip(alone.search(asked, beam).items, np.argsort(-logits, axis=1), strict=True)):
+        candidates = np.union1d(own, best[:beam])
+        scores = (1 - share) * alone.score_rows([asked[row]], [candidates])[0] + share * dense[row, candidates]
+        assert found.items[row].tolist() == candidates[np.argsort(-scores, kind="stable")][:beam].tolist()
+        brought += len(set(found.items[row].tolist()) - set(own.tolist()))
+    assert brought > 0
+
+
+def test_new_items_come_out_as_often_as_the_language_model_wants(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pair[0], tmp_path / "run"))
     before = Recommender.from_pretrained(folder)
-    extend(folder, new_items(tmp_path, "new1", "new2"))
+    extend(folder, new_items(tmp_path, *(f"new{number}" for number in range(10))))
     after = Recommender.from_pretrained(folder)
-    assert after.generation.rescoring == before.generation.rescoring
-    history, old = before.item_ids[:3], before.item_ids[:5]
+    assert after.generation.dense_share == before.generation.dense_share
+    history, old, new = before.item_ids[:3], before.item_ids[:5], ["new0", "new1"]
     assert after.score(history, old) == pytest.approx(before.score(history, old), rel=1e-5)
-    alone = after.with_generation(rescoring=0.0)
-    assert after.score(history, ["new1", "new2"]) == alone.score(history, ["new1", "new2"])
-    assert after.score(["new1", *history], old) != before.score(history, old)  # the language model reads it
-    assert len(after.recommend(["new1"], 70)) == len(after.item_ids)
+    share, alone = after.generation.dense_share, after.with_generation(dense_share=0.0)
+    wanted = [(1 - share) * own - share * np.log(len(before.item_ids)) for own in alone.score(history, new)]
+    assert after.score(history, new) == pytest.approx(wanted, rel=1e-5)
+    asked = [[item] for item in before.item_ids]
+
+    def how_often(model: Recommender) -> int:
+        return sum(item.item_id.startswith("new") for answer in model.recommend_batch(asked, 10) for item in answer)
+
+    assert 0.5 < how_often(after) / how_often(alone) < 2
 
 
 def test_a_bundle_without_its_dense_model_or_with_anothers_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pair[0] / "model", tmp_path / "model"))
+    own = Rescorer.load(folder)
+    for others in (Rescorer(own.network, "other items"), Rescorer(SASRec(61, width=8), own.items_sha256)):
+        others.save(folder)
+        with pytest.raises(ArtifactError, match="must be of the same catalogue"):
+            Recommender.from_pretrained(folder)
     (folder / FILE_NAME).unlink()
     with pytest.raises(ArtifactError, match="this is missing"):
         Recommender.from_pretrained(folder)
     plain = Recommender.from_pretrained(pair[1])
     with pytest.raises(ArtifactError, match="found: none"):
-        plain.with_generation(rescoring=0.5)
+        plain.with_generation(dense_share=0.5)
     settings = json.loads((folder / "generation.json").read_text())
     for wrong in (1.5, "half", True):
-        (folder / "generation.json").write_text(json.dumps({**settings, "rescoring": wrong}))
-        with pytest.raises(ArtifactError, match=r"`rescoring` must be a number in \[0, 1\]"):
+        (folder / "generation.json").write_text(json.dumps({**settings, "dense_share": wrong}))
+        with pytest.raises(ArtifactError, match=r"`dense_share` must be a number in \[0, 1\]"):
             Recommender.from_pretrained(folder)
 
 
@@ -175,6 +215,31 @@ def test_the_report_shows_what_the_share_does(pair: tuple[Path, Path]) -> None:
     assert charts(read_run(pair[1])) == []
 
 
+def test_what_training_took_has_the_dense_model_in_it(pair: tuple[Path, Path]) -> None:
+    took = json.loads((pair[0] / "rescoring.json").read_text())["training"]
+    ours, plain = (json.loads((folder / "metrics.json").read_text())["training"] for folder in pair)
+    assert ours["parameters"] == plain["parameters"] + took["parameters"]
+    assert ours["seconds"] > took["seconds"] > 0
+
+
+def test_seen_items_are_left_out_of_choice_and_test_alike(tmp_path: Path) -> None:
+    out = run(recipe(tmp_path, *DENSE, "evaluation.mask_seen=true"), tmp_path / "run")
+    metrics = json.loads((out / "metrics.json").read_text())
+    again = evaluate_path(str(out), None)
+    assert again["validation"] == metrics["validation"]  # that of the chosen share, as it was chosen
+    assert again["test"] == metrics["test"]
+
+
+def test_it_goes_with_a_recursive_model_and_into_other_places(tmp_path: Path, hub: Hub) -> None:
+    out = run(recipe(tmp_path, *DENSE, "scoring={kind: recursive, embedding: 8, hidden: 16}"), tmp_path / "run")
+    ours = Recommender.from_pretrained(out)
+    ours.merged().save_pretrained(tmp_path / "merged")
+    ours.push_to_hub("anna/model")
+    asked = histories(ours)
+    for place in (tmp_path / "merged", "anna/model"):
+        same(Recommender.from_pretrained(place).search(asked, 20), ours.search(asked, 20))
+
+
 def test_the_dense_model_is_trained_once_for_the_runs_that_share_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +255,18 @@ def test_the_dense_model_is_trained_once_for_the_runs_that_share_it(
     assert made("other tokens", "tokenizer.kind=random") == (first, 1)
     for number, other in enumerate(("seed=1", "rescoring.dropout=0.1", "evaluation.mask_seen=true"), start=2):
         assert made(f"other {number}", other)[1] == number
+    monkeypatch.setitem(baselines.BASELINES, "sasrec", baselines.BASELINES["sasrec"]._replace(version=99))
+    assert made("other method")[1] == 5
+
+
+def test_a_run_from_before_there_were_dense_models_goes_on(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pair[1], tmp_path / "run"))
+    text = (folder / "recipe.yaml").read_text()
+    assert "rescoring:\n  kind: none\n" in text
+    (folder / "recipe.yaml").write_text(text.replace("rescoring:\n  kind: none\n", ""))
+    said: list[str] = []
+    run(recipe(tmp_path, *SPACIOUS), folder, log=said.append)
+    assert sum("done before, kept" in line for line in said) == 6
 
 
 @pytest.mark.slow
@@ -199,5 +276,5 @@ def test_two_processes_share_all_but_the_dense_model(tmp_path: Path) -> None:
     assert [code for code, _ in ended] == [0, 0], ended
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     found = json.loads((tmp_path / "run" / "rescoring.json").read_text())
-    assert metrics["protocol"]["rescoring"] == found["share"]
+    assert metrics["protocol"]["dense_share"] == found["share"]
     assert evaluate_path(str(tmp_path / "run"), None)["test"] == metrics["test"]

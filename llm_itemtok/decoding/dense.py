@@ -36,11 +36,13 @@ class Rescorer:
 
     Attributes:
         network: in evaluation mode. Its rows are the first M of the catalogue; items that came later it does not know.
+        items_sha256: hash of the ids of these M items, as `bundle.items_sha256` makes it.
     """
 
-    def __init__(self, network: SASRec) -> None:
+    def __init__(self, network: SASRec, items_sha256: str) -> None:
         """Score by `network`."""
         self.network = network.eval()
+        self.items_sha256 = items_sha256
 
     def log_probs(self, histories: Sequence[np.ndarray]) -> NDArray[np.float32]:
         """Score all items that it knows.
@@ -67,6 +69,7 @@ class Rescorer:
             "layers": len(network.layers),
             "heads": network.heads,
             "max_length": network.max_length,
+            "items_sha256": self.items_sha256,
         }
         header = {"format": _FORMAT, "format_version": FORMAT_VERSION, **sizes}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
@@ -86,13 +89,14 @@ class Rescorer:
             raise ArtifactError(f"{path}: the model says that a dense model re-scores its items, and this is missing")
         header, tensors = _read(path)
         try:
-            network = SASRec(**{name: header[name] for name in _SIZES}, dropout=0.0)
+            with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to use up
+                network = SASRec(**{name: header[name] for name in _SIZES}, dropout=0.0)
             network.load_state_dict(tensors)
+            return cls(network, str(header["items_sha256"]))
         except (KeyError, TypeError, RuntimeError, DataError) as error:
             raise ArtifactError(
                 f"{path}: sizes and weights of a dense model must belong together: {str(error).splitlines()[0]}"
             ) from error
-        return cls(network)
 
 
 def best_known(
@@ -121,8 +125,8 @@ def best_known(
             scores_BM[row, barred] = -np.inf
         if excluded is not None and (without := excluded[row]) is not None:
             scores_BM[row, without[without < M]] = -np.inf
-    first = np.argpartition(-scores_BM, min(width, M) - 1, axis=1)[:, :width]
-    return [rows[np.isfinite(scores_BM[row, rows])] for row, rows in enumerate(first)]
+    last = np.argpartition(scores_BM, max(M - width, 0), axis=1)[:, max(M - width, 0) :]
+    return [rows[np.isfinite(scores_BM[row, rows])] for row, rows in enumerate(last)]
 
 
 class Both(NamedTuple):
@@ -136,15 +140,20 @@ class Both(NamedTuple):
     """Log-probabilities of the dense model, of all items that it knows."""
 
     def mixed(self, share: float) -> list[np.ndarray]:
-        """Give the dense model a share in [0, 1] of the score; an item that it does not know keeps its own.
+        """Give the dense model a share in [0, 1] of the score.
+
+        Items that it does not know count as ones that it has no opinion of, 1 / M. To let them keep their own score
+        would put them on another scale than all others.
 
         Returns:
             B float32 arrays: (1 - share) own + share dense.
         """
-        return [
-            np.where(rows < len(dense_M), (1 - share) * own + share * dense_M[np.minimum(rows, len(dense_M) - 1)], own)
-            for rows, own, dense_M in zip(self.items, self.own, self.dense_BM, strict=True)
-        ]
+        M = self.dense_BM.shape[1]
+        mixed = []
+        for rows, own, dense_M in zip(self.items, self.own, self.dense_BM, strict=True):
+            dense = np.where(rows < M, dense_M[np.minimum(rows, M - 1)], np.float32(-np.log(M)))
+            mixed.append((1 - share) * own + share * dense)
+        return mixed
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -186,7 +186,7 @@ class ItemKNN:
         def score(setting: Mapping[str, Any]) -> float:
             key = tuple(setting.values())
             if key not in seen:
-                seen[key] = _validated(make(setting), cases, mask_seen)
+                seen[key] = validated(make(setting), cases, mask_seen)
             return seen[key]
 
         best = {name: values[0] for name, values in cls.GRID.items()}
@@ -211,10 +211,15 @@ class ItemKNN:
         return scores
 
 
-def _validated(scorer: Scorer, cases: Cases, mask_seen: bool) -> float:
+def validated(scorer: Scorer, cases: Cases, mask_seen: bool) -> float:
     """Say how good a scorer is: NDCG@10, and a thousandth of the NDCG without a cutoff, for where hits are few."""
     ranks = rank_cases(scorer, cases, mask_seen)
     return metrics_from_ranks(ranks)["ndcg@10"] + 1e-3 * float(np.mean(1 / np.log2(ranks + 1)))
+
+
+def sasrec_interval(split: Split) -> int:
+    """Say after how many steps to validate: five epochs of a small log, which soon overfits, below one of a large."""
+    return int(np.clip(5 * len(split.train_items) / 1024, 50, 300))
 
 
 def _popularity(split: Split) -> NDArray[np.float32]:
@@ -237,14 +242,13 @@ def _tune_sasrec(split: Split, mask_seen: bool, device: str, log: Log) -> tuple[
 
     def validate(model: sasrec.SASRec) -> float:
         nonlocal said
-        score = _validated(model, cases, mask_seen)
+        score = validated(model, cases, mask_seen)
         if time.monotonic() - said > 60:  # a sign of life, not a curve
             said = time.monotonic()
             log(f"  sasrec: validation NDCG@10 {score:.4f}")
         return score
 
-    # Five epochs of a small log, which overfits within a few more; less than one of a large log.
-    every = int(np.clip(5 * len(split.train_items) / 1024, 50, 300))
+    every = sasrec_interval(split)
     best, chosen = None, {}
     for setting in SASREC_SETTINGS:
         settings = {"every": every, "device": device, **setting}

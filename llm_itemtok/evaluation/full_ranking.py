@@ -36,10 +36,10 @@ class Ranking:
 
     Attributes:
         items: int64 `[C, K]`, item rows, best first, -1 where a list is shorter.
-        scores: float32 `[C, K]`, log-probabilities under the decoding normaliser.
+        scores: float32 `[C, K]`, log-probabilities under the decoding normaliser, or means of them over several models.
         ranks: float64 `[C]`, rank of each target, 0 where it is not in the list.
-        model_seconds: how long this process was inside the model, body and head; None on an accelerator, which works on
-            while the process goes ahead, so that only waiting for it at every step would tell.
+        model_seconds: how long this process was inside the model, body and head; None where several models answer, and
+            on an accelerator, which works on while the process goes ahead, so that only waiting for it would tell.
         decoder: how the beams of a user were decoded: `tree` or `encoder-decoder tree` in one row, or `replicated`;
             of several models each way once, joined by `+`.
     """

@@ -210,10 +210,23 @@ class _Shift:
         return left + sum(rest) if all(rest) else None
 
 
+def _own_cache(runs: Path) -> Path:
+    """A cache for one run, in which vectors and baselines are those of everybody, and the rest is made anew."""
+    cache = runs / "cache"
+    for kind in ("vectors", "baselines"):
+        (artifacts.cache_folder() / kind).mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        if not (cache / kind).exists():
+            (cache / kind).symlink_to((artifacts.cache_folder() / kind).resolve())
+    return cache
+
+
 def rerun(
     path: Path, which: str, *, results: Path, runs: Path, log: Callable[[str], None] = lambda line: None
 ) -> tuple[bool, str]:
-    """Run one row of a plan again, beside its pool, and compare; item vectors and baselines may come from the cache.
+    """Run one row of a plan again, beside its pool, and compare.
+
+    Item vectors and baselines may come from the cache, nothing that is trained for the row does.
 
     One that was interrupted is gone on with.
 
@@ -245,7 +258,7 @@ def rerun(
         if (again.folder(job) / last).exists():
             shutil.rmtree(again.runs)
         log(f"{job.cell.name}: {job.short} runs again in {again.folder(job)}")
-        worker = Worker.start(job, again)
+        worker = Worker.start(job, again, {"ITEMTOK_CACHE": str(_own_cache(again.runs))})
         while worker.status is None and not received:
             time.sleep(_POLL_SECONDS)
         stop_all([worker])

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Worker:
     began: float
 
     @classmethod
-    def start(cls, job: Job, pool: Pool) -> "Worker":
+    def start(cls, job: Job, pool: Pool, variables: Mapping[str, str] | None = None) -> "Worker":
         """Begin, or go on with, a run; screening ends before test is opened."""
         recipe = pool.folder(job).with_suffix(".yaml")
         log = pool.folder(job).with_suffix(".log")
@@ -61,7 +62,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **threads},
+                env={**os.environ, **threads, **(variables or {})},
                 start_new_session=True,
             )
         return cls(job, process, log, size, time.monotonic())

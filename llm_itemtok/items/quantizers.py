@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import safetensors
+import torch
 
 from llm_itemtok.artifacts import FORMAT_VERSION
 from llm_itemtok.errors import ArtifactError, DataError
@@ -56,7 +57,8 @@ def load_quantizer(folder: str | Path) -> Quantizer:
     if header.get("class") not in _CLASSES:
         raise ArtifactError(f"{path}: unknown kind of quantizer {header.get('class')!r}; known: {', '.join(_CLASSES)}")
     try:
-        quantizer = _CLASSES[header["class"]](**header["settings"])
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to use up
+            quantizer = _CLASSES[header["class"]](**header["settings"])
         quantizer.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError, DataError) as error:
         raise ArtifactError(f"{path}: the quantizer contradicts its own settings: {error}") from error

@@ -30,16 +30,10 @@ from llm_itemtok.model.rows import input_table
 from llm_itemtok.model.scratch import train_tokenizer
 from llm_itemtok.objective_settings import FrequencyTarget, TokenWeightedObjective
 from llm_itemtok.pipeline.alternate import described
+from llm_itemtok.pipeline.base_model import needed_letters, scratch_model
 from llm_itemtok.pipeline.engines import refuse_engine
 from llm_itemtok.pipeline.fit import count_steps, make_examples, refuse_model, with_lora
-from llm_itemtok.pipeline.prepare import (
-    Dataset,
-    load_data,
-    needed_letters,
-    refuse_textless,
-    scratch_model,
-    text_codes,
-)
+from llm_itemtok.pipeline.prepare import Dataset, load_data, refuse_textless, text_codes
 from llm_itemtok.pipeline.scoring import item_parameters
 from llm_itemtok.pipeline.updates import Schedule, every_steps, quantizer_steps
 from llm_itemtok.pipeline.vectors import needs_vectors
@@ -49,6 +43,7 @@ from llm_itemtok.settings import (
     FileTokenizer,
     FileVectors,
     RecursiveScoring,
+    SasrecRescoring,
     SentenceTransformersVectors,
     TextTokenizer,
     TitleTokenizer,
@@ -106,6 +101,7 @@ def check(config: RunConfig) -> str:
         work = _work(config, lm, table, shape) * total / max(1, steps)
         beside = item_parameters(config, len(data.catalog), shape.levels, input_table(lm).embedding_dim)
         lines += _cost(config, lm, shape.new, sum(beside), work, arguments.device.type)
+    lines += _rescoring_lines(config, data)
     return "\n".join(lines)
 
 
@@ -137,10 +133,23 @@ def _vector_lines(config: RunConfig, data: Dataset) -> list[str]:
             f"dimensions; {cold:,} of {len(data.catalog):,} items have none and get zeros"
         )
         if source.source == "sasrec":
-            # Two layers of 12 squares of the width, and a softmax over about as many drawn items as there are targets.
-            work = 6 * 1024 * (24 * source.dimensions**2 + 1024 * source.dimensions) * source.steps
-            lines.append(f"  at most {source.steps:,} steps, which would take {_minutes(_seconds(work))} here on a CPU")
+            lines.append(_sasrec_line(source.dimensions, source.steps))
     return ["", "item vectors", *lines] if lines else []
+
+
+def _rescoring_lines(config: RunConfig, data: Dataset) -> list[str]:
+    """Lines on a dense model that scores items as well."""
+    chosen = config.rescoring
+    if not isinstance(chosen, SasrecRescoring):
+        return []
+    items = f"  {chosen.kind} of {len(data.catalog):,} items, {chosen.width} dimensions, beside what is above"
+    return ["", "dense model", items, _sasrec_line(chosen.width, chosen.steps)]
+
+
+def _sasrec_line(width: int, steps: int) -> str:
+    # Two layers of 12 squares of the width, and a softmax over about as many drawn items as there are targets.
+    work = 6 * 1024 * (24 * width**2 + 1024 * width) * steps
+    return f"  at most {steps:,} steps, which would take {_minutes(_seconds(work))} here on a CPU"
 
 
 def _curriculum_lines(config: RunConfig, total: int) -> list[str]:

@@ -151,9 +151,9 @@ def _baselines(
 
 
 def _protocol(answers: Answering, data: Dataset, k_core: int, seed: int) -> dict[str, Any]:
-    """What has to agree for numbers to be comparable; `models` and `rescoring` only where more than one answers."""
+    """What has to agree for numbers to be comparable; `models` and `dense_share` only where more than one answers."""
     generations = answers.generations
-    shares = [generation.rescoring for generation in generations]
+    shares = [generation.dense_share for generation in generations]
     return {
         "split": data.split.kind,
         "k_core": k_core,
@@ -163,7 +163,7 @@ def _protocol(answers: Answering, data: Dataset, k_core: int, seed: int) -> dict
         "beam": answers.beam,
         "normaliser": "/".join(sorted({generation.normaliser for generation in generations})),
         **({"models": len(generations)} if len(generations) > 1 else {}),
-        **({"rescoring": shares[0] if len(shares) == 1 else shares} if any(shares) else {}),
+        **({"dense_share": shares[0] if len(shares) == 1 else shares} if any(shares) else {}),
         "seed": seed,
         "catalog_sha256": data.catalog.sha256,
         "interactions_sha256": data.interactions.sha256,

@@ -99,11 +99,11 @@ def _refuse_model(recommender: Recommender, format: Format) -> None:
             "no server has; serve it with this package (`itemtok recommend`), or train with `scoring.kind: tokens` and "
             "no `scoring.item_embedding`"
         )
-    if recommender.generation.rescoring > 0:
+    if recommender.generation.dense_share > 0:
         raise UnsupportedModelError(
             "a server asks the language model alone, but a dense model has a share of "
-            f"{recommender.generation.rescoring:g} in this one's scores (`rescoring`), so it would rank otherwise than "
-            "was measured; serve it with this package (`itemtok recommend`), or train with `rescoring.kind: none`"
+            f"{recommender.generation.dense_share:g} in this one's scores (`rescoring`), so it would rank otherwise "
+            "than was measured; serve it with this package (`itemtok recommend`), or train with `rescoring.kind: none`"
         )
     if config.is_encoder_decoder:
         raise UnsupportedModelError(

@@ -48,8 +48,9 @@ from llm_itemtok.items.findings import as_json, findings, gaps
 from llm_itemtok.items.newcomers import Newcomers, add_items
 from llm_itemtok.items.quality import quality
 from llm_itemtok.items.quantizers import read_quantizer
+from llm_itemtok.pipeline.base_model import base_model
 from llm_itemtok.pipeline.evaluate import write_categories
-from llm_itemtok.pipeline.prepare import Dataset, base_model, load_data, progress_lines
+from llm_itemtok.pipeline.prepare import Dataset, load_data, progress_lines
 from llm_itemtok.pipeline.push import card_of
 from llm_itemtok.pipeline.run import alone_in
 from llm_itemtok.pipeline.vectors import GIVE_VECTORS, Log, Sources

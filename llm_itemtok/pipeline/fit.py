@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,9 +49,10 @@ from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.model.state import hold_quantizer
 from llm_itemtok.pipeline.alternate import with_alignments
+from llm_itemtok.pipeline.base_model import base_model
 from llm_itemtok.pipeline.engines import asks_for_fsdp, on_processors
 from llm_itemtok.pipeline.objective import make_aim, token_figures
-from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, item_vectors
+from llm_itemtok.pipeline.prepare import Dataset, Log, item_vectors
 from llm_itemtok.pipeline.rescoring import chosen_metrics, with_rescoring
 from llm_itemtok.pipeline.scoring import give_items, path_figures
 from llm_itemtok.pipeline.stages import environment
@@ -273,10 +275,10 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
         else:
             keep_versions_until(folder, codes)  # later ones are of items that `extend` gave to a model before this one
         effort = trainer.effort
-        facts = _took(trainer, training_flops(model, effort.positions, effort.context_positions), trainable)
         quantizer = keep_quantizer(folder, model)
         alone = bundle(config, data, model, tokenizer, peft_model, quantizer)
         recommender, shares = with_rescoring(config, data, alone, log)
+        facts = _took(trainer, training_flops(model, effort.positions, effort.context_positions), trainable, shares)
         write_json(folder / TRAINING, {**facts, "validation": chosen_metrics(shares) or validation})
         figures = {TOKEN_WEIGHTS: token_figures(trainer.objective, table), ITEM_PATHS: path_figures(model)}
         _write_figures(folder, {**figures, RESCORING: shares})
@@ -301,8 +303,9 @@ def _whole(
     return model.to(trainer.args.device), tokenizer, peft_model
 
 
-def _took(trainer: ItemTokenTrainer, flops: float, trainable: int) -> dict[str, Any]:
-    """Facts about a finished training."""
+def _took(trainer: ItemTokenTrainer, flops: float, trainable: int, shares: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts about a finished training; seconds and parameters with those of a dense model, arithmetic without."""
+    dense = shares.get("training", {"seconds": 0.0, "parameters": 0})
     state, effort = trainer.state, trainer.effort
     key = "validation/ndcg@10"
     return {
@@ -310,9 +313,9 @@ def _took(trainer: ItemTokenTrainer, flops: float, trainable: int) -> dict[str, 
         "best_step": state.best_global_step,
         "targets_seen": effort.targets,
         "flops": flops,
-        "seconds": round(effort.seconds, 1),
+        "seconds": round(effort.seconds + dense["seconds"], 1),
         "peak_mb": round(effort.peak_mb),
-        "parameters": trainable,
+        "parameters": trainable + dense["parameters"],
         "kind": "decoder" if trainer.effort.context_positions == 0 else "encoder-decoder",
         "made_by": environment(),
         "curve": [[line["step"], line[key]] for line in state.log_history if key in line],

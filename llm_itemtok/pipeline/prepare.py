@@ -2,20 +2,24 @@
 
 import dataclasses
 import json
-import shutil
-import string
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llm_itemtok import settings
-from llm_itemtok.artifacts import CODES, QUALITY, atomic_folder, kept_folder, read_json, sha256_of_arrays, write_json
+from llm_itemtok.artifacts import (
+    CODES,
+    QUALITY,
+    atomic_folder,
+    kept_folder,
+    sha256_of_arrays,
+    write_json,
+)
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data import splits, synthetic
 from llm_itemtok.data.catalog import Catalog
@@ -44,13 +48,10 @@ from llm_itemtok.items.random_codes import RandomCodes
 from llm_itemtok.items.residual_kmeans import ResidualKMeans
 from llm_itemtok.items.rqvae import RQVAE
 from llm_itemtok.items.text_codes import TextCodes, random_numbers, sequential_numbers
-from llm_itemtok.model import scratch
-from llm_itemtok.model.load import load_base, load_lm
 from llm_itemtok.model.prompts import encode_text
-from llm_itemtok.pipeline.stages import RESULTS_VERSION
+from llm_itemtok.pipeline.base_model import base_model, made_by
 from llm_itemtok.pipeline.vectors import Log, Sources, needs_vectors, text_sources
 
-BASE = "base"
 DOCTORS_LOG = 2_000_000
 """Training interactions, of users drawn at random, by which the doctor says which items are neighbours: for 8 million
 it would take 3 GB and a minute and a half."""
@@ -168,79 +169,6 @@ def refuse_textless(config: RunConfig, catalog: Catalog) -> None:
         )
     if needs:
         raise DataError("no item of the catalogue has any text, but the recipe needs it:\n  " + "\n  ".join(needs))
-
-
-def base_model(
-    config: RunConfig, catalog: Catalog, folder: Path, log: Log
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base model; for `scratch`, make it once, for this run and others with the same texts and seed."""
-    model = config.model
-    if model.name != "scratch":
-        return load_base(
-            model.name,
-            revision=model.revision,
-            dtype=model.dtype,
-            quantization=model.quantization,
-            trust_remote_code=model.trust_remote_code,
-        )
-    place, letters = folder / BASE, needed_letters(config)
-    inputs = [catalog.sha256, repr(model.scratch), str(config.seed), scratch_version(), *([letters] if letters else [])]
-    key = sha256_of_arrays(*inputs)
-    if not (place / "key.json").exists() or read_json(place / "key.json") != key:
-        kept = kept_folder("models", key, lambda new: _make_scratch(config, catalog, letters, new, log))
-        with atomic_folder(place) as new:  # a copy: other machines of a run may share its folder and no cache
-            shutil.copytree(kept, new, dirs_exist_ok=True)
-            write_json(new / "key.json", key)
-    dtype = "bfloat16" if model.dtype == "bfloat16" else "float32"
-    return load_lm(place, AutoConfig.from_pretrained(place), dtype=dtype), AutoTokenizer.from_pretrained(place)
-
-
-def _make_scratch(config: RunConfig, catalog: Catalog, letters: str, place: Path, log: Log) -> None:
-    """Train a `scratch` model and its text tokenizer on the catalogue's texts, and save them."""
-    sizes, texts = config.model.scratch, catalog.texts()
-    tokenizer = scratch.train_tokenizer(texts, vocab_size=sizes.vocab_size, letters=letters)
-    lm = scratch_model(config, tokenizer)
-    log(f"  base model: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tokenizer):,} text tokens")
-    report = _every_fifth(log, "pre-training on the item texts")
-    scratch.pretrain(lm, tokenizer, texts, epochs=sizes.pretrain_epochs, seed=config.seed, progress=report)
-    lm.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-
-
-def needed_letters(config: RunConfig) -> str:
-    """Letters that a scratch tokenizer must have whatever the texts hold: digits, where items are named in words."""
-    return string.digits if isinstance(config.tokenizer, settings.TextTokenizer) else ""
-
-
-def scratch_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """An untrained `scratch` model of the recipe's size."""
-    sizes = config.model.scratch
-    return scratch.build_model(
-        tokenizer,
-        family=sizes.family,
-        layers=sizes.layers,
-        width=sizes.width,
-        heads=sizes.heads,
-        decoder_layers=sizes.decoder_layers,
-        head_dim=sizes.head_dim,
-        inner=sizes.inner,
-        dropout=sizes.dropout,
-        seed=config.seed,
-    )
-
-
-def scratch_version() -> str:
-    """What, beside the recipe, decides how a scratch model comes out."""
-    packages = " ".join(f"{name}={version(name)}" for name in ("torch", "transformers", "sentencepiece"))
-    return f"{packages} results={RESULTS_VERSION}"
-
-
-def _every_fifth(log: Log, what: str) -> Callable[[int, int, float], None]:
-    def report(step: int, steps: int, loss: float) -> None:
-        if step % max(1, steps // 5) == 0 or step == steps:
-            log(f"  {what}: step {step:,} of {steps:,}, loss {loss:.3f}")
-
-    return report
 
 
 def item_vectors(config: RunConfig, data: Dataset, folder: Path, log: Log) -> np.ndarray | None:
@@ -375,12 +303,12 @@ def fit_codes(
         return tokenizer.deal(len(data.catalog)), None
     assert matrix is not None  # only codes that are not fitted do without
     if isinstance(tokenizer, RQVAE):
-        return _kept_fit(tokenizer, matrix, config)
+        return _kept_fit(tokenizer, matrix, config, log)
     codes = tokenizer.fit(matrix)
     return codes, tokenizer.quantizer
 
 
-def _kept_fit(tokenizer: RQVAE, matrix: np.ndarray, config: RunConfig) -> tuple[ItemCodes, Quantizer | None]:
+def _kept_fit(tokenizer: RQVAE, matrix: np.ndarray, config: RunConfig, log: Log) -> tuple[ItemCodes, Quantizer | None]:
     """Fit an RQ-VAE, which takes minutes, once for all runs that begin with the same."""
 
     def fill(new: Path) -> None:
@@ -391,8 +319,8 @@ def _kept_fit(tokenizer: RQVAE, matrix: np.ndarray, config: RunConfig) -> tuple[
     assert isinstance(config.tokenizer, settings.RqVaeTokenizer)
     chosen = repr(dataclasses.replace(config.tokenizer, collisions="forbid"))  # they are resolved later
     aligned = [] if tokenizer.collaborative is None else [tokenizer.collaborative]
-    versions = f"torch={version('torch')} results={RESULTS_VERSION}"
-    kept = kept_folder("rqvae", sha256_of_arrays(matrix, *aligned, chosen, str(config.seed), versions), fill)
+    key = sha256_of_arrays(matrix, *aligned, chosen, str(config.seed), made_by("torch"))
+    kept = kept_folder("rqvae", key, fill, log)
     return ItemCodes.load(kept), load_quantizer(kept)
 
 

@@ -1,8 +1,8 @@
 """What a recipe's `rescoring` makes: a dense model trained on the same log, and its share in the scores."""
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,21 @@ from accelerate import PartialState
 
 from llm_itemtok import sasrec
 from llm_itemtok.answering import best_scored
-from llm_itemtok.artifacts import kept_folder, sha256_of_arrays
+from llm_itemtok.artifacts import kept_folder, read_json, sha256_of_arrays, write_json
+from llm_itemtok.bundle import items_sha256
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.splits import Cases
-from llm_itemtok.decoding.dense import Rescorer
-from llm_itemtok.evaluation.baselines import rank_cases
+from llm_itemtok.decoding.dense import FILE_NAME, Rescorer
+from llm_itemtok.evaluation.baselines import fingerprint, sasrec_interval, validated
 from llm_itemtok.evaluation.metrics import metrics_from_ranks, ranks_from_lists
+from llm_itemtok.pipeline.base_model import made_by
 from llm_itemtok.pipeline.prepare import Dataset, Log, progress_lines
-from llm_itemtok.pipeline.stages import RESULTS_VERSION
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.settings import SasrecRescoring
 
 KEY = "ndcg@10"
 """What a share is chosen by."""
+_TOOK = "took.json"
 
 
 def with_rescoring(
@@ -43,15 +45,18 @@ def with_rescoring(
     """
     chosen = config.rescoring
     if not isinstance(chosen, SasrecRescoring):
+        if (left := Path(config.model.name) / FILE_NAME).is_file():
+            log(f"  {left} is left behind: the recipe has no dense model (`rescoring`)")
         return recommender, {}
-    rescorer = _rescorer(config, chosen, data, log)
+    rescorer, took = _trained(config, chosen, data, log)
     cases = data.split.validation
-    shares = (0.0, *sorted({*chosen.weights} - {0.0, 1.0}), 1.0)
+    shares = (0.0, *sorted({*chosen.shares}), 1.0)
     found = _by_share(recommender, rescorer, cases, shares, config, progress_lines(log, "validation users"))
-    best = max(chosen.weights, key=lambda share: (found[share][KEY], -share))
-    alone = f"{found[0.0][KEY]:.4f} by the language model alone, {found[1.0][KEY]:.4f} by the dense one"
+    best = max(chosen.shares, key=lambda share: (found[share][KEY], -share))
+    alone = f"{found[0.0][KEY]:.4f} as the language model ranks, {found[1.0][KEY]:.4f} as the dense one does"
     log(f"  re-scoring: validation NDCG@10 {found[best][KEY]:.4f} with a share of {best:g}; {alone}")
-    facts = {"share": best, "users": len(cases), "validation": [{"share": share, **found[share]} for share in shares]}
+    by_share = [{"share": share, **found[share]} for share in shares]
+    facts = {"share": best, "users": len(cases), "validation": by_share, "training": took}
     return recommender.with_rescorer(rescorer, best), facts
 
 
@@ -61,18 +66,20 @@ def chosen_metrics(shares: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for line in found for key, value in line.items() if key != "share"}
 
 
-def _rescorer(config: RunConfig, chosen: SasrecRescoring, data: Dataset, log: Log) -> Rescorer:
-    """Train the dense model once for all runs with the same log, settings and seed."""
-    split, mask_seen = data.split, config.evaluation.mask_seen
+def _trained(config: RunConfig, chosen: SasrecRescoring, data: Dataset, log: Log) -> tuple[Rescorer, dict[str, Any]]:
+    """Train the dense model, once for all runs with the same log, settings and seed, and say what that took."""
+    split, mask_seen, device = data.split, config.evaluation.mask_seen, str(PartialState().device)
     cases = split.validation.head(config.evaluation.validation_users or len(split.validation), config.seed)
-    device = str(PartialState().device)
+    items = items_sha256(data.catalog.item_ids)
 
     def fill(new: Path) -> None:
         log("  training the dense model …")
+        began = time.perf_counter()
         fitted = sasrec.fit(
             split.train_sequences(),
             split.num_items,
-            validate=lambda model: metrics_from_ranks(rank_cases(model, cases, mask_seen))[KEY],
+            validate=lambda model: validated(model, cases, mask_seen),
+            every=sasrec_interval(split),
             seed=config.seed,
             device=device,
             width=chosen.width,
@@ -80,15 +87,26 @@ def _rescorer(config: RunConfig, chosen: SasrecRescoring, data: Dataset, log: Lo
             steps=chosen.steps,
             progress=progress_lines(log, "steps of the dense model"),
         )
-        log(f"  dense model: validation NDCG@10 {fitted.score:.4f} after {fitted.step:,} steps")
-        Rescorer(fitted.model).save(new)
+        took = {
+            "steps": fitted.step,
+            "seconds": round(time.perf_counter() - began, 1),
+            "parameters": sum(weights.numel() for weights in fitted.model.parameters()),
+        }
+        log(f"  dense model: {took['parameters']:,} parameters, best after {fitted.step:,} steps")
+        Rescorer(fitted.model, items).save(new)
+        write_json(new / _TOOK, took)
 
-    facts = {"seed": config.seed, "mask_seen": mask_seen, "device": device.split(":")[0]}
-    sizes = {"width": chosen.width, "dropout": chosen.dropout, "steps": chosen.steps}
-    versions = f"torch={version('torch')} results={RESULTS_VERSION}"
+    facts: dict[str, Any] = {
+        "width": chosen.width,
+        "dropout": chosen.dropout,
+        "steps": chosen.steps,
+        "seed": config.seed,
+    }
+    facts |= {"mask_seen": mask_seen, "device": device.split(":")[0], "method": fingerprint("sasrec"), "items": items}
     inputs = (split.train_items, split.train_offsets, cases.items, cases.offsets, cases.targets)
-    key = sha256_of_arrays(json.dumps({**facts, **sizes}), versions, str(split.num_items), *inputs)
-    return Rescorer.load(kept_folder("dense", key, fill))
+    key = sha256_of_arrays(json.dumps(facts), made_by("torch"), *inputs)
+    kept = kept_folder("dense", key, fill, log)
+    return Rescorer.load(kept), read_json(kept / _TOOK)
 
 
 def _by_share(

@@ -123,6 +123,10 @@ def keys(config: RunConfig, data_sha256: str, file_sha256: Mapping[str, str], se
     for stage in STAGE_NAMES:
         inputs = {section: settings[section] for section in SECTIONS[stage]}
         if stage == "train":
+            if settings["rescoring"]["kind"] == "none":
+                del inputs["rescoring"]  # as in runs from before there was such a section
+            else:
+                inputs["dense"] = fingerprint("sasrec")
             inputs["evaluation"] = {key: value for key, value in settings["evaluation"].items() if key not in MEASURING}
         if stage == "evaluate":
             inputs |= {key: settings["evaluation"][key] for key in MEASURING}
@@ -198,9 +202,11 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
 
 
 def _without_paths(text: str) -> Any:
-    """A resolved recipe without the settings that may name a local path."""
+    """A resolved recipe without the settings that may name a local path, and without sections that came later."""
     recipe = yaml.safe_load(text)
     names = {"data": ("path",), "vectors": ("path", "model"), "tokenizer": ("path",), "model": ("name",)}
+    if recipe.get("rescoring") == {"kind": "none"}:
+        del recipe["rescoring"]  # as in runs from before there was such a section
     for section, keys in names.items():
         for part in (recipe.get(section, {}), *recipe.get(section, {}).get("parts", ())):
             for key in keys:

@@ -12,7 +12,8 @@ from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model import item_network
 from llm_itemtok.model.prompts import encode_text
 from llm_itemtok.model.rows import input_table
-from llm_itemtok.pipeline.prepare import Dataset, Log, base_model, item_vectors
+from llm_itemtok.pipeline.base_model import base_model
+from llm_itemtok.pipeline.prepare import Dataset, Log, item_vectors
 from llm_itemtok.vocab import init
 from llm_itemtok.vocab.text_vocab import extended
 

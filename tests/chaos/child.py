@@ -86,6 +86,7 @@ def _work(recipe: Path, out: Path, said: Path, place: str | None, count: int, de
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    os.environ["ITEMTOK_CACHE"] = str(out.with_name(f"{out.name}-cache"))  # or it would find there what it could lose
     if place is not None:
         _arm(place, count, delay)
     sys.exit(main(["run", str(recipe), "--out", str(out), "--resume"]))

@@ -52,6 +52,11 @@ SYSTEMS = {
 objective: {{kind: token-weighted, pace: 0.05}}
 """
     ),
+    "dense": System(
+        f"""{EVERY % "random"}{PLAIN}
+rescoring: {{kind: sasrec, width: 8, steps: 200}}
+"""
+    ),
     "IntRR": System(
         f"""{EVERY % "random"}{PLAIN}
 scoring: {{kind: recursive, embedding: 8, hidden: 16, alignment: 0.1}}
@@ -103,16 +108,22 @@ def left(folder):
     """What must be the same: the metrics, each version of the codes, the trained model, the logs."""
     metrics = flat(json.loads((folder / "metrics.json").read_text()), "metrics")
     log, rounds = (read(folder / name) for name in ("metrics.jsonl", "updates.jsonl"))
+    shares = flat(read_one(folder / "rescoring.json"), "shares")
     figures = [folder / name for name in ("token_weights.json", "item_paths.json")]
     binary = [*(folder / "model").glob("*.safetensors"), *(folder / "codes").rglob("*.safetensors")]
     return {
-        **{place: value for place, value in metrics.items() if not any(word in place for word in TIMES)},
+        **{at: value for at, value in (metrics | shares).items() if not any(word in at for word in TIMES)},
         "codes": {path.name: ItemCodes.load(path).sha256 for path in sorted((folder / "codes").glob("v*"))},
         "log": [line for line in log if "train_runtime" not in line],
         "rounds": [{name: part for name, part in line.items() if not name.endswith(TIMES)} for line in rounds],
         **{str(path.relative_to(folder)): path.read_bytes() for path in [*binary, *filter(Path.exists, figures)]},
         "ranks": (folder / "ranks.parquet").read_bytes(),
     }
+
+
+def read_one(path):
+    """What a file of figures holds; nothing if this way to train has none."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read(log):

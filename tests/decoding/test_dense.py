@@ -22,7 +22,7 @@ def rescorer() -> Rescorer:
     network = SASRec(ITEMS, width=8, max_length=4, dropout=0.5)
     with torch.no_grad():
         network.items.weight.normal_()
-    return Rescorer(network)
+    return Rescorer(network, "of these items")
 
 
 def test_probabilities_of_all_items_add_up_to_one(rescorer: Rescorer) -> None:
@@ -48,18 +48,22 @@ def test_the_best_known_items_obey_both_lists() -> None:
     assert [len(rows) for rows in best_known(dense, 2, nobody)] == [0, 0]
 
 
-def test_scores_are_mixed_by_share_and_an_unknown_item_keeps_its_own() -> None:
+def test_scores_are_mixed_by_share_and_of_an_unknown_item_it_has_no_opinion() -> None:
     own = [np.array([-1.0, -2.0, -3.0], dtype=np.float32)]
     dense = np.array([[-4.0, -8.0]], dtype=np.float32)
     both = Both([np.array([0, 1, 5])], own, dense)
     np.testing.assert_array_equal(both.mixed(0.0)[0], own[0])
-    np.testing.assert_allclose(both.mixed(0.25)[0], [-1.75, -3.5, -3.0])
-    np.testing.assert_allclose(both.mixed(1.0)[0], [-4.0, -8.0, -3.0])
+    unknown = -np.log(2)  # one of the two that it knows
+    np.testing.assert_allclose(both.mixed(0.25)[0], [-1.75, -3.5, 0.75 * -3.0 + 0.25 * unknown], rtol=1e-6)
+    np.testing.assert_allclose(both.mixed(1.0)[0], [-4.0, -8.0, unknown], rtol=1e-6)
 
 
 def test_it_answers_the_same_after_saving_and_loading(rescorer: Rescorer, tmp_path: Path) -> None:
     rescorer.save(tmp_path)
+    state = torch.get_rng_state()
     again = Rescorer.load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert again.items_sha256 == "of these items"
     np.testing.assert_array_equal(again.log_probs(HISTORIES), rescorer.log_probs(HISTORIES))
     first = (tmp_path / FILE_NAME).read_bytes()
     again.save(tmp_path)
@@ -81,7 +85,7 @@ def test_files_that_are_none_are_refused(rescorer: Rescorer, tmp_path: Path) -> 
     for also, message in (
         ({"format_version": 99}, "format 99"),
         ({}, "belong together"),
-        ({"layers": 2, "heads": 2, "max_length": 4}, "belong together"),
+        ({"layers": 2, "heads": 2, "max_length": 4, "items_sha256": ""}, "belong together"),
     ):
         tensors = dict(rescorer.network.state_dict())
         save_file(tensors, path, metadata={"rescorer": json.dumps({**header, **also})})

@@ -1,0 +1,100 @@
+"""The base model of a run: loaded, or for `scratch` made of the catalogue's texts, once for all runs that share it."""
+
+import shutil
+import string
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_itemtok import settings
+from llm_itemtok.artifacts import CONTENT, atomic_folder, kept_folder, read_json, sha256_of_arrays, write_json
+from llm_itemtok.config import RunConfig
+from llm_itemtok.data.catalog import Catalog
+from llm_itemtok.model import scratch
+from llm_itemtok.model.load import load_base, load_lm
+from llm_itemtok.pipeline.stages import RESULTS_VERSION
+from llm_itemtok.pipeline.vectors import Log
+
+BASE = "base"
+
+
+def base_model(
+    config: RunConfig, catalog: Catalog, folder: Path, log: Log
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base model; for `scratch`, make it once, for this run and others with the same texts and seed."""
+    model = config.model
+    if model.name != "scratch":
+        return load_base(
+            model.name,
+            revision=model.revision,
+            dtype=model.dtype,
+            quantization=model.quantization,
+            trust_remote_code=model.trust_remote_code,
+        )
+    place, letters = folder / BASE, needed_letters(config)
+    inputs = [catalog.sha256, repr(model.scratch), str(config.seed), scratch_version(), *([letters] if letters else [])]
+    key = sha256_of_arrays(*inputs)
+    if not (place / "key.json").exists() or read_json(place / "key.json") != key:
+        kept = kept_folder("models", key, lambda new: _make_scratch(config, catalog, letters, new, log), log)
+        with atomic_folder(place) as new:  # a copy: other machines of a run may share its folder and no cache
+            shutil.copytree(kept, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CONTENT))
+            write_json(new / "key.json", key)
+    dtype = "bfloat16" if model.dtype == "bfloat16" else "float32"
+    return load_lm(place, AutoConfig.from_pretrained(place), dtype=dtype), AutoTokenizer.from_pretrained(place)
+
+
+def _make_scratch(config: RunConfig, catalog: Catalog, letters: str, place: Path, log: Log) -> None:
+    """Train a `scratch` model and its text tokenizer on the catalogue's texts, and save them."""
+    sizes, texts = config.model.scratch, catalog.texts()
+    tokenizer = scratch.train_tokenizer(texts, vocab_size=sizes.vocab_size, letters=letters)
+    lm = scratch_model(config, tokenizer)
+    log(f"  base model: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tokenizer):,} text tokens")
+    report = _every_fifth(log, "pre-training on the item texts")
+    scratch.pretrain(lm, tokenizer, texts, epochs=sizes.pretrain_epochs, seed=config.seed, progress=report)
+    lm.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+
+
+def needed_letters(config: RunConfig) -> str:
+    """Letters that a scratch tokenizer must have whatever the texts hold: digits, where items are named in words."""
+    return string.digits if isinstance(config.tokenizer, settings.TextTokenizer) else ""
+
+
+def scratch_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """An untrained `scratch` model of the recipe's size."""
+    sizes = config.model.scratch
+    return scratch.build_model(
+        tokenizer,
+        family=sizes.family,
+        layers=sizes.layers,
+        width=sizes.width,
+        heads=sizes.heads,
+        decoder_layers=sizes.decoder_layers,
+        head_dim=sizes.head_dim,
+        inner=sizes.inner,
+        dropout=sizes.dropout,
+        seed=config.seed,
+    )
+
+
+def scratch_version() -> str:
+    """What, beside the recipe, decides how a scratch model comes out."""
+    return made_by("torch", "transformers", "sentencepiece")
+
+
+def made_by(*packages: str) -> str:
+    """What decides, beside its inputs, how a thing that is trained comes out, to the last digit."""
+    versions = [f"{name}={version(name)}" for name in packages]
+    machine = f"threads={torch.get_num_threads()} processor={torch.backends.cpu.get_cpu_capability()}"
+    return " ".join([*versions, f"results={RESULTS_VERSION}", machine])
+
+
+def _every_fifth(log: Log, what: str) -> Callable[[int, int, float], None]:
+    def report(step: int, steps: int, loss: float) -> None:
+        if step % max(1, steps // 5) == 0 or step == steps:
+            log(f"  {what}: step {step:,} of {steps:,}, loss {loss:.3f}")
+
+    return report
