@@ -109,7 +109,7 @@ def test_a_plan_stopped_and_killed_goes_on_to_the_same_table(plan, undisturbed, 
     second.kill()
     second.wait()
     kept = table(tmp_path)
-    assert kept[: len(before)] == before
+    assert [row for row in kept if row in before] == before  # either of two runs may have ended first
 
     last = subprocess.run(command(plan, tmp_path), capture_output=True, text=True, check=False)
     assert last.returncode == 0, last.stderr
