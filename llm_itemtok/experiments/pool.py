@@ -156,7 +156,8 @@ class Pool:
 
     def _path_hashes(self, config: RunConfig) -> dict[str, str]:
         plain = config.to_dict()
-        named = [plain["data"], plain["vectors"], {**plain["model"], "scratch": None}, config.seed]
+        codes = plain["tokenizer"].get("path")
+        named = [plain["data"], plain["vectors"], codes, {**plain["model"], "scratch": None}, config.seed]
         key = json.dumps(named if plain["data"]["source"] == "synthetic" else named[:-1], default=str)
         if key not in self._hashes:
             self._hashes[key] = input_hashes(config)

@@ -132,6 +132,22 @@ def test_a_record_from_before_a_setting_existed_serves_its_default_and_nothing_e
     assert pool.record(other) is None
 
 
+def test_a_file_of_codes_is_hashed_whatever_was_named_before_it(tmp_path, data, pool):
+    """What one cell's inputs hash to is not taken for another's."""
+    plain = pool.job(cell(recipe(tmp_path, data)))
+    names = []
+    for text in ("item_id,code\n1,0\n", "item_id,code\n1,1\n"):
+        (tmp_path / "codes.csv").write_text(text)
+        again = Pool(pool.results, pool.runs)
+        again.job(cell(recipe(tmp_path, data)))
+        job = again.job(cell(recipe(tmp_path, data, tokenizer={"kind": "file", "path": str(tmp_path / "codes.csv")})))
+        assert job.recipe["tokenizer"]["path"].startswith("sha256:")
+        assert str(tmp_path) not in json.dumps(job.recipe)
+        names.append(job.sha256)
+        assert again.job(cell(recipe(tmp_path, data))).sha256 == plain.sha256
+    assert len(set(names)) == 2
+
+
 def test_a_record_from_before_a_section_existed_serves_its_default_and_no_other_kind(tmp_path, data, pool):
     """The defaults of another kind are no defaults of the section."""
     written = finish(pool, pool.job(cell(recipe(tmp_path, data))))
