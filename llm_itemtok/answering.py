@@ -57,7 +57,7 @@ class Answering(abc.ABC):
     @property
     @abc.abstractmethod
     def generations(self) -> tuple[Generation, ...]:
-        """How each of the models decodes, at least one; they agree on `mask_seen`."""
+        """How each of the models decodes, at least one; they agree on what they leave out of a history."""
 
     @property
     @abc.abstractmethod
@@ -71,8 +71,13 @@ class Answering(abc.ABC):
 
     @property
     def mask_seen(self) -> bool:
-        """Whether items of a history are left out of its answer."""
+        """As in `Generation`."""
         return self.generations[0].mask_seen
+
+    @property
+    def repeats(self) -> bool:
+        """As in `Generation`."""
+        return self.generations[0].repeats
 
     @abc.abstractmethod
     def search(
@@ -117,6 +122,7 @@ class Answering(abc.ABC):
             cases,
             width=width,
             mask_seen=self.mask_seen,
+            repeats=self.repeats,
             batch_size=batch_size,
             device=self.device,
             progress=progress,
@@ -179,7 +185,7 @@ class Answering(abc.ABC):
         allowed, excluded = self._listed("allow", allow, len(rows)), self._listed("deny", deny, len(rows))
         if not rows:
             return []
-        if self.mask_seen:
+        if self.generations[0].leaves_out_seen:
             excluded = [
                 seen if denied is None else np.concatenate([seen, denied])
                 for seen, denied in zip(rows, excluded, strict=True)

@@ -80,7 +80,7 @@ class Generation:
         training_normaliser: the one of the loss.
         beam: beams kept at every level.
         history_length: most recent items read.
-        mask_seen: whether items of the history are left out.
+        mask_seen: whether items of the history are left out; when measured, a target among them is a candidate still.
         catalog_sha256: of the catalogue that the codes belong to.
         codes_sha256: of the codes.
         dtype: of the base model's weights, for `adapter`: `float32`, `bfloat16` or `auto`.
@@ -92,6 +92,7 @@ class Generation:
             must have vectors of that kind. Empty where the codes were made without, and in bundles of earlier versions.
         reads: how items stand in what the model reads (`ItemTokenModel.reads`); `tokens` in earlier versions' bundles.
         dense_share: share of the dense model's log-probability in an item's score, in [0, 1]; at 0 it is not asked.
+        repeats: whether users return to items. If not, those of the history are left out, also when measured.
     """
 
     layout: str
@@ -112,9 +113,15 @@ class Generation:
     vectors: dict[str, Any] = field(default_factory=dict)
     reads: Reads = "tokens"
     dense_share: float = 0.0
+    repeats: bool = True
+
+    @property
+    def leaves_out_seen(self) -> bool:
+        """Whether items of a history are no answers to it, for either reason."""
+        return self.mask_seen or not self.repeats
 
 
-_YOUNGER = ("quantization", "items_sha256", "vectors", "reads", "dense_share")
+_YOUNGER = ("quantization", "items_sha256", "vectors", "reads", "dense_share", "repeats")
 """Settings that bundles of earlier versions lack."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -346,6 +353,7 @@ def _check_settings(settings: dict[str, Any], path: Path) -> None:
     right = isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1
     check("dense_share", right, "a number in [0, 1]")
     check("mask_seen", isinstance(settings["mask_seen"], bool), "true or false")
+    check("repeats", isinstance(settings.get("repeats", True), bool), "true or false")
 
 
 def read_items(path: Path, vocab: ItemVocab) -> list[dict[str, str]]:

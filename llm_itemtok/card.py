@@ -281,7 +281,9 @@ def _usage(subject: Subject) -> str:
         levels=subject.levels,
         prompt=prompt,
         length=generation.history_length,
-        seen=",\nand drop items of the history from the list, as the package does" if generation.mask_seen else "",
+        seen=",\nand drop items of the history from the list, as the package does"
+        if generation.leaves_out_seen
+        else "",
     )
 
 
@@ -326,7 +328,7 @@ def _results(metrics: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> It
 
 def _measured(metrics: Mapping[str, Any]) -> str:
     protocol, counts = metrics["protocol"], metrics["protocol"]["counts"]
-    seen = "left out" if protocol["mask_seen"] else "included"
+    seen = "included" if protocol.get("repeats", True) and not protocol["mask_seen"] else "left out"
     share = protocol.get("dense_share")
     shared = "" if share is None else f", of the dense model a share of {share:g}"
     rows = [("**this model**", metrics), *metrics["baselines"].items()]

@@ -165,15 +165,8 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     yield from _data_contradictions(config.data)
     yield from _model_contradictions(config)
     yield from _segment_contradictions(config)
-    evaluation, tasks = config.evaluation, config.examples.tasks
-    if evaluation.k > evaluation.beam:
-        yield (
-            f"`evaluation.k` must be at most `evaluation.beam`, was: {evaluation.k} > {evaluation.beam}; "
-            "a beam cannot yield more items than it holds"
-        )
-    if len(set(evaluation.baselines)) < len(evaluation.baselines):
-        yield f"`evaluation.baselines` must name each baseline once, was: {', '.join(evaluation.baselines)}"
-    if not any(tasks.values()):
+    yield from _evaluation_contradictions(config.evaluation)
+    if not any(config.examples.tasks.values()):
         yield "`examples.tasks` must give at least one task a weight above 0; there would be nothing to train"
     if isinstance(config.tokenizer, RqVaeTokenizer) and not config.tokenizer.hidden:
         yield "`tokenizer.hidden` must have at least one width, was: []"
@@ -193,6 +186,21 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             "`scoring.item_embedding` needs item tokens to be carried by, and `tokenizer.kind: "
             f"{config.tokenizer.kind}` has none; write 0, or choose another tokenizer"
         )
+
+
+def _evaluation_contradictions(evaluation: Evaluation) -> Iterator[str]:
+    if evaluation.k > evaluation.beam:
+        yield (
+            f"`evaluation.k` must be at most `evaluation.beam`, was: {evaluation.k} > {evaluation.beam}; "
+            "a beam cannot yield more items than it holds"
+        )
+    if evaluation.mask_seen and evaluation.repeats != "keep":
+        yield (
+            "`evaluation.mask_seen: true` leaves out items of the history but for the target, and `evaluation.repeats: "
+            f"{evaluation.repeats}` leaves out the target, too; write one of the two"
+        )
+    if len(set(evaluation.baselines)) < len(evaluation.baselines):
+        yield f"`evaluation.baselines` must name each baseline once, was: {', '.join(evaluation.baselines)}"
 
 
 def _rescoring_contradictions(rescoring: Rescoring) -> Iterator[str]:

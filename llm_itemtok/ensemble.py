@@ -45,11 +45,12 @@ class Ensemble(Answering):
                     f"model {number} differ: {len(first.item_ids)} and {len(member.item_ids)} items, "
                     f"{len(set(first.item_ids) & set(member.item_ids))} in both"
                 )
-            if member.mask_seen != first.mask_seen:
-                raise ArtifactError(
-                    "models that answer together must agree on whether items of a history may come out "
-                    f"(`mask_seen`), but model 1 has {first.mask_seen} and model {number} has {member.mask_seen}"
-                )
+            for name in ("mask_seen", "repeats"):
+                if (has := getattr(member, name)) != (must := getattr(first, name)):
+                    raise ArtifactError(
+                        "models that answer together must agree on whether items of a history may come out "
+                        f"(`{name}`), but model 1 has {must} and model {number} has {has}"
+                    )
         super().__init__(first.item_ids, first.titles)
 
     @property

@@ -321,6 +321,7 @@ class Recommender(Answering):
             history_length=self.generation.history_length,
             normaliser=self.generation.normaliser,
             mask_seen=self.generation.mask_seen,
+            repeats=self.generation.repeats,
             batch_size=batch_size,
             progress=progress,
         )

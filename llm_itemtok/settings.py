@@ -422,7 +422,10 @@ class Evaluation:
     k: Count = 10
     """Recommendations shown in predictions and report; at most `beam`."""
     mask_seen: bool = False
-    """Leave out items of the user's own history."""
+    """Leave out items of the user's own history, the target excepted: a rule of the protocol, for baselines, too."""
+    repeats: Literal["keep", "drop", "choose"] = "keep"
+    """Items of the history: `keep` them among the answers, `drop` them (a target among them is missed), or let
+    validation `choose`, after training."""
     baselines: tuple[Literal["popularity", "markov", "item-knn", "sasrec"], ...] = ("popularity", "markov", "item-knn")
     """Fitted and tested on the same split; `sasrec` is trained, which takes minutes where the log is large."""
     validation_users: CountOrNone = 0

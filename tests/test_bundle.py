@@ -149,6 +149,7 @@ def test_a_folder_with_something_else_in_it_is_not_replaced(tmp_path):
         ({"beam": True}, "`beam` must be a whole number"),
         ({"history_length": "5"}, "`history_length` must be a whole number"),
         ({"mask_seen": 1}, "`mask_seen` must be true or false"),
+        ({"repeats": 0}, "`repeats` must be true or false"),
         ({"codes_sha256": None}, "`codes_sha256` must be a text, was"),
         ({"base": 3}, "`base` must be a text or null"),
         ({"protocol": []}, "`protocol` must be a JSON object"),

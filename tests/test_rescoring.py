@@ -253,10 +253,11 @@ def test_the_dense_model_is_trained_once_for_the_runs_that_share_it(
     first, kept = made("first")
     assert kept == 1
     assert made("other tokens", "tokenizer.kind=random") == (first, 1)
-    for number, other in enumerate(("seed=1", "rescoring.dropout=0.1", "evaluation.mask_seen=true"), start=2):
+    others = ("seed=1", "rescoring.dropout=0.1", "evaluation.mask_seen=true", "evaluation.repeats=drop")
+    for number, other in enumerate(others, start=2):
         assert made(f"other {number}", other)[1] == number
     monkeypatch.setitem(baselines.BASELINES, "sasrec", baselines.BASELINES["sasrec"]._replace(version=99))
-    assert made("other method")[1] == 5
+    assert made("other method")[1] == 6
 
 
 def test_a_run_from_before_there_were_dense_models_goes_on(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from llm_itemtok.evaluation.segments import segment_metrics
 
 Log = Callable[[str], None]
 """Called with a line of progress."""
+Validate = Callable[["Scorer", Cases], float]
 
 _MAX_SCORES = 2**26
 """Scores held at a time (256 MB as float32): a batch is cut to it when the catalogue is large."""
@@ -165,7 +166,7 @@ class ItemKNN:
         return cls(similar_items(split, settle, neighbours, shrink), settle, decay=decay, repeats=repeats)
 
     @classmethod
-    def tune(cls, split: Split, mask_seen: bool, log: Log) -> "tuple[ItemKNN, dict[str, Any]]":
+    def tune(cls, split: Split, validate: "Validate", log: Log) -> "tuple[ItemKNN, dict[str, Any]]":
         """Choose settings on validation cases by NDCG@10, one setting at a time, twice round.
 
         Returns:
@@ -186,7 +187,7 @@ class ItemKNN:
         def score(setting: Mapping[str, Any]) -> float:
             key = tuple(setting.values())
             if key not in seen:
-                seen[key] = validated(make(setting), cases, mask_seen)
+                seen[key] = validate(make(setting), cases)
             return seen[key]
 
         best = {name: values[0] for name, values in cls.GRID.items()}
@@ -211,9 +212,9 @@ class ItemKNN:
         return scores
 
 
-def validated(scorer: Scorer, cases: Cases, mask_seen: bool) -> float:
+def validated(scorer: Scorer, cases: Cases, mask_seen: bool, repeats: bool = True) -> float:
     """Say how good a scorer is: NDCG@10, and a thousandth of the NDCG without a cutoff, for where hits are few."""
-    ranks = rank_cases(scorer, cases, mask_seen)
+    ranks = rank_cases(scorer, cases, mask_seen, repeats)
     return metrics_from_ranks(ranks)["ndcg@10"] + 1e-3 * float(np.mean(1 / np.log2(ranks + 1)))
 
 
@@ -232,7 +233,7 @@ SASREC_SETTINGS: Sequence[Mapping[str, Any]] = ({"dropout": 0.5}, {"dropout": 0.
 """What the SASRec baseline chooses from on validation; all else as `sasrec.fit` has it."""
 
 
-def _tune_sasrec(split: Split, mask_seen: bool, device: str, log: Log) -> tuple[Scorer, dict[str, Any]]:
+def _tune_sasrec(split: Split, validate: Validate, device: str, log: Log) -> tuple[Scorer, dict[str, Any]]:
     """Train one SASRec a setting and keep the one that validates best.
 
     Its seed is fixed, not the recipe's: one result then serves every seed of an experiment.
@@ -240,9 +241,9 @@ def _tune_sasrec(split: Split, mask_seen: bool, device: str, log: Log) -> tuple[
     cases = split.validation.head(_TUNING_CASES, seed=0)
     said = time.monotonic()
 
-    def validate(model: sasrec.SASRec) -> float:
+    def watched(model: sasrec.SASRec) -> float:
         nonlocal said
-        score = validated(model, cases, mask_seen)
+        score = validate(model, cases)
         if time.monotonic() - said > 60:  # a sign of life, not a curve
             said = time.monotonic()
             log(f"  sasrec: validation NDCG@10 {score:.4f}")
@@ -252,7 +253,7 @@ def _tune_sasrec(split: Split, mask_seen: bool, device: str, log: Log) -> tuple[
     best, chosen = None, {}
     for setting in SASREC_SETTINGS:
         settings = {"every": every, "device": device, **setting}
-        fitted = sasrec.fit(split.train_sequences(), split.num_items, validate=validate, seed=0, **settings)
+        fitted = sasrec.fit(split.train_sequences(), split.num_items, validate=watched, seed=0, **settings)
         log(f"  sasrec {dict(setting)}: validation NDCG@10 {fitted.score:.4f} after {fitted.step} steps")
         if best is None or fitted.score > best.score:
             best, chosen = fitted, {**setting, "steps": fitted.step}
@@ -266,21 +267,21 @@ class Baseline(NamedTuple):
     version: int
     """To be raised whenever its ranks can change by more than what `settings` says: what was kept of older versions is
     then not used."""
-    fit: Callable[[Split, bool, str, Log], tuple[Scorer, dict[str, Any]]]
-    """From a split, `mask_seen` (which the validation it is tuned on follows), the device to train on and a log: the
-    baseline fitted, and the settings that were chosen on validation."""
+    fit: Callable[[Split, Validate, str, Log], tuple[Scorer, dict[str, Any]]]
+    """From a split, what it is tuned by, the device to train on and a log: the baseline fitted, and the settings that
+    were chosen on validation."""
     settings: Callable[[], Sequence[Any]] = tuple
     """Says what settings are tried and what defaults stand for the others; JSON values, in the order they are tried."""
 
 
 BASELINES: Mapping[str, Baseline] = {
-    "popularity": Baseline(1, lambda split, _mask_seen, _device, _log: (Popularity.fit(split), {})),
+    "popularity": Baseline(1, lambda split, _validate, _device, _log: (Popularity.fit(split), {})),
     "markov": Baseline(
-        1, lambda split, _mask_seen, _device, _log: (Markov.fit(split), {}), lambda: (_defaults(Markov.fit),)
+        1, lambda split, _validate, _device, _log: (Markov.fit(split), {}), lambda: (_defaults(Markov.fit),)
     ),
     "item-knn": Baseline(
         2,
-        lambda split, mask_seen, _device, log: ItemKNN.tune(split, mask_seen, log),
+        lambda split, validate, _device, log: ItemKNN.tune(split, validate, log),
         lambda: (ItemKNN.GRID, _TUNING_CASES),
     ),
     "sasrec": Baseline(
@@ -311,13 +312,16 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 
 
-def rank_cases(scorer: Scorer, cases: Cases, mask_seen: bool, batch: int = 512) -> NDArray[np.float64]:
+def rank_cases(
+    scorer: Scorer, cases: Cases, mask_seen: bool, repeats: bool = True, batch: int = 512
+) -> NDArray[np.float64]:
     """Rank the target of each case among all items of the catalogue.
 
     Args:
         scorer: a baseline, or a model that scores whole catalogues.
         cases: histories and targets.
         mask_seen: leave the items of the history out of the candidates, the target excepted.
+        repeats: whether users return to items; if not, those of the history stand last, the target with them.
         batch: cases scored at a time, at most; fewer when the catalogue is large.
 
     Returns:
@@ -332,7 +336,9 @@ def rank_cases(scorer: Scorer, cases: Cases, mask_seen: bool, batch: int = 512) 
         stop = min(start + step, len(cases))
         histories = [cases.history(case) for case in range(start, stop)]
         scores = scorer.scores(histories)
-        exclude = seen_items(histories, scores.shape[1]) if mask_seen else None
+        exclude = seen_items(histories, scores.shape[1]) if mask_seen and repeats else None
+        if not repeats:
+            scores = np.where(seen_items(histories, scores.shape[1]), -np.inf, scores)
         ranks[start:stop] = ranks_from_scores(scores, cases.targets[start:stop], exclude)
         start, step = stop, max(1, min(batch, _MAX_SCORES // scores.shape[1]))
     return ranks
@@ -345,6 +351,7 @@ def evaluate_baselines(
     mask_seen: bool,
     seed: int,
     *,
+    repeats: bool = True,
     device: str | torch.device = "cpu",
     masks: Mapping[str, NDArray[np.bool_]] | None = None,
     cache: Path | None = None,
@@ -358,6 +365,7 @@ def evaluate_baselines(
         cases: what they are measured on, as a rule `split.test`.
         mask_seen: as in `rank_cases`.
         seed: of the bootstrap. Baselines do not depend on it.
+        repeats: False where the model leaves out items of the history. Baselines then may, too: what validates better.
         device: where the baselines that are networks are trained and ranked.
         masks: segments of `cases`, as `segment_metrics` takes them; none without.
         cache: folder in which ranks are kept and looked for; None keeps nothing. Processes that share it measure
@@ -377,7 +385,7 @@ def evaluate_baselines(
         raise RecipeError(f"`evaluation.baselines` takes {', '.join(BASELINES)}, was: {', '.join(unknown)}")
     results = {}
     for name in names:
-        measured = _measured(name, split, cases, mask_seen, str(device), cache, log)
+        measured = _measured(name, split, cases, _Candidates(mask_seen, repeats), str(device), cache, log)
         results[name] = {
             "test": metrics_from_ranks(measured.test),
             "ci95": bootstrap(measured.test, seed=seed),
@@ -390,27 +398,43 @@ def evaluate_baselines(
     return results
 
 
+class _Candidates(NamedTuple):
+    mask_seen: bool
+    repeats: bool
+
+
 def _measured(
-    name: str, split: Split, cases: Cases, mask_seen: bool, device: str, cache: Path | None, log: Log
+    name: str, split: Split, cases: Cases, candidates: _Candidates, device: str, cache: Path | None, log: Log
 ) -> Measured:
     """Measure a baseline, or find what was kept when it was measured before."""
+
+    def judge(scorer: Scorer, cases: Cases) -> tuple[float, bool]:
+        ways = {True, candidates.repeats}
+        return max((validated(scorer, cases, candidates.mask_seen, way), way) for way in ways)
 
     def measure() -> Measured:
         log(f"  baseline {name} …")
         started = time.perf_counter()
-        scorer, settings = BASELINES[name].fit(split, mask_seen, device, log)
-        test, validation = (rank_cases(scorer, part, mask_seen) for part in (cases, split.validation))
+        scorer, settings = BASELINES[name].fit(split, lambda scorer, cases: judge(scorer, cases)[0], device, log)
+        repeats = True
+        if not candidates.repeats:
+            repeats = judge(scorer, split.validation.head(_TUNING_CASES, seed=0))[1]
+            settings = {**settings, "repeats": settings.get("repeats", True) and repeats}
+        test, validation = (
+            rank_cases(scorer, part, candidates.mask_seen, repeats) for part in (cases, split.validation)
+        )
         return Measured(test, validation, settings, round(time.perf_counter() - started, 3))
 
     if cache is None:
         return measure()
-    key = _key(name, split, cases, mask_seen, device)
+    key = _key(name, split, cases, candidates, device)
     return measured_once(cache / f"{name}-{key[:16]}.json", key, (len(cases), len(split.validation)), measure, log)
 
 
-def _key(name: str, split: Split, cases: Cases, mask_seen: bool, device: str) -> str:
+def _key(name: str, split: Split, cases: Cases, candidates: _Candidates, device: str) -> str:
     """Hash everything that decides the ranks of a baseline."""
-    facts = f"{name} {fingerprint(name)} {split.num_items} {mask_seen}"
+    way = "" if candidates.repeats else " without repeats"  # which was no choice in what was kept first
+    facts = f"{name} {fingerprint(name)} {split.num_items} {candidates.mask_seen}{way}"
     if name == "sasrec":  # whose arithmetic is torch's, and not the same on every kind of device
         facts += f" torch {torch.__version__} {torch.device(device).type}"
     parts = (part for of in (split.validation, cases) for part in (of.offsets, of.items, of.targets))

@@ -61,6 +61,7 @@ def rank_cases(
     history_length: int,
     normaliser: DecodeNormaliser,
     mask_seen: bool = False,
+    repeats: bool = True,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Ranking:
@@ -79,6 +80,7 @@ def rank_cases(
         history_length: most recent items that the model reads.
         normaliser: of the item scores, see `decoding.beams`.
         mask_seen: leave out items of the user's whole history (never the target itself).
+        repeats: whether items of the history may come out; if not, a target among them is not found.
         batch_size: users a batch.
         progress: called with (cases done by all processes, cases).
 
@@ -100,6 +102,7 @@ def rank_cases(
             cases,
             width=width,
             mask_seen=mask_seen,
+            repeats=repeats,
             batch_size=batch_size,
             device=model.device,
             progress=progress,
@@ -114,6 +117,7 @@ def best_lists(
     *,
     width: int,
     mask_seen: bool,
+    repeats: bool,
     batch_size: int,
     device: torch.device,
     progress: Callable[[int, int], None] | None,
@@ -125,6 +129,7 @@ def best_lists(
         cases: as in `rank_cases`.
         width: length of the lists.
         mask_seen: as in `rank_cases`.
+        repeats: the same.
         batch_size: the same.
         device: by which processes tell each other what they found.
         progress: as in `rank_cases`.
@@ -139,12 +144,33 @@ def best_lists(
     place, processes = (distributed.get_rank(), distributed.get_world_size()) if _together() else (0, 1)
     for start in range(place * batch_size, len(order), processes * batch_size):
         chosen = order[start : start + batch_size]
-        seen = [histories[case][histories[case] != cases.targets[case]] for case in chosen] if mask_seen else None
-        beams = search([histories[case] for case in chosen], seen)
+        of_batch = [histories[case] for case in chosen]
+        beams = search(of_batch, left_out(of_batch, cases.targets[chosen], mask_seen=mask_seen, repeats=repeats))
         items[chosen], scores[chosen] = beams.items, beams.scores
         if progress is not None:
             progress(min(start + (processes - place) * batch_size, len(order)), len(order))
     return _added_up(items, device), _added_up(scores, device)
+
+
+def left_out(
+    histories: Sequence[np.ndarray], targets: np.ndarray, *, mask_seen: bool, repeats: bool
+) -> list[np.ndarray] | None:
+    """Items that must not come out after each history, when a model is measured.
+
+    Args:
+        histories: B arrays of item rows.
+        targets: int64 `[B]`.
+        mask_seen: as in `rank_cases`.
+        repeats: the same; it goes before, for who knows that nobody returns knows it of the target, too.
+
+    Returns:
+        B arrays of item rows; None where everything may come out.
+    """
+    if not repeats:
+        return list(histories)
+    if not mask_seen:
+        return None
+    return [history[history != target] for history, target in zip(histories, targets, strict=True)]
 
 
 def _together() -> bool:

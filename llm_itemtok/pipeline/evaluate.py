@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
 
@@ -120,7 +119,7 @@ def measure(
         "ci95": bootstrap(ranking.ranks, seed=seed),
         "segments": segment_metrics(ranking.ranks, masks),
         "validation": dict(validation),
-        "baselines": _baselines(data, baseline_names, answers.mask_seen, masks, seed, answers.device, log),
+        "baselines": _baselines(data, baseline_names, answers, masks, seed, log),
         "codes": dict(quality),
         "training": dict(training),
         "speed": dict(speed),
@@ -130,28 +129,38 @@ def measure(
 def _baselines(
     data: Dataset,
     names: tuple[str, ...],
-    mask_seen: bool,
+    answers: Answering,
     masks: Mapping[str, NDArray[np.bool_]],
     seed: int,
-    device: torch.device,
     log: Log,
 ) -> dict[str, dict[str, Any]]:
     """The baselines, measured now or on the same split before, and the oracle where there is one."""
     split, test = data.split, data.split.test
-    cache = cache_folder() / "baselines"
     others = baselines.evaluate_baselines(
-        names, split, test, mask_seen, seed, device=device, masks=masks, cache=cache, log=log
+        names,
+        split,
+        test,
+        answers.mask_seen,
+        seed,
+        repeats=answers.repeats,
+        device=answers.device,
+        masks=masks,
+        cache=cache_folder() / "baselines",
+        log=log,
     )
     if data.oracle is not None:
         scores = data.oracle.scores(test.histories(), test.users)
-        exclude = baselines.seen_items(test.histories(), len(data.catalog)) if mask_seen else None
+        exclude = baselines.seen_items(test.histories(), len(data.catalog)) if answers.mask_seen else None
         ranks = ranks_from_scores(scores, test.targets, exclude)
         others["oracle"] = {"test": metrics_from_ranks(ranks), "ci95": bootstrap(ranks, seed=seed)}
     return others
 
 
 def _protocol(answers: Answering, data: Dataset, k_core: int, seed: int) -> dict[str, Any]:
-    """What has to agree for numbers to be comparable; `models` and `dense_share` only where more than one answers."""
+    """What has to agree for numbers to be comparable.
+
+    `models` and `dense_share` only where more than one answers, `repeats` where items of a history are no answers.
+    """
     generations = answers.generations
     shares = [generation.dense_share for generation in generations]
     return {
@@ -159,6 +168,7 @@ def _protocol(answers: Answering, data: Dataset, k_core: int, seed: int) -> dict
         "k_core": k_core,
         "history_length": max(generation.history_length for generation in generations),
         "mask_seen": answers.mask_seen,
+        **({} if answers.repeats else {"repeats": False}),
         "candidates": "full",
         "beam": answers.beam,
         "normaliser": "/".join(sorted({generation.normaliser for generation in generations})),

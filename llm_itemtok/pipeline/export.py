@@ -132,7 +132,7 @@ def _serving(recommender: Recommender) -> dict[str, Any]:
         "last_item_token": vocab.first_id + vocab.num_tokens - 1,
         "start_token": _prompts(recommender).start,
         "history_length": generation.history_length,
-        "mask_seen": generation.mask_seen,
+        "mask_seen": generation.leaves_out_seen,
         "beam": generation.beam,
         "training_normaliser": generation.training_normaliser,
         "codes_sha256": generation.codes_sha256,

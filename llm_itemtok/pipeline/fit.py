@@ -64,7 +64,7 @@ from llm_itemtok.pipeline.updates import (
     newest_version,
     trains_quantizer,
 )
-from llm_itemtok.pipeline.validation import Validation, decode_normaliser
+from llm_itemtok.pipeline.validation import Validation, decode_normaliser, measure_all
 from llm_itemtok.pipeline.vectors import needs_vectors
 from llm_itemtok.pipeline.vocabulary import read_vocab
 from llm_itemtok.recommender import Recommender
@@ -262,8 +262,7 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
     )
     if is_sharded(model):
         model, tokenizer, peft_model = _whole(config, data, codes, folder, trainer, log)
-    # Every process: they share the cases.
-    validation = Validation(config, model, tokenizer, data.split.validation, everybody=True)()
+    validation, repeats, by_repeats = measure_all(config, model, tokenizer, data.split.validation, log)
     if arguments.should_save:
         if trainer.updates is not None:
             saved, later = keep_versions_until(folder, model.vocab.codes)
@@ -276,10 +275,10 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
             keep_versions_until(folder, codes)  # later ones are of items that `extend` gave to a model before this one
         effort = trainer.effort
         quantizer = keep_quantizer(folder, model)
-        alone = bundle(config, data, model, tokenizer, peft_model, quantizer)
+        alone = bundle(config, data, model, tokenizer, peft_model, quantizer).with_generation(repeats=repeats)
         recommender, shares = with_rescoring(config, data, alone, log)
         facts = _took(trainer, training_flops(model, effort.positions, effort.context_positions), trainable, shares)
-        write_json(folder / TRAINING, {**facts, "validation": chosen_metrics(shares) or validation})
+        write_json(folder / TRAINING, {**facts, **by_repeats, "validation": chosen_metrics(shares) or validation})
         figures = {TOKEN_WEIGHTS: token_figures(trainer.objective, table), ITEM_PATHS: path_figures(model)}
         _write_figures(folder, {**figures, RESCORING: shares})
         recommender.save_pretrained(folder / MODEL)
@@ -362,7 +361,8 @@ def _trainer(
     vocab = model.vocab if binding is None else binding.placeholders()
     prompts = Prompts.of(model, tokenizer, texts, vocab=vocab)
     vectors = partial(item_vectors, config, data, folder, log)
-    validate = Validation(config, model, tokenizer, data.split.validation)
+    repeats = config.evaluation.repeats != "drop"  # whoever leaves the choice to validation trains as if they came out
+    validate = Validation(config, model, tokenizer, data.split.validation, repeats=repeats)
     aim = make_aim(config, model, prompts, Collator(prompts, model.vocab.num_levels), table, vectors)
     updates = None
     if binding is not None:

@@ -17,6 +17,7 @@ from llm_itemtok.config import RunConfig
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.dense import FILE_NAME, Rescorer
 from llm_itemtok.evaluation.baselines import fingerprint, sasrec_interval, validated
+from llm_itemtok.evaluation.full_ranking import left_out
 from llm_itemtok.evaluation.metrics import metrics_from_ranks, ranks_from_lists
 from llm_itemtok.pipeline.base_model import made_by
 from llm_itemtok.pipeline.prepare import Dataset, Log, progress_lines
@@ -69,6 +70,7 @@ def chosen_metrics(shares: Mapping[str, Any]) -> dict[str, float]:
 def _trained(config: RunConfig, chosen: SasrecRescoring, data: Dataset, log: Log) -> tuple[Rescorer, dict[str, Any]]:
     """Train the dense model, once for all runs with the same log, settings and seed, and say what that took."""
     split, mask_seen, device = data.split, config.evaluation.mask_seen, str(PartialState().device)
+    repeats = config.evaluation.repeats == "keep"
     cases = split.validation.head(config.evaluation.validation_users or len(split.validation), config.seed)
     items = items_sha256(data.catalog.item_ids)
 
@@ -78,7 +80,7 @@ def _trained(config: RunConfig, chosen: SasrecRescoring, data: Dataset, log: Log
         fitted = sasrec.fit(
             split.train_sequences(),
             split.num_items,
-            validate=lambda model: validated(model, cases, mask_seen),
+            validate=lambda model: validated(model, cases, mask_seen, repeats),
             every=sasrec_interval(split),
             seed=config.seed,
             device=device,
@@ -102,6 +104,8 @@ def _trained(config: RunConfig, chosen: SasrecRescoring, data: Dataset, log: Log
         "steps": chosen.steps,
         "seed": config.seed,
     }
+    if not repeats:
+        facts["repeats"] = repeats  # else nothing, as in what was kept before there was such a choice
     facts |= {"mask_seen": mask_seen, "device": device.split(":")[0], "method": fingerprint("sasrec"), "items": items}
     inputs = (split.train_items, split.train_offsets, cases.items, cases.offsets, cases.targets)
     key = sha256_of_arrays(json.dumps(facts), made_by("torch"), *inputs)
@@ -125,9 +129,9 @@ def _by_share(
     for start in range(0, len(order), batch):
         at = order[start : start + batch]
         histories = [cases.history(case) for case in at]
-        seen = None
-        if recommender.mask_seen:
-            seen = [history[history != cases.targets[case]] for case, history in zip(at, histories, strict=True)]
+        seen = left_out(
+            histories, cases.targets[at], mask_seen=recommender.mask_seen, repeats=recommender.generation.repeats
+        )
         found = together.both(histories, beam, excluded=seen)
         for share in shares:
             lists = best_scored(found.items, found.mixed(share), min(beam, len(recommender.item_ids)))

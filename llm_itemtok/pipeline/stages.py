@@ -128,6 +128,8 @@ def keys(config: RunConfig, data_sha256: str, file_sha256: Mapping[str, str], se
             else:
                 inputs["dense"] = fingerprint("sasrec")
             inputs["evaluation"] = {key: value for key, value in settings["evaluation"].items() if key not in MEASURING}
+            if inputs["evaluation"]["repeats"] == "keep":
+                del inputs["evaluation"]["repeats"]  # as in runs from before there was such a setting
         if stage == "evaluate":
             inputs |= {key: settings["evaluation"][key] for key in MEASURING}
             inputs["segment columns"] = segments_sha256
@@ -202,11 +204,13 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
 
 
 def _without_paths(text: str) -> Any:
-    """A resolved recipe without the settings that may name a local path, and without sections that came later."""
+    """A resolved recipe without the settings that may name a local path, and without what came later."""
     recipe = yaml.safe_load(text)
     names = {"data": ("path",), "vectors": ("path", "model"), "tokenizer": ("path",), "model": ("name",)}
     if recipe.get("rescoring") == {"kind": "none"}:
         del recipe["rescoring"]  # as in runs from before there was such a section
+    if recipe.get("evaluation", {}).get("repeats") == "keep":
+        del recipe["evaluation"]["repeats"]
     for section, keys in names.items():
         for part in (recipe.get(section, {}), *recipe.get(section, {}).get("parts", ())):
             for key in keys:

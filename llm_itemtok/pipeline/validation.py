@@ -1,6 +1,7 @@
 """Validation while training: the whole catalogue is ranked for cases held out, under the item tokens of now."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,34 @@ def decode_normaliser(config: RunConfig) -> DecodeNormaliser:
     return config.objective.normaliser if chosen == "same" else chosen
 
 
+def measure_all(
+    config: RunConfig,
+    model: ItemTokenModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Cases,
+    log: Callable[[str], None],
+) -> tuple[Mapping[str, float], bool, dict[str, Any]]:
+    """Rank all validation cases, in each way that the recipe leaves open.
+
+    Every process of a run must call it: they share the cases.
+
+    Returns:
+        Metrics; whether items of the history may come out (`evaluation.repeats`), which they may where validation is to
+        choose and NDCG@10 is no higher without them; and where it chose, `{"repeats": {"keep": NDCG@10, "drop": ...}}`.
+    """
+    ways = {"keep": (True,), "drop": (False,), "choose": (True, False)}[config.evaluation.repeats]
+    found = {way: Validation(config, model, tokenizer, cases, everybody=True, repeats=way)() for way in ways}
+    chosen = max(found, key=lambda way: found[way]["ndcg@10"])
+    if len(found) == 1:
+        return found[chosen], chosen, {}
+    kept, dropped = (found[way]["ndcg@10"] for way in ways)
+    log(
+        f"  items of a history are {'kept among' if chosen else 'left out of'} the answers: validation NDCG@10 "
+        f"{kept:.4f} with them, {dropped:.4f} without"
+    )
+    return found[chosen], chosen, {"repeats": {"keep": kept, "drop": dropped}}
+
+
 class Validation:
     """Measures a model on the validation cases: a seeded sample of them if the recipe says so, or everybody.
 
@@ -39,10 +68,11 @@ class Validation:
         cases: Cases,
         *,
         everybody: bool = False,
+        repeats: bool = True,
     ) -> None:
-        """Measure `model` as `config` says."""
+        """Measure `model` as `config` says; without `repeats`, items of a history are left out of its list."""
         users = 0 if everybody else config.evaluation.validation_users
-        self._config, self._model, self._tokenizer = config, model, tokenizer
+        self._config, self._model, self._tokenizer, self._repeats = config, model, tokenizer, repeats
         self._sample = cases.head(users or len(cases), config.seed)
         update = config.update
         self._with_likelihood = isinstance(update, SelfImproveUpdate) and update.gate == "likelihood"
@@ -64,6 +94,7 @@ class Validation:
             history_length=config.examples.history_length,
             normaliser=decode_normaliser(config),
             mask_seen=config.evaluation.mask_seen,
+            repeats=self._repeats,
             batch_size=config.evaluation.batch_size,
         )
         metrics = metrics_from_ranks(ranking.ranks)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,9 +20,12 @@ from llm_itemtok.evaluation.baselines import (
     evaluate_baselines,
     fingerprint,
     rank_cases,
+    validated,
 )
-from llm_itemtok.evaluation.metrics import METRIC_KEYS
+from llm_itemtok.evaluation.metrics import METRIC_KEYS, metrics_from_ranks
 from llm_itemtok.evaluation.neighbours import nearest
+
+ALL = baselines._Candidates(mask_seen=False, repeats=True)
 
 
 def make_cases(histories, targets):
@@ -229,7 +233,9 @@ def test_neighbours_are_tuned_on_validation_and_on_nothing_else():
     for name, validation in (("seen", seen), ("new", new)):
         for test in (seen, new):
             split = make_split(train, test=test, validation=validation)
-            settings.setdefault(name, []).append(ItemKNN.tune(split, False, lambda _: None)[1])
+            settings.setdefault(name, []).append(
+                ItemKNN.tune(split, partial(validated, mask_seen=False), lambda _: None)[1]
+            )
 
     assert settings["seen"][0] == settings["seen"][1]
     assert settings["new"][0] == settings["new"][1]
@@ -275,13 +281,12 @@ def test_sasrec_is_trained_where_it_is_asked_to_be(quick_sasrec, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     split = walks()
 
-    scorer, _ = BASELINES["sasrec"].fit(split, False, "cpu", lambda _: None)
+    scorer, _ = BASELINES["sasrec"].fit(split, partial(validated, mask_seen=False), "cpu", lambda _: None)
 
     assert isinstance(scorer, sasrec.SASRec)
     assert scorer.items.weight.device.type == "cpu"
-    assert baselines._key("sasrec", split, split.test, False, "cpu") != baselines._key(
-        "sasrec", split, split.test, False, "cuda:0"
-    )
+    keys = {baselines._key("sasrec", split, split.test, ALL, device) for device in ("cpu", "cuda:0")}
+    assert len(keys) == 2
 
 
 @pytest.mark.gpu
@@ -334,6 +339,38 @@ def test_segments_are_measured_as_the_models_are():
     assert segments["none"] == {"users": 0}
 
 
+def there_and_back(again):
+    """Training goes round a circle of ten items, mostly backwards; cases go forwards, and `again` says how they end."""
+    walks = [[(start + step) % 10 for step in range(6)] for start in range(10)]
+    cases = [walk[:5] for walk in walks], [walk[3] if again else walk[5] for walk in walks]
+    return make_split([*walks, *(walk[::-1] for walk in walks * 2)], cases, 10, cases)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_where_the_model_may_leave_out_the_history_a_baseline_does_if_that_validates_better(again):
+    split = there_and_back(again)
+    ours = {
+        repeats: evaluate_baselines(["markov", "item-knn"], split, split.test, False, 0, repeats=repeats)
+        for repeats in (True, False)
+    }
+    assert "repeats" not in ours[True]["markov"]["settings"]
+    assert ours[False]["markov"]["settings"] == {"repeats": again}
+    better = max(
+        (rank_cases(Markov.fit(split), split.test, False, repeats) for repeats in (True, False)),
+        key=lambda ranks: -ranks.mean(),
+    )
+    assert ours[False]["markov"]["test"] == metrics_from_ranks(better)
+    assert ours[False]["item-knn"]["settings"] == ours[True]["item-knn"]["settings"]  # which choose that anyway
+
+
+def test_without_repeats_a_target_of_the_history_stands_behind_all_others():
+    cases = make_cases([[0, 1], [0, 1]], [1, 2])
+    popularity = Popularity(np.array([5, 9, 1, 1, 0]))
+    assert rank_cases(popularity, cases, mask_seen=False).tolist() == [1, 3.5]
+    assert rank_cases(popularity, cases, mask_seen=False, repeats=False).tolist() == [4.5, 1.5]
+    assert rank_cases(popularity, cases, mask_seen=True).tolist() == [1, 1.5]
+
+
 # What is kept
 
 
@@ -384,9 +421,10 @@ def test_anything_that_decides_the_ranks_asks_for_a_new_measurement(tmp_path):
     measure(dataclasses.replace(split, validation=shifted["validation"]), tmp_path)
     measure(dataclasses.replace(split, test=shifted["test"]), tmp_path)
     measure(split, tmp_path, mask_seen=True)
+    measure(split, tmp_path, repeats=False)
     measure(dataclasses.replace(split, num_items=11), tmp_path)
 
-    assert len(kept_files(tmp_path)) == 6
+    assert len(kept_files(tmp_path)) == 7
 
 
 def newer_version(monkeypatch):
@@ -441,7 +479,7 @@ def test_a_fingerprint_tells_what_decides_its_baseline(monkeypatch, change, chan
     split = walks()
 
     def keys():
-        return {name: (fingerprint(name), baselines._key(name, split, split.test, False, "cpu")) for name in BASELINES}
+        return {name: (fingerprint(name), baselines._key(name, split, split.test, ALL, "cpu")) for name in BASELINES}
 
     before = keys()
     change(monkeypatch)

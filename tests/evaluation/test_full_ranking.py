@@ -50,6 +50,20 @@ def test_seen_items_are_left_out_but_not_a_target_that_comes_again() -> None:
         assert set(ranking.items[case]) & set(history) <= {cases.targets[case]}
 
 
+def test_who_knows_that_nobody_returns_knows_it_of_the_target_too() -> None:
+    cases = make_cases(37)
+    without, masked = ranked(cases, beam=60, repeats=False), ranked(cases, beam=60, mask_seen=True)
+    again = np.array([target in history for history, target in zip(cases.histories(), cases.targets, strict=True)])
+    assert again.any()
+    assert (without.ranks[again] == 0).all()
+    np.testing.assert_array_equal(without.ranks[~again], masked.ranks[~again])
+    for case, history in enumerate(cases.histories()):
+        assert not set(without.items[case]) & set(history)
+    np.testing.assert_array_equal(
+        ranked(cases, mask_seen=True, repeats=False).ranks, ranked(cases, repeats=False).ranks
+    )
+
+
 def test_progress_ends_with_all_cases() -> None:
     told: list[tuple[int, int]] = []
     ranked(make_cases(37), batch_size=8, progress=lambda done, total: told.append((done, total)))
