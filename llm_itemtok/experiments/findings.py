@@ -354,12 +354,17 @@ def _mean_segments(seeds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, f
 def _measured_baselines(
     rows: Sequence[Row], records: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, list[Mapping[str, Any]]]:
-    """Collect what the records of a block say of each baseline, in order of the rows."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    """Collect what the records of a block say of each baseline, in order of the rows.
+
+    Where some arms leave out items of a history, those records count whose baselines could, too.
+    """
+    found: dict[bool, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        for name, part in _metrics(row, records).get("baselines", {}).items():
-            found.setdefault(name, []).append(part)
-    return found
+        metrics = _metrics(row, records)
+        of_rule = found.setdefault(metrics.get("protocol", {}).get("repeats", True), {})
+        for name, part in metrics.get("baselines", {}).items():
+            of_rule.setdefault(name, []).append(part)
+    return found.get(False) or found.get(True, {})
 
 
 def _baseline(name: str, part: Mapping[str, Any]) -> Baseline:
