@@ -57,7 +57,7 @@ class Answering(abc.ABC):
     @property
     @abc.abstractmethod
     def generations(self) -> tuple[Generation, ...]:
-        """How each of the models decodes, at least one; they agree on what they leave out of a history."""
+        """How each of the models decodes, at least one; they agree on `mask_seen`."""
 
     @property
     @abc.abstractmethod
@@ -76,7 +76,7 @@ class Answering(abc.ABC):
 
     @property
     def repeats(self) -> bool:
-        """As in `Generation`."""
+        """As in `Generation`, of the first model."""
         return self.generations[0].repeats
 
     @abc.abstractmethod

@@ -92,7 +92,7 @@ class Generation:
             must have vectors of that kind. Empty where the codes were made without, and in bundles of earlier versions.
         reads: how items stand in what the model reads (`ItemTokenModel.reads`); `tokens` in earlier versions' bundles.
         dense_share: share of the dense model's log-probability in an item's score, in [0, 1]; at 0 it is not asked.
-        repeats: whether users return to items. If not, those of the history are left out, also when measured.
+        repeats: whether items of the history may come out; if not, a target among them is missed when measured.
     """
 
     layout: str

@@ -28,7 +28,7 @@ class Ensemble(Answering):
     """
 
     def __init__(self, members: Sequence[Recommender]) -> None:
-        """Let models answer together.
+        """Let models answer together; where `repeats` was chosen for each, the first one's choice holds for all.
 
         Raises:
             ArtifactError: if there are fewer than two, or they have different catalogues, or only some leave out the
@@ -45,12 +45,11 @@ class Ensemble(Answering):
                     f"model {number} differ: {len(first.item_ids)} and {len(member.item_ids)} items, "
                     f"{len(set(first.item_ids) & set(member.item_ids))} in both"
                 )
-            for name in ("mask_seen", "repeats"):
-                if (has := getattr(member, name)) != (must := getattr(first, name)):
-                    raise ArtifactError(
-                        "models that answer together must agree on whether items of a history may come out "
-                        f"(`{name}`), but model 1 has {must} and model {number} has {has}"
-                    )
+            if member.mask_seen != first.mask_seen:
+                raise ArtifactError(
+                    "models that answer together must agree on whether items of a history may come out "
+                    f"(`mask_seen`), but model 1 has {first.mask_seen} and model {number} has {member.mask_seen}"
+                )
         super().__init__(first.item_ids, first.titles)
 
     @property

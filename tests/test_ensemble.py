@@ -96,8 +96,6 @@ def test_models_that_do_not_go_together_are_refused():
         Ensemble([alone, alone, merged(codes=tiny_codes(num_items=50))])
     with pytest.raises(ArtifactError, match="model 1 has False and model 2 has True"):
         Ensemble([alone, alone.with_generation(mask_seen=True)])
-    with pytest.raises(ArtifactError, match="model 1 has True and model 2 has False"):
-        Ensemble([alone, alone.with_generation(repeats=False)])
 
 
 def test_the_command_line_asks_models_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

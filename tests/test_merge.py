@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from llm_itemtok.bundle import items_sha256
+from llm_itemtok.bundle import _YOUNGER, items_sha256
 from llm_itemtok.cli import main
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.pipeline.merge import merge
@@ -87,10 +87,11 @@ def test_a_model_of_another_run_is_refused_by_its_codes(bundle, tmp_path):
 
 def test_bundles_of_earlier_versions_load(bundle):
     settings = json.loads((bundle / "generation.json").read_text())
-    for name in ("quantization", "items_sha256"):
+    for name in _YOUNGER:
         del settings[name]
     (bundle / "generation.json").write_text(json.dumps(settings))
-    assert Recommender.from_pretrained(bundle).generation.quantization == "none"
+    generation = Recommender.from_pretrained(bundle).generation
+    assert (generation.quantization, generation.repeats, generation.dense_share) == ("none", True, 0.0)
 
 
 def test_a_bundle_with_something_of_ones_own_in_it_is_not_replaced(bundle, tmp_path):

@@ -5,11 +5,12 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from llm_itemtok.artifacts import METRICS, TRAINING
 from llm_itemtok.errors import RecipeError
+from llm_itemtok.evaluation import baselines
+from llm_itemtok.pipeline import rescoring
 from llm_itemtok.pipeline.evaluate import evaluate_path
 from llm_itemtok.pipeline.export import export
 from llm_itemtok.pipeline.prepare import load_data
@@ -67,7 +68,9 @@ def test_metrics_say_so_and_what_is_kept_says_nothing(runs: dict[str, Path]) -> 
     assert of(runs["choose"], METRICS)["protocol"]["repeats"] is False
     assert of(runs["drop"], METRICS)["protocol"]["repeats"] is False
     assert "repeats" not in of(runs["keep"], METRICS)["protocol"]
-    assert "left out" in (runs["choose"] / "model" / "README.md").read_text()
+    told = {way: (runs[way] / "model" / "README.md").read_text() for way in ("keep", "choose")}
+    assert "seen items left out" in told["choose"]
+    assert "seen items included" in told["keep"]
     settings = of(runs["choose"], METRICS)["baselines"]["popularity"]["settings"]
     assert settings == {"repeats": False}
 
@@ -88,14 +91,25 @@ def test_the_bundle_answers_and_is_measured_without_the_history(runs: dict[str, 
     assert of(tmp_path / "served", "serving.json")["mask_seen"] is True
 
 
-def test_a_dense_model_is_stopped_and_shared_under_the_same_rule(tmp_path: Path) -> None:
+def test_with_a_dense_model_both_choose_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ITEMTOK_CACHE", str(tmp_path / "cache"))  # the dense model is trained here and now
+    judged: list[bool] = []
+
+    def validated(scorer, cases, mask_seen, repeats=True) -> float:
+        judged.append(repeats)
+        return baselines.validated(scorer, cases, mask_seen, repeats)
+
+    monkeypatch.setattr(rescoring, "validated", validated)
     out = run(recipe(tmp_path, *SMALL, "evaluation.repeats=choose", DENSE), tmp_path / "run")
-    metrics, ours = of(out, METRICS), Recommender.from_pretrained(out)
-    assert not ours.generation.repeats
-    found = ours.search([np.array([1, 2])], 20, excluded=[np.array([1, 2])]).items
-    assert not {1, 2} & set(found[0])
-    assert evaluate_path(str(out), None)["validation"] == metrics["validation"]
-    assert evaluate_path(str(out), None)["test"] == metrics["test"]
+    assert set(judged) == {True, False}
+    metrics, shares = of(out, METRICS), of(out, "rescoring.json")
+    assert of(out, TRAINING)["repeats"] == shares["repeats"]
+    chosen = next(line for line in shares["validation"] if line["share"] == shares["share"])
+    assert chosen["ndcg@10"] == max(shares["repeats"].values()) == metrics["validation"]["ndcg@10"]
+    assert Recommender.from_pretrained(out).generation.repeats is (shares["repeats"]["keep"] == chosen["ndcg@10"])
+    again = evaluate_path(str(out), None)
+    assert again["validation"] == metrics["validation"]
+    assert again["test"] == metrics["test"]
 
 
 def test_both_rules_at_once_are_refused(tmp_path: Path) -> None:

@@ -433,7 +433,7 @@ def _measured(
 
 def _key(name: str, split: Split, cases: Cases, candidates: _Candidates, device: str) -> str:
     """Hash everything that decides the ranks of a baseline."""
-    way = "" if candidates.repeats else " without repeats"  # which was no choice in what was kept first
+    way = "" if candidates.repeats else f" or without repeats, by {_TUNING_CASES}"  # no choice in what was kept first
     facts = f"{name} {fingerprint(name)} {split.num_items} {candidates.mask_seen}{way}"
     if name == "sasrec":  # whose arithmetic is torch's, and not the same on every kind of device
         facts += f" torch {torch.__version__} {torch.device(device).type}"

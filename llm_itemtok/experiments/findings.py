@@ -5,8 +5,9 @@ runs of one block that were ranked on different users are refused, never cut to 
 on the seeds that both have. Ranks that do not give the metric that stands in the row are refused as stale. A row
 without ranks is left out of means and tests and named in `Block.notes`. The best model and the best baseline of a
 block are chosen on validation, never on the test that they are then compared on; where a baseline's file has no
-validation, the choice falls on test and `Block.chosen_on` says so. Baselines are the same for all runs of a block;
-records that do not agree on one are named in `Block.notes`.
+validation, the choice falls on test and `Block.chosen_on` says so. Baselines are the same for all runs of a block, but
+where some arms leave out items of a history, those that could do so, too, count; records that do not agree on one are
+named in `Block.notes`.
 
 This module knows numbers and names; `page` finds the words, `plots` draws. It reads no files.
 """
@@ -356,7 +357,7 @@ def _measured_baselines(
 ) -> dict[str, list[Mapping[str, Any]]]:
     """Collect what the records of a block say of each baseline, in order of the rows.
 
-    Where some arms leave out items of a history, those records count whose baselines could, too.
+    Where some arms leave out items of a history, those records of a baseline count in which it could, too.
     """
     found: dict[bool, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
@@ -364,7 +365,7 @@ def _measured_baselines(
         of_rule = found.setdefault(metrics.get("protocol", {}).get("repeats", True), {})
         for name, part in metrics.get("baselines", {}).items():
             of_rule.setdefault(name, []).append(part)
-    return found.get(False) or found.get(True, {})
+    return {**found.get(True, {}), **found.get(False, {})}
 
 
 def _baseline(name: str, part: Mapping[str, Any]) -> Baseline:

@@ -89,6 +89,7 @@ def measure(
     k_core: int,
     seed: int,
     baseline_names: tuple[str, ...],
+    repeats: bool,
     segments: Mapping[str, Segments],
     quality: Mapping[str, Any],
     training: Mapping[str, Any],
@@ -105,6 +106,7 @@ def measure(
         k_core: of the data, for the protocol stamp.
         seed: of the bootstrap.
         baseline_names: measured beside it; the generator's oracle is added on synthetic data.
+        repeats: False where the model might leave out items of a history; then baselines may, too.
         segments: rules for further segments, whose columns `data` was read with.
         quality: of the item codes, copied.
         training: what training took, copied; empty for a model of unknown origin.
@@ -119,7 +121,7 @@ def measure(
         "ci95": bootstrap(ranking.ranks, seed=seed),
         "segments": segment_metrics(ranking.ranks, masks),
         "validation": dict(validation),
-        "baselines": _baselines(data, baseline_names, answers, masks, seed, log),
+        "baselines": _baselines(data, baseline_names, answers, repeats, masks, seed, log),
         "codes": dict(quality),
         "training": dict(training),
         "speed": dict(speed),
@@ -130,6 +132,7 @@ def _baselines(
     data: Dataset,
     names: tuple[str, ...],
     answers: Answering,
+    repeats: bool,
     masks: Mapping[str, NDArray[np.bool_]],
     seed: int,
     log: Log,
@@ -142,7 +145,7 @@ def _baselines(
         test,
         answers.mask_seen,
         seed,
-        repeats=answers.repeats,
+        repeats=repeats,
         device=answers.device,
         masks=masks,
         cache=cache_folder() / "baselines",
@@ -216,6 +219,7 @@ def evaluate(config: RunConfig, data: Dataset, folder: Path, log: Log) -> None:
         k_core=config.data.k_core,
         seed=config.seed,
         baseline_names=config.evaluation.baselines,
+        repeats=config.evaluation.repeats == "keep",
         segments=config.evaluation.segments,
         quality=read_json(newest_version(folder) / QUALITY),
         validation=training.pop("validation"),
@@ -276,6 +280,7 @@ def evaluate_path(
         k_core=settings.k_core,
         seed=seed,
         baseline_names=config.evaluation.baselines if config else Evaluation().baselines,
+        repeats=config.evaluation.repeats == "keep" if config else answers.repeats,
         segments=segments,
         quality={} if others else quality(recommender.model.vocab.codes),
         training={},

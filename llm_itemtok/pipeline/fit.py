@@ -275,10 +275,11 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
             keep_versions_until(folder, codes)  # later ones are of items that `extend` gave to a model before this one
         effort = trainer.effort
         quantizer = keep_quantizer(folder, model)
-        alone = bundle(config, data, model, tokenizer, peft_model, quantizer).with_generation(repeats=repeats)
+        alone = bundle(config, data, model, tokenizer, peft_model, quantizer, repeats=repeats)
         recommender, shares = with_rescoring(config, data, alone, log)
         facts = _took(trainer, training_flops(model, effort.positions, effort.context_positions), trainable, shares)
-        write_json(folder / TRAINING, {**facts, **by_repeats, "validation": chosen_metrics(shares) or validation})
+        facts |= by_repeats | ({"repeats": shares["repeats"]} if "repeats" in shares else {})
+        write_json(folder / TRAINING, {**facts, "validation": chosen_metrics(shares) or validation})
         figures = {TOKEN_WEIGHTS: token_figures(trainer.objective, table), ITEM_PATHS: path_figures(model)}
         _write_figures(folder, {**figures, RESCORING: shares})
         recommender.save_pretrained(folder / MODEL)
@@ -398,6 +399,8 @@ def bundle(
     tokenizer: PreTrainedTokenizerBase,
     peft_model: PeftModel | None,
     quantizer: Quantizer | None,
+    *,
+    repeats: bool = True,
 ) -> Recommender:
     """The trained model as what users load: an adapter beside its base, or a whole model."""
     name = config.model.name
@@ -420,6 +423,7 @@ def bundle(
         protocol={name: value for name, value in config.to_dict()["data"].items() if name in PROTOCOL},
         vectors=redacted(config.to_dict()["vectors"]) if needs_vectors(config) else {},
         reads=model.reads,
+        repeats=repeats,
     )
     return Recommender(
         model,

@@ -21,6 +21,7 @@ from llm_itemtok.evaluation.full_ranking import left_out
 from llm_itemtok.evaluation.metrics import metrics_from_ranks, ranks_from_lists
 from llm_itemtok.pipeline.base_model import made_by
 from llm_itemtok.pipeline.prepare import Dataset, Log, progress_lines
+from llm_itemtok.pipeline.validation import RULES, WAYS
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.settings import SasrecRescoring
 
@@ -32,12 +33,12 @@ _TOOK = "took.json"
 def with_rescoring(
     config: RunConfig, data: Dataset, recommender: Recommender, log: Log
 ) -> tuple[Recommender, dict[str, Any]]:
-    """Train the dense model and choose its share on validation.
+    """Train the dense model and choose its share on validation; with it, where the recipe says so, `repeats`.
 
     Args:
         config: the recipe.
         data: its data; test is not looked at.
-        recommender: of the language model alone.
+        recommender: of the language model alone, with `repeats` as that does better by itself.
         log: called with progress lines.
 
     Returns:
@@ -52,13 +53,22 @@ def with_rescoring(
     rescorer, took = _trained(config, chosen, data, log)
     cases = data.split.validation
     shares = (0.0, *sorted({*chosen.shares}), 1.0)
-    found = _by_share(recommender, rescorer, cases, shares, config, progress_lines(log, "validation users"))
-    best = max(chosen.shares, key=lambda share: (found[share][KEY], -share))
+    ways = (True, False) if config.evaluation.repeats == "choose" else (recommender.generation.repeats,)
+    of_way, best_of = {}, {}
+    for way in ways:
+        asked, progress = recommender.with_generation(repeats=way), progress_lines(log, "validation users")
+        found = of_way[way] = _by_share(asked, rescorer, cases, shares, config, progress)
+        best_of[way] = max(chosen.shares, key=lambda share: (found[share][KEY], -share))
+    repeats = max(ways, key=lambda way: of_way[way][best_of[way]][KEY])
+    found, best = of_way[repeats], best_of[repeats]
     alone = f"{found[0.0][KEY]:.4f} as the language model ranks, {found[1.0][KEY]:.4f} as the dense one does"
     log(f"  re-scoring: validation NDCG@10 {found[best][KEY]:.4f} with a share of {best:g}; {alone}")
-    by_share = [{"share": share, **found[share]} for share in shares]
-    facts = {"share": best, "users": len(cases), "validation": by_share, "training": took}
-    return recommender.with_rescorer(rescorer, best), facts
+    facts: dict[str, Any] = {"share": best, "users": len(cases), "training": took}
+    facts["validation"] = [{"share": share, **found[share]} for share in shares]
+    if len(ways) > 1:
+        facts["repeats"] = {WAYS[way]: of_way[way][best_of[way]][KEY] for way in ways}
+        log(f"  items of a history are {'kept among' if repeats else 'left out of'} the answers of both")
+    return recommender.with_generation(repeats=repeats).with_rescorer(rescorer, best), facts
 
 
 def chosen_metrics(shares: Mapping[str, Any]) -> dict[str, float]:
@@ -70,7 +80,7 @@ def chosen_metrics(shares: Mapping[str, Any]) -> dict[str, float]:
 def _trained(config: RunConfig, chosen: SasrecRescoring, data: Dataset, log: Log) -> tuple[Rescorer, dict[str, Any]]:
     """Train the dense model, once for all runs with the same log, settings and seed, and say what that took."""
     split, mask_seen, device = data.split, config.evaluation.mask_seen, str(PartialState().device)
-    repeats = config.evaluation.repeats == "keep"
+    ways = RULES[config.evaluation.repeats]
     cases = split.validation.head(config.evaluation.validation_users or len(split.validation), config.seed)
     items = items_sha256(data.catalog.item_ids)
 
@@ -80,7 +90,7 @@ def _trained(config: RunConfig, chosen: SasrecRescoring, data: Dataset, log: Log
         fitted = sasrec.fit(
             split.train_sequences(),
             split.num_items,
-            validate=lambda model: validated(model, cases, mask_seen, repeats),
+            validate=lambda model: max(validated(model, cases, mask_seen, way) for way in ways),
             every=sasrec_interval(split),
             seed=config.seed,
             device=device,
@@ -104,8 +114,8 @@ def _trained(config: RunConfig, chosen: SasrecRescoring, data: Dataset, log: Log
         "steps": chosen.steps,
         "seed": config.seed,
     }
-    if not repeats:
-        facts["repeats"] = repeats  # else nothing, as in what was kept before there was such a choice
+    if False in ways:  # else nothing, as in what was kept before there was such a choice
+        facts["repeats"] = ways
     facts |= {"mask_seen": mask_seen, "device": device.split(":")[0], "method": fingerprint("sasrec"), "items": items}
     inputs = (split.train_items, split.train_offsets, cases.items, cases.offsets, cases.targets)
     key = sha256_of_arrays(json.dumps(facts), made_by("torch"), *inputs)
@@ -129,9 +139,7 @@ def _by_share(
     for start in range(0, len(order), batch):
         at = order[start : start + batch]
         histories = [cases.history(case) for case in at]
-        seen = left_out(
-            histories, cases.targets[at], mask_seen=recommender.mask_seen, repeats=recommender.generation.repeats
-        )
+        seen = left_out(histories, cases.targets[at], mask_seen=recommender.mask_seen, repeats=recommender.repeats)
         found = together.both(histories, beam, excluded=seen)
         for share in shares:
             lists = best_scored(found.items, found.mixed(share), min(beam, len(recommender.item_ids)))

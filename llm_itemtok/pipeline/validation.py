@@ -19,6 +19,10 @@ from llm_itemtok.update_settings import SelfImproveUpdate
 from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.trie import ItemTrie
 
+RULES: Mapping[str, tuple[bool, ...]] = {"keep": (True,), "drop": (False,), "choose": (True, False)}
+"""What `evaluation.repeats` leaves open: whether items of a history may come out."""
+WAYS: Mapping[bool, str] = {True: "keep", False: "drop"}
+
 
 def decode_normaliser(config: RunConfig) -> DecodeNormaliser:
     """What beams are normalised over: as in training unless the recipe says otherwise."""
@@ -41,7 +45,7 @@ def measure_all(
         Metrics; whether items of the history may come out (`evaluation.repeats`), which they may where validation is to
         choose and NDCG@10 is no higher without them; and where it chose, `{"repeats": {"keep": NDCG@10, "drop": ...}}`.
     """
-    ways = {"keep": (True,), "drop": (False,), "choose": (True, False)}[config.evaluation.repeats]
+    ways = RULES[config.evaluation.repeats]
     found = {way: Validation(config, model, tokenizer, cases, everybody=True, repeats=way)() for way in ways}
     chosen = max(found, key=lambda way: found[way]["ndcg@10"])
     if len(found) == 1:
@@ -51,7 +55,7 @@ def measure_all(
         f"  items of a history are {'kept among' if chosen else 'left out of'} the answers: validation NDCG@10 "
         f"{kept:.4f} with them, {dropped:.4f} without"
     )
-    return found[chosen], chosen, {"repeats": {"keep": kept, "drop": dropped}}
+    return found[chosen], chosen, {"repeats": {WAYS[way]: found[way]["ndcg@10"] for way in ways}}
 
 
 class Validation:

@@ -183,6 +183,24 @@ def test_records_that_do_not_agree_on_a_baseline_are_named(hits, fingerprint, wo
     assert f"- Markov chain: the records of these runs {words}; the first of them is shown." in found.page().markdown
 
 
+def test_where_arms_leave_out_histories_baselines_count_that_could_too():
+    """The others are no disagreement, and stand where there is no better."""
+    found = _results(seeds=2, datasets=("beauty",))
+    measured = [record["metrics"] for record in found.records.values() if "test" in record["metrics"]]
+    for metrics in measured[1:]:
+        metrics["protocol"] = {"repeats": False}
+        metrics["baselines"] = {"markov": found.baseline(0.6)}
+    measured[0]["baselines"]["markov"] = found.baseline(0.4)
+    measured[0]["baselines"]["popularity"] = found.baseline(0.1)
+
+    (block,) = confirmed(found.rows, found.table, found.records)
+
+    shown = {baseline.name: baseline.test[KEYS[0]].value for baseline in block.baselines}
+    assert shown["markov"] == 0.6
+    assert shown["popularity"] == 0.1
+    assert not [note for note in block.notes if "disagree" in note.text]
+
+
 def test_the_verdict_is_that_of_the_interval_that_is_printed():
     """On the border the interval of the relative gain may hold 0 where that of the difference does not."""
     of = PairedDifference(
