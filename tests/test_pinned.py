@@ -47,8 +47,7 @@ KINDS = {
     "random": ("tokenizer.kind=random",),
     "with a dense model": ("rescoring={kind: sasrec, width: 8, steps: 40, shares: [0.5]}",),
 }
-"""After more epochs the codes of an RQ-VAE differ between processors, by rounding alone. Of the ten, stopping by the
-loss would keep the fifth."""
+"""Of the ten epochs, stopping by the loss would keep the fifth."""
 PINNED = {
     1: {
         ("residual-kmeans", "plain"): {"losses": [2.13641, 2.06791, 2.17476], "test": 0.23902},
@@ -61,6 +60,14 @@ PINNED = {
         ("with a dense model", "plain"): {"losses": [2.13641, 2.06791, 2.17476], "test": 0.26107},
     }
 }
+ELSEWHERE = {
+    1: {
+        ("rqvae", "plain"): {"losses": [2.17015, 2.12818, 2.21704], "test": 0.13380},
+        ("rqvae", "as planned"): {"losses": [3.17341, 2.99083, 2.72363], "test": 0.15673},
+    }
+}
+"""What came out on processors of another kind: an item between two codewords of an RQ-VAE goes to the one or the other
+by rounding alone, and then everything after it is another run."""
 BASELINES = {"popularity": 0.123658319, "markov": 0.493005412, "item-knn": 0.586777915}
 
 
@@ -76,7 +83,8 @@ def measured(folder, overrides):
 @pytest.mark.parametrize(("kind", "variant"), PINNED[RESULTS_VERSION])
 def test_results_are_those_of_this_results_version(tmp_path, kind, variant):
     found, metrics = measured(tmp_path, (*KINDS[kind], *VARIANTS[variant]))
-    expected = PINNED[RESULTS_VERSION][kind, variant]
+    pinned = [table[RESULTS_VERSION].get((kind, variant)) for table in (PINNED, ELSEWHERE)]
+    expected = min(filter(None, pinned), key=lambda numbers: abs(numbers["losses"][0] - found["losses"][0]))
     message = f"results changed: {found}; if that is meant, raise RESULTS_VERSION and pin the new numbers"
     assert found["losses"] == pytest.approx(expected["losses"], rel=5e-4), message
     assert found["test"] == pytest.approx(expected["test"], abs=0.005), message
