@@ -6,6 +6,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+RUN = """
+import runpy, sys
+from torch import distributed
+
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+if distributed.is_initialized():
+    distributed.destroy_process_group()
+"""
+"""Runs a module, and ends what it talked by: threads of a group that is left to the interpreter's end may abort it."""
+
 
 def free_port() -> int:
     """A port of the loopback that nobody listens on now."""
@@ -16,13 +27,13 @@ def free_port() -> int:
 
 
 def run_alone_and_in_pair(module: str, alone: Sequence[object], first: Sequence[object], second: Sequence[object]):
-    """Run `python -m MODULE ARGUMENTS` three times at once: alone, and twice as the processes of one group."""
+    """Run a module, as `python -m` does, three times at once: alone, and twice as the processes of one group."""
     port = free_port()
     plain = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     pair = plain | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
+            [sys.executable, "-c", RUN, module, *map(str, arguments)],
             env={**os.environ, **settings},
             stderr=subprocess.PIPE,
             text=True,
