@@ -41,6 +41,7 @@ from llm_itemtok.evaluation.segments import segment_metrics
 Log = Callable[[str], None]
 """Called with a line of progress."""
 Validate = Callable[["Scorer", Cases], float]
+"""Says how good a scorer is on some cases; higher is better."""
 
 _MAX_SCORES = 2**26
 """Scores held at a time (256 MB as float32): a batch is cut to it when the catalogue is large."""
@@ -166,7 +167,7 @@ class ItemKNN:
         return cls(similar_items(split, settle, neighbours, shrink), settle, decay=decay, repeats=repeats)
 
     @classmethod
-    def tune(cls, split: Split, validate: "Validate", log: Log) -> "tuple[ItemKNN, dict[str, Any]]":
+    def tune(cls, split: Split, validate: Validate, log: Log) -> "tuple[ItemKNN, dict[str, Any]]":
         """Choose settings on validation cases by NDCG@10, one setting at a time, twice round.
 
         Returns:
