@@ -129,7 +129,8 @@ def ppmi_vectors(counts: csr_array, *, dimensions: int = 64, shift: float = 1.0,
     often = counts.sum(axis=1)
     rows = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
     information = np.log(counts.data * often.sum() / (often[rows] * often[counts.indices] * shift))
-    weights = csr_array((np.maximum(information, 0.0), counts.indices, counts.indptr), shape=counts.shape)
+    parts = (np.maximum(information, 0.0), counts.indices, counts.indptr)
+    weights = csr_array(parts, shape=counts.shape, copy=True)  # zeros are taken out in place
     weights.eliminate_zeros()
     if not weights.nnz:
         raise DataError(

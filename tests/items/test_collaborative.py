@@ -105,6 +105,14 @@ def test_a_shift_leaves_out_what_is_little_more_than_chance():
         ppmi_vectors(counts, dimensions=0)
 
 
+def test_counts_stay_as_they_are():
+    counts = co_occurrence(*flat(sequences()), num_items=21)
+    before = counts.copy()
+    ppmi_vectors(counts, dimensions=4, shift=1.2)
+    for part in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(counts, part), getattr(before, part))
+
+
 def test_sasrec_puts_groups_apart_and_leaves_unknown_items_zero():
     x = sasrec_vectors(sequences(120), num_items=21, dimensions=8, steps=150, seed=3)
     assert x.shape == (21, 8)
