@@ -108,7 +108,7 @@ def test_a_shift_leaves_out_what_is_little_more_than_chance():
 def test_counts_stay_as_they_are():
     counts = co_occurrence(*flat(sequences()), num_items=21)
     before = counts.copy()
-    ppmi_vectors(counts, dimensions=4, shift=1.2)
+    ppmi_vectors(counts, dimensions=4, shift=5.0)  # leaves out some pairs
     for part in ("data", "indices", "indptr"):
         np.testing.assert_array_equal(getattr(counts, part), getattr(before, part))
 
