@@ -166,7 +166,11 @@ class LoadedPlan:
         return cells
 
     def confirm_cells(self, chosen: Mapping[str, Point]) -> list[Cell]:
-        """Every arm with every seed on every data set, at the point that was chosen for it; first seeds first."""
+        """Every arm with every seed on every data set, at the point that was chosen for it.
+
+        First what the plan asks about, and first seeds first: a plan that is stopped early has an answer with fewer
+        seeds, and then one without side comparisons.
+        """
         everywhere, always = tuple(self.plan.datasets), self.plan.confirm.seeds
         cells = []
         for seed in _all_seeds(self.plan):
@@ -178,7 +182,7 @@ class LoadedPlan:
                     config = self._config(dataset, name, seed, point)
                     title = f"{dataset} · {name} · seed {seed}"
                     cells.append(Cell("confirm", dataset, self._folder(dataset), name, point, title, config))
-        return cells
+        return sorted(cells, key=lambda cell: self.plan.arms[cell.arm].probe)
 
     def _folder(self, dataset: str) -> str:
         """Name of the data folder of an entry of `datasets`."""

@@ -85,6 +85,13 @@ def test_confirm_carries_the_chosen_point_over_and_probes_may_have_fewer_runs(lo
     assert all(cell.block == cell.dataset and cell.stage == "confirm" for cell in cells)
 
 
+def test_what_the_plan_asks_about_comes_before_side_comparisons_and_first_seeds_before_others(load):
+    cells = load().confirm_cells({})
+    order = [(cell.arm in ("side", "longer"), cell.config.seed) for cell in cells]
+    assert order == sorted(order)
+    assert len(set(order)) == 4
+
+
 def test_entries_that_share_a_data_folder_are_blocks_of_their_own(load):
     shared = {"recipe": "base.yaml", "folder": "first", "settings": {"tokenizer": {"levels": 2}}}
     plan = load(datasets={**PLAN["datasets"], "first, two levels": shared})
