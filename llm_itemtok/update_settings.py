@@ -7,6 +7,7 @@ from llm_itemtok.settings import Count, CountOrNone, NotNegative, Positive
 from llm_itemtok.strict import Only, Unless, Within
 
 Share = Annotated[float, Within(above=0, high=1)]
+Fraction = Annotated[float, Within(low=0, high=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,10 @@ class SelfImproveUpdate:
     """Predictions of each item that are read, as far as training has so many; 0 reads all examples."""
     vectors_weight: Annotated[NotNegative, Only("source", ("embeddings", "both"))] = 0.0
     """Weight of the item vectors beside the states; 0 leaves them out."""
+    whiten: Annotated[Fraction, Only("source", ("embeddings", "both"))] = 0.5
+    """How far directions of states and item vectors are made to count alike: 0 not at all, 1 fully."""
+    shrinkage: Annotated[NotNegative, Only("source", ("embeddings", "both")), Unless("vectors_weight", (0.0,))] = 30.0
+    """Beside item vectors, the mean of n states of an item counts by n / (n + shrinkage); 0: those of all alike."""
     iterations: Annotated[CountOrNone, Only("source", ("embeddings", "both"))] = 5
     """Steps by which codebooks follow the states before codes are read off them."""
     rows: Literal["keep", "refresh"] = "keep"

@@ -34,7 +34,7 @@ from llm_itemtok.pipeline.stages import RESULTS_VERSION, input_hashes
 DIGITS = 12
 """Of a hash, in the names of files and folders."""
 
-BEFORE: Mapping[str, Any] = {"tokenizer.stop": "loss"}
+BEFORE: Mapping[str, Any] = {"tokenizer.stop": "loss", "update.whiten": 0.0, "update.shrinkage": 0.0}
 """Dotted setting → what held before it existed, where that is not its default."""
 
 

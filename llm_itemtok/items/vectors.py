@@ -1,4 +1,4 @@
-"""Item vectors: one float32 vector an item, from its text, from a file, or several of them side by side.
+"""Item vectors: one float32 vector an item, from its text or from a file.
 
 Decisions:
 - Functions, one a source, all `texts -> float32 [N, D]` in catalogue order. Which one to call is the caller's business.
@@ -323,60 +323,6 @@ def _lists_as_matrix(column: pyarrow.ChunkedArray, wanted: np.ndarray, path: Pat
             values = chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1)
             matrix[rows[rows >= 0]] = _as_matrix(values[rows >= 0], path)
     return matrix
-
-
-def concatenate(
-    parts: Sequence[np.ndarray], weights: Sequence[float], *, components: int = 0, measured: int | None = None
-) -> np.ndarray:
-    """Put vectors of several sources side by side, each with its say.
-
-    Each source is centred and scaled as a whole, so that its items lie at a mean squared distance of 1 from their mean,
-    then multiplied by its weight; its dimensions keep their proportions, because in most sources the last ones are
-    noise. An item whose vector is zero in a source is unknown to it: it takes no part in the scaling, and stays at
-    zero, which is the mean of the known ones.
-
-    Args:
-        parts: float32 `[N, D_p]`, at least one source.
-        weights: one a source, above 0. Squared, they are the shares in squared distances between items.
-        components: principal components to keep of the whole; 0 keeps all dimensions.
-        measured: the first items, by which alone the sources are centred, scaled and turned; all when None.
-
-    Returns:
-        float32 `[N, D]`, D the sum of the sources' dimensions, or `components` if that is less.
-
-    Raises:
-        DataError: if sources and weights do not fit each other, or a number is out of range.
-    """
-    if not parts or len(parts) != len(weights) or min(weights) <= 0 or components < 0:
-        raise DataError(
-            "vectors of several sources need one weight above 0 a source, and 0 or more components, was: "
-            f"{len(parts)} sources, weights {list(weights)}, {components} components"
-        )
-    sizes = [len(part) for part in parts]
-    if len(set(sizes)) > 1:
-        raise DataError(f"all sources must have vectors for the same items, was: {', '.join(map(str, sizes))} of them")
-    whole = np.concatenate(
-        [weight * _standardised(part, measured) for part, weight in zip(parts, weights, strict=True)],
-        axis=1,
-        dtype=np.float64,
-    )
-    if 0 < components < whole.shape[1]:
-        centred = whole - whole[:measured].mean(axis=0)
-        directions = np.linalg.eigh(centred[:measured].T @ centred[:measured])[1][:, ::-1][:, :components]
-        # A direction and its opposite serve alike; the one whose largest entry is positive is taken.
-        largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=0)[None], axis=0)
-        whole = centred @ (directions * np.where(largest < 0, -1.0, 1.0))
-    return whole.astype(np.float32)
-
-
-def _standardised(part: np.ndarray, measured: int | None) -> np.ndarray:
-    known = np.abs(part).max(axis=1) > 0
-    looked_at = np.flatnonzero(known[:measured])
-    if not len(looked_at):
-        return part.astype(np.float64)
-    centred = np.where(known[:, None], part.astype(np.float64) - part[looked_at].mean(axis=0, dtype=np.float64), 0.0)
-    spread = np.sqrt(np.square(centred[looked_at]).sum(axis=1).mean())
-    return centred / spread if spread > 0 else centred
 
 
 def cached(key: Mapping[str, Any], folder: str | Path, compute: Callable[[], np.ndarray]) -> np.ndarray:

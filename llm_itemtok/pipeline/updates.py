@@ -181,6 +181,8 @@ def _self_improve(
         usage_penalty=update.usage_penalty,
         contexts=update.contexts,
         vectors_weight=update.vectors_weight,
+        whiten=update.whiten,
+        shrinkage=update.shrinkage,
         steps=update.iterations,
         outliers=update.outliers if update.scope == "outliers" else None,
         max_moves=update.max_moves,

@@ -17,6 +17,7 @@ from llm_itemtok.data.splits import Split
 from llm_itemtok.errors import DataError
 from llm_itemtok.items import collaborative, vectors
 from llm_itemtok.items.base import Progress
+from llm_itemtok.items.combine import concatenate
 from llm_itemtok.objective_settings import FrontTarget, TokenWeightedObjective
 from llm_itemtok.pipeline.stages import input_hashes
 from llm_itemtok.update_settings import SelfImproveUpdate
@@ -109,7 +110,7 @@ class Sources:
             for (name, source), own in zip(self.config.vector_sources.items(), plain["parts"], strict=True)
         ]
         weights = chosen.weights or (1.0,) * len(parts)
-        return vectors.concatenate(parts, weights, components=chosen.components)
+        return concatenate(parts, weights, components=chosen.components)
 
     def aligned(self, source: settings.CollaborativeVectors, log: Log) -> np.ndarray:
         """Make the collaborative vectors that a tokenizer aligns its codes with, float32 `[N, C]`, cached."""
@@ -149,7 +150,7 @@ class Sources:
             parts.append(np.concatenate([old, more]))
         weights = chosen.weights or (1.0,) * len(parts)
         size = len(self.catalog)
-        return vectors.concatenate(parts, weights, components=chosen.components, measured=size)[size:]
+        return concatenate(parts, weights, components=chosen.components, measured=size)[size:]
 
     def _new(self, source: settings.VectorSource, new: Catalog) -> np.ndarray:
         """Vectors of new items from one source, which is not collaborative."""

@@ -68,6 +68,21 @@ def predicting_states(
     return (whole / (_UNIT * np.maximum(number, 1)[:, None])).astype(np.float32), number
 
 
+def shrunk(states: np.ndarray, counts: np.ndarray, prior: float) -> np.ndarray:
+    """Take back means of few states: they tell more of the users that they are of than of the item.
+
+    Args:
+        states: float32 `[N, D]`, about 0 as their mean.
+        counts: int64 `[N]`, how many states each is the mean of.
+        prior: how many states what is known besides is worth, at least 0.
+
+    Returns:
+        float32 `[N, D]`, those of n states times `n / (n + prior)`: the mean that is expected of many states, if items
+        differ by as much as `prior` states of one item do.
+    """
+    return states * (counts / np.maximum(counts + prior, 1)).astype(np.float32)[:, None]
+
+
 def _states(model: ItemTokenModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Final states `[B, S, D]`."""
     context: dict[str, Any] = {}

@@ -11,7 +11,8 @@ An item's *sources* say how likely each code is for it, in nats:
   trained on beside). Candidates are beams constrained by level, so codes that nobody has may come out.
 - `embeddings`: what the model has learnt from histories, as the mean of the states that predict the item
   (`item_states`), beside the item vectors if they are to count; codebooks that begin at the present codes follow these
-  vectors (`items.requantise`). Needs no text.
+  vectors (`items.requantise`). Needs no text. Beside item vectors the mean of n states counts by n / (n + `shrinkage`),
+  so the code of an item that is hardly ever predicted is left to its vector.
 - both: candidates of either are scored by both, and log-likelihoods are added.
 
 An item *conflicts* by how much more likely its best candidate is than the code it has. With `outliers` only so many of
@@ -40,11 +41,11 @@ from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.items.assign import Candidates, assign
 from llm_itemtok.items.assign import Method as AssignMethod
 from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.combine import concatenate, whitened
 from llm_itemtok.items.requantise import LevelMixtures
-from llm_itemtok.items.vectors import concatenate
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.prompts import Prompts
-from llm_itemtok.training.item_states import predicting_states
+from llm_itemtok.training.item_states import predicting_states, shrunk
 from llm_itemtok.training.late_binding import LateBinding
 from llm_itemtok.training.processes import added_up, dealt
 from llm_itemtok.training.updates import Moment, Proposal
@@ -67,6 +68,8 @@ class Search:
         usage_penalty: see `decoding.level_beams.usage_penalties`; 0 leaves it out.
         contexts: see `item_states.predicting_states`.
         vectors_weight: of the item vectors beside the states; 0 leaves them out.
+        whiten: of states and item vectors (`items.vectors.whitened`); 0 takes them as they are.
+        shrinkage: see `item_states.shrunk`; only beside item vectors.
         steps: of Lloyd's algorithm on the codebooks.
         outliers: share of the items that may move, the most conflicting ones; None lets all.
         max_moves: share of all items that may move in a round at most.
@@ -83,6 +86,8 @@ class Search:
     usage_penalty: float = 0.0
     contexts: int = 0
     vectors_weight: float = 0.0
+    whiten: float = 0.5
+    shrinkage: float = 30.0
     steps: int = 5
     outliers: float | None = 0.1
     max_moves: float = 1.0
@@ -256,6 +261,10 @@ class _Embeddings:
         if search.vectors_weight > 0:
             assert material.vectors is not None
             parts, weights = [states, material.vectors], [1.0, search.vectors_weight]
+        if search.whiten > 0:
+            parts = [whitened(part, search.whiten) for part in parts]
+        if search.vectors_weight > 0:
+            parts[0] = shrunk(parts[0], counts, search.shrinkage)
         vectors, known = concatenate(parts, weights), counts > 0
         mixtures = LevelMixtures.follow(vectors, model.vocab.codes, np.flatnonzero(known), steps=search.steps)
         return cls(vectors, known, mixtures, search.candidates)

@@ -175,7 +175,7 @@ def test_a_setting_whose_default_is_not_what_was_before_it_is_taken_for_what_was
 
 def test_what_was_before_a_setting_is_of_a_setting_and_not_its_default(tmp_path, data):
     """An entry that names no setting of any kind, or repeats its default, is a slip."""
-    defaults = recipe(tmp_path, data, tokenizer={"kind": "rqvae"}).defaults()
+    defaults = recipe(tmp_path, data, tokenizer={"kind": "rqvae"}, update={"kind": "self-improve"}).defaults()
     for dotted, value in module.BEFORE.items():
         section, name = dotted.split(".")
         assert defaults[section][name] != value

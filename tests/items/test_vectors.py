@@ -16,7 +16,6 @@ from llm_itemtok.errors import DataError
 from llm_itemtok.items import vectors as module
 from llm_itemtok.items.vectors import (
     cached,
-    concatenate,
     from_file,
     language_model,
     num_without_text,
@@ -259,42 +258,6 @@ def test_pickles_several_tensors_and_other_formats_are_refused(tmp_path):
         from_file(tmp_path / "x.csv", ABC)
 
 
-def test_concatenated_sources_have_the_same_spread_and_the_say_of_their_weights():
-    rng = np.random.default_rng(0)
-    parts = [100 + 7 * rng.normal(size=(50, 3)).astype(np.float32), 0.01 * rng.normal(size=(50, 8)).astype(np.float32)]
-    x = concatenate(parts, [1.0, 0.5])
-    assert (x.shape, x.dtype) == ((50, 11), np.float32)
-    np.testing.assert_allclose(x.mean(axis=0), 0, atol=1e-5)
-    spread = [np.square(x[:, columns]).sum(axis=1).mean() for columns in (slice(3), slice(3, None))]
-    np.testing.assert_allclose(spread, [1.0, 0.25], rtol=1e-4)
-
-
-def test_an_item_that_a_source_does_not_know_is_at_the_mean_of_the_known_ones():
-    known = np.array([[1.0, 0.0], [3.0, 0.0]], dtype=np.float32)
-    x = concatenate([np.concatenate([known, np.zeros((1, 2), np.float32)]), MATRIX], [1.0, 1.0])
-    np.testing.assert_allclose(x[:, 0], [-1, 1, 0])
-    assert concatenate([np.zeros((3, 2), np.float32), MATRIX], [1.0, 1.0])[:, :2].any() == np.False_
-
-
-def test_components_keep_distances_when_there_are_enough_and_are_fewer_when_asked():
-    rng = np.random.default_rng(0)
-    flat = rng.normal(size=(40, 2)).astype(np.float32) @ rng.normal(size=(2, 6)).astype(np.float32)
-    parts = [flat, rng.normal(size=(40, 1)).astype(np.float32)]
-    whole, few = concatenate(parts, [1.0, 1.0]), concatenate(parts, [1.0, 1.0], components=3)
-    assert few.shape == (40, 3)
-    np.testing.assert_allclose(few @ few.T, whole @ whole.T, atol=1e-4)
-    np.testing.assert_array_equal(concatenate(parts, [1.0, 1.0], components=99), whole)
-
-
-def test_sources_that_do_not_fit_each_other_are_refused():
-    with pytest.raises(DataError, match="same items, was: 3, 2 of them"):
-        concatenate([MATRIX, MATRIX[:2]], [1.0, 1.0])
-    with pytest.raises(DataError, match="one weight above 0 a source"):
-        concatenate([MATRIX, MATRIX], [1.0])
-    with pytest.raises(DataError, match="one weight above 0 a source"):
-        concatenate([MATRIX, MATRIX], [1.0, 0.0])
-
-
 def test_cached_vectors_are_computed_once_a_key(tmp_path):
     calls = []
 
@@ -345,9 +308,3 @@ def test_vectors_of_further_items_change_nothing_of_those_that_are_there():
     np.testing.assert_array_equal(both[:4], known)
     np.testing.assert_allclose(both[4], known[2], atol=1e-5)
     assert not both[5].any()
-    parts = [known, np.arange(8, dtype=np.float32).reshape(4, 2)]
-    more = [np.concatenate([part, 100 * part[:2]]) for part in parts]
-    for components in (0, 2):
-        alone = module.concatenate(parts, [1, 2], components=components)
-        beside = module.concatenate(more, [1, 2], components=components, measured=4)
-        np.testing.assert_allclose(beside[:4], alone, atol=1e-6)

@@ -8,7 +8,7 @@ import torch
 
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.training.examples import TASKS
-from llm_itemtok.training.item_states import predicting_states
+from llm_itemtok.training.item_states import predicting_states, shrunk
 from llm_itemtok.training.self_improve import Candidates, RandomMoves, Search, conflict
 from llm_itemtok.training.updates import Moment, Rules
 from tests.process_pairs import run_alone_and_in_pair
@@ -225,3 +225,28 @@ def test_two_processes_propose_what_one_does(tmp_path, family):
     for name in found[0]:
         np.testing.assert_array_equal(found[1][name], found[0][name])
         np.testing.assert_array_equal(found[2][name], found[0][name])
+
+
+def test_means_of_few_states_are_taken_back():
+    states = np.ones((3, 2), dtype=np.float32)
+    np.testing.assert_allclose(shrunk(states, np.array([0, 1, 30]), 30.0)[:, 0], [0, 1 / 31, 1 / 2], rtol=1e-6)
+    np.testing.assert_array_equal(shrunk(states, np.array([0, 1, 30]), 0.0)[:, 0], [0, 1, 1])
+    assert shrunk(states, np.array([0, 1, 30]), 30.0).dtype == np.float32
+
+
+def test_whitening_and_shrinkage_change_what_is_near():
+    """Both reach the search; without item vectors beside there is nothing that a state could be shrunk towards."""
+    found = {}
+    for name, changes in {
+        "raw": {"whiten": 0.0, "shrinkage": 0.0},
+        "whitened": {"shrinkage": 0.0},
+        "shrunk": {"whiten": 0.0},
+        "alone": {"vectors_weight": 0.0, "shrinkage": 0.0},
+        "alone, shrunk": {"vectors_weight": 0.0, "shrinkage": 30.0},
+    }.items():
+        search = Search(**{"source": "embeddings", "vectors_weight": 1.0, **changes})
+        model, method = make_self_improving("llama", search)
+        found[name] = method.candidates(model, 1).keep
+    assert not np.allclose(found["raw"], found["whitened"])
+    assert not np.allclose(found["raw"], found["shrunk"])
+    np.testing.assert_array_equal(found["alone"], found["alone, shrunk"])
