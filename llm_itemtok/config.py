@@ -329,9 +329,11 @@ def _bilevel_contradictions(config: RunConfig, update: BilevelUpdate) -> Iterato
             "`update.order: 2` differentiates the model twice, and `model.quantization: nf4` cannot be; write "
             "`update.order: 1`, which needs the first derivative only"
         )
-    if config.trainer.get("gradient_checkpointing"):
+    for name in ("activation_checkpointing", "gradient_checkpointing"):  # one setting, which the library renamed
+        if not config.trainer.get(name):
+            continue
         yield (
-            "`trainer.gradient_checkpointing` computes states anew with the model as it is, and the look-ahead of "
+            f"`trainer.{name}` computes states anew with the model as it is, and the look-ahead of "
             "`update.kind: bilevel` needs them as they would be; leave it out, and make batches smaller"
         )
 

@@ -13,6 +13,7 @@ from llm_itemtok.items.quantizers import load_quantizer
 from llm_itemtok.pipeline.check import check
 from llm_itemtok.pipeline.run import run
 from llm_itemtok.recommender import Recommender
+from llm_itemtok.training.arguments import CHECKPOINTING
 from tests.test_pipeline import run_in_two_processes
 
 RECIPE = """
@@ -84,7 +85,7 @@ def test_every_choice_runs_from_data_to_report(tmp_path: Path, overrides: tuple[
         ("scoring={kind: recursive}", "reads items as their tokens and nothing else"),
         ("scoring={kind: tokens, item_embedding: 4}", "reads items as their tokens and nothing else"),
         ("trainer.fsdp=true", "`trainer.fsdp` shards what `update.kind: bilevel`"),
-        ("trainer.gradient_checkpointing=true", "computes states anew with the model as it is"),
+        (f"trainer.{CHECKPOINTING}=true", "computes states anew with the model as it is"),
         ("update.every={steps: 3, epochs: 1}", "either {steps: N} or {epochs: N}"),
         ("update.order=3", "must be one of"),
     ],

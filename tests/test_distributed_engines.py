@@ -14,6 +14,7 @@ from llm_itemtok.cli import main
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.pipeline.engines import asks_for_fsdp, refuse_engine
+from llm_itemtok.training.arguments import CHECKPOINTING
 from tests.process_pairs import free_port
 from tests.sharded_on_cpu import LAUNCHED
 from tests.test_architecture import ROOT
@@ -140,7 +141,7 @@ REFUSED = [
     (LAUNCHED | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, (), "they leave the frozen weights out"),
     (LAUNCHED | {"FSDP_OFFLOAD_PARAMS": "true"}, (), "`fsdp_cpu_offload` must be false, was: true"),
     ({}, ("trainer.fsdp=true", "trainer.fsdp_config={fsdp_version: 1}"), "`fsdp_version` must be 2, was: 1"),
-    ({}, ("trainer.fsdp=true", "trainer.fsdp_config={activation_checkpointing: true}"), "gradient_checkpointing: true"),
+    ({}, ("trainer.fsdp=true", "trainer.fsdp_config={activation_checkpointing: true}"), f"`trainer.{CHECKPOINTING}"),
 ]  # fmt: skip
 
 

@@ -147,8 +147,10 @@ class ItemTokenModel(nn.Module):
         return answer_start(self.lm)
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
-        """Trade time for memory in the body; called by `transformers.Trainer`."""
-        self.lm.activation_checkpointing_enable(**settings)
+        """Trade time for memory in the body; called by `transformers.Trainer`, until 5.22 by the second name."""
+        getattr(self.lm, "activation_checkpointing_enable", self.lm.gradient_checkpointing_enable)(**settings)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def codebooks(self) -> list[Tensor]:
         """Rows of the item tokens that states are multiplied with, level by level `[K, D]`."""

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.objective_settings import TokenWeightedObjective
+from llm_itemtok.training.arguments import CHECKPOINTING
 
 UNSHARDED_DEVICES = ("cpu", "mps")
 """Where Accelerate trains without FSDP whatever it is asked for."""
@@ -59,7 +60,7 @@ _FSDP = (
     _Fixed("cpu_offload", "OFFLOAD_PARAMS", "false", "false", "false", "it was not tested"),
     _Fixed(
         *("activation_checkpointing", "ACTIVATION_CHECKPOINTING", "false", "false", "false"),
-        "it was not tested; write `trainer.gradient_checkpointing: true` in the recipe",
+        f"it was not tested; write `trainer.{CHECKPOINTING}: true` in the recipe",
     ),
 )
 

@@ -25,6 +25,13 @@ _VALIDATION = (
 )
 _PUSH = "this version pushes nothing; the model folder of a finished run can be uploaded as it is"
 
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+"""What the installed library calls computing states anew; up to transformers 5.22 it is the second name alone."""
+
 OWNED: Mapping[str, str] = {
     "output_dir": "checkpoints go into the run folder: `--out`",
     "seed": "one seed rules the whole run: write `seed` at the top of the recipe",

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from llm_itemtok.errors import ItemTokError, TrainingError
+from llm_itemtok.training.arguments import CHECKPOINTING
 from llm_itemtok.training.processes import together
 
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
@@ -62,6 +63,6 @@ def _memory(arguments: TrainingArguments) -> str:
     return (
         f"training must fit into the memory of {arguments.device}, but it does not with batches of {batch}; halve "
         f"`trainer.per_device_train_batch_size` and double `trainer.gradient_accumulation_steps` (was {accumulated}), "
-        "which gives the same updates; or shorten `examples.history_length`, write `trainer.gradient_checkpointing: "
-        "true`, `model.adapter: lora` or `model.dtype: bfloat16`. While validating, `evaluation.batch_size` counts"
+        f"which gives the same updates; or shorten `examples.history_length`, write `trainer.{CHECKPOINTING}: true`, "
+        "`model.adapter: lora` or `model.dtype: bfloat16`. While validating, `evaluation.batch_size` counts"
     )

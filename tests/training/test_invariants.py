@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from llm_itemtok.model.load import add_lora, with_item_tokens
+from llm_itemtok.training.arguments import CHECKPOINTING
 from llm_itemtok.training.callbacks import StopOnSignal, read_log
 from llm_itemtok.training.next_token import MODEL_INPUTS
 from llm_itemtok.vocab import init
@@ -200,9 +201,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_run_can_go_on(tmp_pa
 def test_activation_checkpointing_trains_the_same(tmp_path, family):
     runs = []
     for checkpointing in (False, True):
-        trainer = make_trainer(
-            tmp_path / str(checkpointing), steps=2, activation_checkpointing=checkpointing, family=family
-        )
+        trainer = make_trainer(tmp_path / str(checkpointing), steps=2, family=family, **{CHECKPOINTING: checkpointing})
         trainer.train()
         runs.append(weights(trainer))
     assert_close(*runs, atol=1e-7, rtol=0)
