@@ -47,6 +47,20 @@ class Book:
             return []
         return [self._known(cell) for cell in self.loaded.confirm_cells(self.chosen())]
 
+    def foreseen(self) -> list[Job]:
+        """The jobs of confirm while tuning goes on; only those of arms without a choice have their own recipes yet."""
+        chosen = self.loaded.foregone()
+        jobs = []
+        for cell in self.loaded.confirm_cells(chosen):
+            job = self.pool.job(cell)
+            known = not self.loaded.plan.tuning or (self.loaded.plan.arms[cell.arm].based_on or cell.arm) in chosen
+            found = self.pool.record(job) if known else None
+            if found is not None:
+                self.jobs.setdefault(job.sha256, job)
+                self.records[job.sha256] = found
+            jobs.append(job)
+        return jobs
+
     def done(self, jobs: Sequence[Job]) -> int:
         """How many jobs are finished."""
         return sum(job.sha256 in self.records for job in jobs)

@@ -165,6 +165,13 @@ class LoadedPlan:
                     cells.append(Cell("screen", block, folder, arm, (*shared, *own), name, config))
         return cells
 
+    def foregone(self) -> dict[str, Point]:
+        """Arms that tuning has nothing to choose for, since their grid has one point, with that point."""
+        cells: dict[str, list[Cell]] = {}
+        for cell in self.tuning_cells():
+            cells.setdefault(cell.arm, []).append(cell)
+        return {arm: own[0].point for arm, own in cells.items() if len(own) == 1}
+
     def confirm_cells(self, chosen: Mapping[str, Point]) -> list[Cell]:
         """Every arm with every seed on every data set, at the point that was chosen for it.
 

@@ -289,8 +289,8 @@ def dry_run(path: Path, *, results: Path, runs: Path, workers: int = 2) -> str:
     book = Book(loaded, Pool(results, runs))
     tuning, confirm = book.tuning(), book.confirm()
     tuned = bool(confirm) or not tuning
-    # Until tuning has chosen, the recipes of `confirm` are not known; their number and size are.
-    confirm = confirm or [book.pool.job(cell) for cell in loaded.confirm_cells({})]
+    # Until tuning has chosen, most recipes of `confirm` are not known; their number and size are.
+    confirm = confirm or book.foreseen()
     seconds, guessed = _estimates([*tuning, *confirm], book)
     lines = [f"plan {loaded.plan.name}: {loaded.plan.question}", ""]
     total = 0.0

@@ -125,6 +125,13 @@ def test_variants_are_tuned_as_wholes_and_another_arm_may_take_one_that_was_not_
     assert dict(other.point)["variant"] == "few"
 
 
+def test_where_a_grid_has_one_point_nothing_is_chosen(load):
+    assert load().foregone() == {}
+    assert load(tuning=None).foregone() == {}
+    one = load(tuning={**PLAN["tuning"], "grid": {"trainer.learning_rate": [1e-5]}}).foregone()
+    assert one == dict.fromkeys(("demo", "random"), (("trainer.learning_rate", 1e-5),))  # `side` has a grid of its own
+
+
 def test_a_grid_gives_every_combination_once():
     assert points({}) == [()]
     assert points({"a": [1, 2], "b": ["x"]}) == [(("a", 1), ("b", "x")), (("a", 2), ("b", "x"))]

@@ -119,6 +119,21 @@ def test_a_plan_stopped_and_killed_goes_on_to_the_same_table(plan, undisturbed, 
 
 
 @pytest.mark.slow
+def test_runs_that_a_plan_shares_with_another_count_before_it_is_tuned(plan, undisturbed):
+    """Its control has one point only, so what it will be confirmed with is known."""
+    found = []
+    for rate in PLAN["tuning"]["grid"]["trainer.learning_rate"]:
+        tuning = {**PLAN["tuning"], "grid": {"trainer.learning_rate": [rate]}}
+        arms = {"other": {"settings": {"tokenizer": {"kind": "product"}}}, "random": PLAN["arms"]["random"]}
+        other = plan.parent / f"other-{rate}.yaml"
+        other.write_text(yaml.safe_dump({**PLAN, "name": "other", "arms": arms, "tuning": tuning}), encoding="utf-8")
+        text = dry_run(other, results=undisturbed / "results", runs=undisturbed / "runs")
+        found.append("2 of 4 runs done" in text)  # tuning of the control, and what confirmed the better rate
+        assert "after tuning" in text
+    assert sorted(found) == [False, True]
+
+
+@pytest.mark.slow
 def test_a_finished_plan_runs_nothing_and_a_rerun_gives_the_same(plan, undisturbed, capsys, monkeypatch):
     places = {"results": undisturbed / "results", "runs": undisturbed / "runs"}
     assert "6 of 6 runs done" in dry_run(plan, **places)
