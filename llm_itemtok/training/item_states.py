@@ -74,11 +74,11 @@ def shrunk(states: np.ndarray, counts: np.ndarray, prior: float) -> np.ndarray:
     Args:
         states: float32 `[N, D]`, about 0 as their mean.
         counts: int64 `[N]`, how many states each is the mean of.
-        prior: how many states what is known besides is worth, at least 0.
+        prior: n at which a mean counts half, at least 0. By least squares it would be how much the states of one item
+            vary over how much items do.
 
     Returns:
-        float32 `[N, D]`, those of n states times `n / (n + prior)`: the mean that is expected of many states, if items
-        differ by as much as `prior` states of one item do.
+        float32 `[N, D]`, means of n states times `n / (n + prior)`.
     """
     return states * (counts / np.maximum(counts + prior, 1)).astype(np.float32)[:, None]
 
