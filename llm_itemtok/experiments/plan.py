@@ -54,6 +54,8 @@ class Arm:
     """A side comparison: neither the plan's method nor its control."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What it changes in the recipe, nested as in a recipe."""
+    recipes: Mapping[str, str] = field(default_factory=dict)
+    """Data set → recipe that it starts from in place of the data set's; relative to the plan."""
     grid: Mapping[str, list[Any]] = field(default_factory=dict)
     """Settings of its own to tune, beside those of `tuning.grid`: dotted setting → values."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -93,7 +95,7 @@ class Plan:
     """An experiment."""
 
     name: str
-    """Of its files under `docs/results`; the method's arm bears it too."""
+    """Of its files under `docs/results`; where one method is held against the control, its arm bears it too."""
     question: str
     """What it asks, in a sentence."""
     datasets: Mapping[str, PlannedData]
@@ -208,7 +210,7 @@ class LoadedPlan:
             *(_overrides(given.settings) if given.based_on else ()),
             f"seed={seed}",
         ]
-        return RunConfig.load(self.path.parent / planned.recipe, overrides)
+        return RunConfig.load(self.path.parent / base.recipes.get(dataset, planned.recipe), overrides)
 
 
 def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
@@ -230,10 +232,12 @@ def _faults(plan: Plan) -> list[str]:
     both = [name for name, arm in plan.arms.items() if arm.control and arm.probe]
     if both:
         faults.append(f"`arms.{both[0]}` must be the control or a probe, not both")
-    if plan.name not in plan.arms or plan.arms[plan.name].control or plan.arms[plan.name].probe:
+    methods = [name for name, arm in plan.arms.items() if not arm.control and not arm.probe]
+    if not methods:
+        faults.append("`arms` must have at least one that is neither control nor probe, was: none")
+    if len(methods) == 1 and methods[0] != plan.name:
         faults.append(
-            f"the arm that is the plan's method must bear its name, `arms.{plan.name}`, and be neither control nor "
-            f"probe; arms are: {', '.join(plan.arms)}"
+            f"the arm that is the plan's only method must bear its name, `arms.{plan.name}`, was: {methods[0]}"
         )
     if not plan.name.replace("-", "").isalnum():
         faults.append(f"`name` must be letters, digits and hyphens, as it names files, was: {plan.name!r}")
@@ -263,9 +267,11 @@ def _arm_faults(plan: Plan, name: str, arm: Arm) -> list[str]:
         )
     if arm.variants and not plan.tuning:
         faults.append(f"`arms.{name}.variants` need `tuning`, which chooses one of them")
-    unknown = [dataset for dataset in arm.datasets or () if dataset not in plan.datasets]
-    if unknown:
-        faults.append(f"`arms.{name}.datasets` must be of {', '.join(plan.datasets)}, was: {', '.join(unknown)}")
+    for setting, named in (("datasets", arm.datasets or ()), ("recipes", arm.recipes)):
+        if unknown := [dataset for dataset in named if dataset not in plan.datasets]:
+            faults.append(f"`arms.{name}.{setting}` must be of {', '.join(plan.datasets)}, was: {', '.join(unknown)}")
+    if arm.based_on and arm.recipes:
+        faults.append(f"`arms.{name}.recipes` must be empty where an arm is `based_on` another, whose recipes it takes")
     if (arm.control or name == plan.name) and (arm.seeds or arm.datasets):
         faults.append(f"`arms.{name}` is the method or its control: it takes all seeds and data sets")
     return faults

@@ -125,6 +125,24 @@ def test_variants_are_tuned_as_wholes_and_another_arm_may_take_one_that_was_not_
     assert dict(other.point)["variant"] == "few"
 
 
+def test_an_arm_may_start_from_recipes_of_its_own_and_a_plan_may_compare_several_methods(load, tmp_path):
+    (tmp_path / "other.yaml").write_text("extends: base.yaml\n\ntokenizer:\n  levels: 2\n", encoding="utf-8")
+    arms = {
+        "plain": {"control": True},
+        "shallow": {"recipes": {"first": "other.yaml"}},
+        "random": {"settings": {"tokenizer": {"kind": "random"}}},
+        "both": {"probe": True, "based_on": "shallow", "settings": {"trainer": {"max_steps": 40}}},
+    }
+    changed = {"trainer": {"learning_rate": 1e-5}}
+    data = {"first": {"recipe": "base.yaml", "settings": changed}, "second": {"recipe": "base.yaml"}}
+    cells = load(arms=arms, datasets=data, tuning=None).confirm_cells({})
+    configs = {(cell.dataset, cell.arm): cell.config for cell in cells if cell.config.seed == 1}
+    depth = {at: config.tokenizer.levels for at, config in configs.items() if at[1] != "random"}
+    assert {at for at, levels in depth.items() if levels == 2} == {("first", "shallow"), ("first", "both")}
+    assert {config.trainer["learning_rate"] for (data, _), config in configs.items() if data == "first"} == {1e-5}
+    assert configs["first", "both"].trainer["max_steps"] == 40
+
+
 def test_where_a_grid_has_one_point_nothing_is_chosen(load):
     assert load().foregone() == {}
     assert load(tuning=None).foregone() == {}
@@ -142,6 +160,12 @@ def test_a_grid_gives_every_combination_once():
     [
         ({"arms": {"demo": {}}}, "exactly one with `control: true`, was: none"),
         ({"arms": {"other": {}, "random": {"control": True}}}, "must bear its name, `arms.demo`"),
+        ({"arms": {"random": {"control": True}, "side": {"probe": True}}}, "neither control nor probe, was: none"),
+        ({"arms": {**PLAN["arms"], "other": {"recipes": {"third": "base.yaml"}}}}, "`arms.other.recipes` must be of"),
+        (
+            {"arms": {**PLAN["arms"], "other": {"based_on": "demo", "recipes": {"first": "x"}}}},
+            "whose recipes it takes",
+        ),
         ({"arms": {"demo": {"controls": True}}}, "did you mean `arms.demo.control`"),
         ({"tuning": {**PLAN["tuning"], "seed": 1}}, "must be none of the seeds of `confirm`, was: 1"),
         ({"tuning": {**PLAN["tuning"], "dataset": "third"}}, "must be one of first, second, was: third"),
