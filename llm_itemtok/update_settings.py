@@ -88,6 +88,8 @@ class BilevelUpdate:
     """Steps of the quantizer at intervals, after each of which codes are read anew (arXiv:2510.21242)."""
     every: Every = field(default_factory=lambda: Every(epochs=1.0))
     """When the quantizer takes a step: {steps: N} or {epochs: N}."""
+    rounds: CountOrNone = 0
+    """Steps of the quantizer at most; item tokens stay after the last one. 0 goes on as long as training does."""
     look_ahead: NotNegative | None = None
     """Length of the model's step ahead; null for the trainer's learning rate then, 0 for joint training without."""
     order: Annotated[Literal[1, 2], Unless("look_ahead", (0.0,))] = 2
@@ -106,6 +108,10 @@ class BilevelUpdate:
     """Weight of the encoder's side of these terms."""
     residual: Literal["paper", "release"] = "paper"
     """How probabilities below the first level reach the encoder: as the equations have it, or, as released, not."""
+    gradient: Literal["mixture", "own"] = "mixture"
+    """What learns of an item that is read: all codewords of a level by their probability, as published, or its own."""
+    margin: NotNegative = 0.0
+    """An item keeps a codeword whose squared distance is at most 1 + this times the least; 0 takes the nearest."""
     batch_size: CountOrNone = 0
     """Examples of a step of the quantizer; 0 for as many as a step of the training has."""
 
@@ -128,6 +134,12 @@ class AlternateUpdate:
     """Weight of the alignment of histories with the items that follow, by their codes; 0 leaves it out."""
     preference: NotNegative = 1.0e-4
     """Weight of the alignment of predictions with rebuilt item vectors, by cosine; 0 leaves it out."""
+    quantizer_sequence: NotNegative | None = None
+    """Weight of the former in the quantizer's turn; null for the same as in the model's, as in the paper."""
+    quantizer_preference: NotNegative | None = None
+    """Weight of the latter in the quantizer's turn; null for the same as in the model's, as in the paper."""
+    losses: Literal["sums", "means"] = "sums"
+    """Of the quantizer's own loss, over dimensions, and of the alignment of histories, over levels: paper, release."""
     temperature: Annotated[Positive, Unless("preference", (0.0,))] = 0.07
     """What these cosines are divided by."""
     pool: Literal["mean", "last"] = "mean"
@@ -141,11 +153,13 @@ class AlternateUpdate:
     converged: Annotated[float, Within(low=0, below=1)] = 0.0
     """A turn that moves less than this share of the items is the last one; 0 leaves it out."""
     learning_rate: NotNegative = 1e-4
-    """Of the quantizer's AdamW, constant."""
+    """Of the quantizer's AdamW at its highest; it rises over the first turn, and falls to 0 until the last one ends."""
     weight_decay: NotNegative = 0.05
     """Of the same, for encoder and decoder; codebooks have none."""
     commitment: NotNegative = 0.25
     """Weight of the term that keeps the encoder near its codewords."""
+    margin: NotNegative = 0.0
+    """An item keeps a codeword whose squared distance is at most 1 + this times the least; 0 takes the nearest."""
     batch_size: Count = 256
     """Examples of a step of the quantizer."""
 

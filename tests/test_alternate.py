@@ -26,14 +26,13 @@ update:
   kind: alternate
   every: {steps: 4}
   rounds: 3
-  warmup: 0.6
+  warmup: 0
   batch_size: 32
   learning_rate: 0.01
 trainer: {max_steps: 14, per_device_train_batch_size: 16, learning_rate: 5.0e-3, logging_steps: 1, use_cpu: true}
 evaluation: {every: 0.4, baselines: [popularity]}
 """
-T5 = ("model.scratch.family=t5", "model.scratch.head_dim=4", "examples.kind=windows", "evaluation.every=0.05",
-      "update.warmup=0")  # fmt: skip
+T5 = ("model.scratch.family=t5", "model.scratch.head_dim=4", "examples.kind=windows", "evaluation.every=0.05")
 UNTIMED = ("pass_seconds", "training_seconds", "pass_share", "learning_seconds", "coding_seconds")
 
 
@@ -137,6 +136,11 @@ def test_a_training_too_short_for_a_cycle_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_the_model_never_learns_cannot_teach_the_quantizer(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"needs `update\.sequence` above 0, .* was: 0\.1 and 0"):
+        check(recipe(tmp_path, "update.sequence=0", "update.quantizer_sequence=0.1"))
+
+
 def test_two_processes_take_turns_together(tmp_path: Path) -> None:
     """They train on the same batches, read the same codes, and write once."""
     alone = run(recipe(tmp_path, "model.scratch.dropout=0"), tmp_path / "alone", until="train")

@@ -98,6 +98,11 @@ class Split:
         """How often each item occurs in training, int64 [num_items]."""
         return np.bincount(self.train_items, minlength=self.num_items)
 
+    def followed_counts(self) -> np.ndarray:
+        """How often each item occurs in training with another one after it, int64 [num_items]."""
+        last = self.train_items[self.train_offsets[1:][np.diff(self.train_offsets) > 0] - 1]
+        return self.item_counts() - np.bincount(last, minlength=self.num_items)
+
 
 def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Indices of several runs, one after the other: `starts[0], starts[0] + 1, ...`; int64 [lengths.sum()]."""

@@ -4,6 +4,8 @@ Items take the codes that their vectors read off the codebooks now. Where severa
 keeps it, so that one item's move does not push others about.
 
 Decisions:
+- With a margin, an item leaves a codeword only for one that is nearer by so much. Below the first level the nearest two
+  codewords are often about as near, and an item that goes over for a hair has a model forget what it knew of it.
 - A level that only counts within a code (`extra-level`) has no codebook: an item whose code above it did not change
   keeps its number, the others take the lowest free numbers in the order of the catalogue.
 - Without such a level, one item of each code has it: the one that had it, else the one that it describes best. The
@@ -24,6 +26,8 @@ from llm_itemtok.errors import DataError
 from llm_itemtok.items.base import Quantizer, check_vectors
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.free_codes import FreeCodes, squared_errors, with_room
+from llm_itemtok.items.residual import lowest, squared_distances
+from llm_itemtok.items.streaming import read_blocks
 
 
 class Recoded(NamedTuple):
@@ -37,13 +41,14 @@ class Recoded(NamedTuple):
     """Items that have another code than they read."""
 
 
-def recode(quantizer: Quantizer, vectors: np.ndarray, codes: ItemCodes) -> Recoded:
+def recode(quantizer: Quantizer, vectors: np.ndarray, codes: ItemCodes, *, margin: float = 0.0) -> Recoded:
     """Read all codes off a quantizer, and make them unique.
 
     Args:
         quantizer: on any device, with the levels of `codes` but for one that counts within a code.
         vectors: float `[N, D]`, in the quantizer's units.
         codes: of the same items before, with unique rows.
+        margin: at least 0; an item keeps a codeword whose squared distance is at most `1 + margin` times the least.
 
     Raises:
         DataError: if codes, vectors and quantizer do not fit each other.
@@ -56,7 +61,9 @@ def recode(quantizer: Quantizer, vectors: np.ndarray, codes: ItemCodes) -> Recod
         )
     if len(vectors) != codes.num_items:
         raise DataError(f"there must be one vector a code, {codes.num_items:,} of them, was: {len(vectors):,}")
-    wanted = ItemCodes(quantizer.encode_blocks(vectors), codes.sizes[:levels])
+    had = codes.table[:, :levels]
+    read = _read_with(margin, quantizer, vectors, had) if margin else quantizer.encode_blocks(vectors)
+    wanted = ItemCodes(read, codes.sizes[:levels])
     if codes.num_levels > levels:
         table, rows = _numbered(wanted, codes)
     else:
@@ -64,6 +71,25 @@ def recode(quantizer: Quantizer, vectors: np.ndarray, codes: ItemCodes) -> Recod
     if len(rows):
         _take_nearest(table, rows, codes.sizes, quantizer, vectors)
     return Recoded(table, wanted.collision_rate, int((table[:, :levels] != wanted.table).any(axis=1).sum()))
+
+
+@torch.no_grad()
+def _read_with(margin: float, quantizer: Quantizer, vectors: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Read codes int32 `[N, L]` off the codebooks; items that have `table` leave a codeword for a nearer one only."""
+    read = np.empty_like(table)
+    codebooks, prices = quantizer.used_codebooks(), quantizer.prices()
+    for rows, block in read_blocks(vectors):
+        residual = quantizer.to_latent(torch.from_numpy(check_vectors(block)).to(codebooks.device))
+        had = torch.from_numpy(table[rows].astype(np.int64)).to(codebooks.device)
+        for level, codebook in enumerate(codebooks):
+            distances = squared_distances(residual, codebook)
+            costs = distances if prices is None else distances + prices[level]
+            best, own = lowest(costs).unsqueeze(1), had[:, level].unsqueeze(1)
+            most = costs.gather(1, best) + margin * distances.gather(1, best).clamp(min=0)
+            chosen = torch.where(costs.gather(1, own) <= most, own, best)[:, 0]
+            read[rows, level] = chosen.cpu().numpy()
+            residual = residual - codebook[chosen]
+    return read
 
 
 def _numbered(wanted: ItemCodes, codes: ItemCodes) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+ITEM_TABLES = ("own.table", "items.table")
+"""How the names of learnt embeddings end in a model that has them."""
+
 
 class Named(NamedTuple):
     """Items that ids below 0 name, each once, and what stands for them."""

@@ -5,17 +5,21 @@ model's width, and meets each level's codebook, whose codewords are the item tok
 
     x_1 = g,   x_l = MLP_l([c_{l-1}; g]),   s_l = x_l C_l^T,   p_l = softmax(s_l)
 
-At the item side g is an embedding of the item's own (`ItemEmbeddings`), and c_l the codeword with the highest score,
-through which the gradient passes as if it were the mean of all under p_l. Their sum is what the backbone reads of the
-item: its code is redistributed over the codebooks by what is learnt of the item, and may differ from its code in the
-table. At the user side g is the backbone's last state, c_l the codeword of the target (in training) or of a beam, and
-s_l the logits. So the backbone runs once for a recommendation, over a row that is L times shorter.
+At the item side g is an embedding of the item's own (`ItemEmbeddings`), and c_l the codeword with the highest score;
+scores get the gradient that they would have if it were the mean of all under p_l. The sum of the c_l is what the
+backbone reads of the item: its code is redistributed over the codebooks by what is learnt of the item, and may differ
+from its code in the table. At the user side g is the backbone's last state, c_l the codeword of the target (in
+training) or of a beam, and s_l the logits. So the backbone runs once for a recommendation, over a row that is L times
+shorter.
 
 Decisions:
 - Codewords are the rows of the item tokens (`ItemRows`), as wide as the model: they begin with a meaning, updates of
   item tokens find them, and their scale is that of the base's table. Scores are products with them, as everywhere in a
   language model. The MLPs see them at scale 1 (`unit`), beside a guidance of that scale.
-- An item's vector is brought to the scale of the base's table (`gain`, measured once on the items' codes).
+- An item's vector is brought to the scale of the base's table (`gain`, measured once on the vectors of items).
+- Codewords of that scale would make p_l flat at the item side: no choice, and a gradient that is not the choice's.
+  So scores are multiplied there by what gives them a spread of `SPREAD` nats at the beginning (`sharpness`).
+- A codeword that is read gets its whole gradient, as an embedding does; in the release it gets its share under p_l.
 - An item without an embedding of its own, new or never in training, is read as the sum of its code's codewords.
 - Scores carry neither a bias nor `1/sqrt(D)`, as released.
 
@@ -34,6 +38,12 @@ from torch import Tensor, nn
 from llm_itemtok.model.item_embeddings import ItemEmbeddings
 
 Mixing = Literal["hard", "soft"]
+
+SPREAD = 3.0
+"""Standard deviation of an item's scores at a level when training begins, in nats; that of the release is about 9."""
+
+_MEASURED = 4096
+"""Items that scales are measured on."""
 
 
 class Assigned(NamedTuple):
@@ -66,6 +76,7 @@ class Recursion(nn.Module):
 }"""
     unit: Tensor
     gain: Tensor
+    sharpness: Tensor
 
     def __init__(
         self,
@@ -102,12 +113,20 @@ class Recursion(nn.Module):
             )
         self.register_buffer("unit", torch.ones(()))
         self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("sharpness", torch.ones(levels))
 
     @torch.no_grad()
     def fit_scale(self, codebooks: Sequence[Tensor], codes: Tensor) -> None:
-        """Measure `unit` and `gain` on the codebooks, L times `[K, D]`, and the items' codes, int64 `[N, L]`."""
+        """Measure `unit`, `sharpness` and `gain` on codebooks, L times `[K, D]`, and items' codes, int64 `[N, L]`."""
         self.unit.copy_(torch.cat(list(codebooks)).square().mean().sqrt().clamp(min=1e-6))
-        self.gain.copy_(self.unit / _spelled(codebooks, codes).square().mean().sqrt().clamp(min=1e-6))
+        guided = self.items.has(torch.arange(len(codes), device=codes.device)).nonzero()[:, 0]
+        rows = guided[torch.linspace(0, len(guided) - 1, min(len(guided), _MEASURED)).long()]
+        for level in range(len(codebooks) if len(rows) else 0):  # what a level reads of the one before is sharp by then
+            scores = self.item_side(rows, codes[rows], codebooks).logits[level]
+            spread = float(scores.std(dim=1, correction=0).mean())
+            self.sharpness[level] = SPREAD / spread if spread > 1e-6 else 1.0  # a level of one codeword has none
+        read = self.item_side(rows, codes[rows], codebooks).vectors if len(rows) else _spelled(codebooks, codes)
+        self.gain.copy_(self.unit / (read - read.mean(0)).square().mean().sqrt().clamp(min=1e-6))
 
     def query(self, level: int, guidance: Tensor, before: Tensor | None) -> Tensor:
         """What is multiplied with a level's codebook, `[..., D]`.
@@ -154,7 +173,7 @@ class Recursion(nn.Module):
         found, logits = guidance.new_zeros(guidance.shape), []
         before: Tensor | None = None
         for level, codebook in enumerate(codebooks):
-            scores = self.query(level, guidance, before) @ codebook.T
+            scores = self.query(level, guidance, before) @ codebook.T * self.sharpness[level]
             before = self._assigned(scores, codebook)
             found = found + before
             logits.append(scores)
@@ -165,10 +184,10 @@ class Recursion(nn.Module):
         """The codewords, or mixtures, that scores `[n, K]` choose of a codebook `[K, D]`: `[n, D]`."""
         if self.mixing == "hard" and not torch.is_grad_enabled():
             return codebook[scores.argmax(-1)]
-        mean = scores.softmax(-1) @ codebook
         if self.mixing == "soft":
-            return mean
-        return codebook[scores.argmax(-1)].detach() + (mean - mean.detach())  # the codeword itself, to the bit
+            return scores.softmax(-1) @ codebook
+        mean = scores.softmax(-1) @ codebook.detach()
+        return codebook[scores.argmax(-1)] + (mean - mean.detach())  # the codeword itself, to the bit
 
     def user_side(self, states: Tensor, codes: Tensor, codebooks: Sequence[Tensor]) -> list[Tensor]:
         """Logits of each level, L times `[n, K]`, given the levels before.

@@ -8,7 +8,8 @@ from datasets import Dataset as ExampleTable
 
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import RecipeError
-from llm_itemtok.items.base import check_vectors
+from llm_itemtok.items.base import Quantizer, check_vectors
+from llm_itemtok.items.streaming import read_blocks
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.pipeline.objective import Aim
 from llm_itemtok.training.alignment import Adapters, Alignments, WithAlignments
@@ -29,9 +30,15 @@ def turns(update: AlternateUpdate, every: int, steps: tuple[int, int]) -> Turns:
         steps: of an epoch, and of the whole training.
 
     Raises:
-        RecipeError: if there would be one turn, or none.
+        RecipeError: if there would be one turn, or none, or the quantizer would be taught what the model never learns.
     """
     steps_an_epoch, total = steps
+    for name in ("sequence", "preference"):
+        if getattr(update, f"quantizer_{name}") and not getattr(update, name):
+            raise RecipeError(
+                f"`update.quantizer_{name}` needs `update.{name}` above 0, by which the model learns what it teaches "
+                f"the quantizer with, was: {getattr(update, f'quantizer_{name}'):g} and 0"
+            )
     if every >= total:
         raise RecipeError(
             f"`update.every` must leave room for a turn of the quantizer, which comes after {every:,} steps, but "
@@ -89,20 +96,39 @@ def alternate(
         learning_rate=update.learning_rate,
         weight_decay=update.weight_decay,
         commitment=update.commitment,
+        margin=update.margin,
         batch_size=update.batch_size,
         piece=config.evaluation.batch_size,
         seed=config.seed,
     )
-    alignments = Alignments(update.sequence, update.preference, update.temperature, update.variant)
+    of_turns = [
+        Alignments(sequence, preference, update.temperature, update.variant, means=update.losses == "means")
+        for sequence, preference in (
+            (update.sequence, update.preference),
+            (
+                update.sequence if update.quantizer_sequence is None else update.quantizer_sequence,
+                update.preference if update.quantizer_preference is None else update.quantizer_preference,
+            ),
+        )
+    ]
     material = Material(table, _naming_targets(aim), binding, check_vectors(vectors))
     model.beside = Adapters(
         model.rows.input_rows.shape[1],
         codeword=model.quantizer.codebooks.shape[2],
         vector=vectors.shape[1],
+        middle=_middle(model.quantizer, material.vectors),
         pool=update.pool,
         seed=config.seed,
     )
-    return Alternate(turns(update, every, steps), tuning, alignments, material), Rules(rounds=update.rounds, gate=None)
+    method = Alternate(turns(update, every, steps), tuning, of_turns[0], material, teaching=of_turns[1])
+    return method, Rules(rounds=update.rounds, gate=None)
+
+
+@torch.no_grad()
+def _middle(quantizer: Quantizer, vectors: np.ndarray) -> torch.Tensor:
+    """Mean of the items in the space of the codebooks, `[H]`."""
+    parts = [quantizer.to_latent(torch.from_numpy(check_vectors(block))).sum(0) for _, block in read_blocks(vectors)]
+    return torch.stack(parts).sum(0) / len(vectors)
 
 
 def with_alignments(aim: Aim, model: ItemTokenModel, updates: Updates | None) -> Aim:

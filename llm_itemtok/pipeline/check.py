@@ -175,7 +175,8 @@ def _update_lines(config: RunConfig, steps: int, total: int) -> list[str]:
         return [described(config.update, every_steps(config.update.every, steps), (steps, total))]
     if isinstance(config.update, BilevelUpdate):
         every = quantizer_steps(config.update, steps, total)
-        return [f"  the quantizer takes a step every {every:,} steps, {(total - 1) // every:,} in all; codes follow"]
+        taken = min((total - 1) // every, config.update.rounds or total)
+        return [f"  the quantizer takes a step every {every:,} steps, {taken:,} in all; codes follow"]
     if not isinstance(config.update, SelfImproveUpdate):
         return []
     schedule = Schedule.of(config.update, steps, total)

@@ -22,12 +22,12 @@ def give_items(
 
     Args:
         config: the recipe.
-        data: its data; which items are in training decides whose embeddings are learnt.
+        data: its data; which items training reads decides whose embeddings are learnt.
         model: changed in place.
         vectors: gives the item vectors `[N, D]`; called if the model reads them.
     """
     chosen, width = config.scoring, model.rows.input_rows.shape[1]
-    known = torch.from_numpy(data.split.item_counts() > 0)
+    known = torch.from_numpy(data.split.followed_counts() > 0)  # an item that only ends histories is never read
     if isinstance(chosen, TokensScoring):
         if chosen.item_embedding:
             model.own = ItemEmbeddings(

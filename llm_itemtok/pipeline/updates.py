@@ -232,7 +232,10 @@ def bilevel(config: RunConfig, update: BilevelUpdate, around: Surroundings, matr
         )
     assert model.quantizer is not None
     model.soft = SoftInputs(
-        model.quantizer, torch.from_numpy(matrix), straight_through_residual=update.residual == "release"
+        model.quantizer,
+        torch.from_numpy(matrix),
+        straight_through_residual=update.residual == "release",
+        own=update.gradient == "own",
     )
     whole = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     upper = UpperLevel(
@@ -244,6 +247,7 @@ def bilevel(config: RunConfig, update: BilevelUpdate, around: Surroundings, matr
         weight_decay=update.weight_decay,
         codebook=update.codebook,
         commitment=update.commitment,
+        margin=update.margin,
         batch_size=update.batch_size or whole,
         piece=arguments.train_batch_size,
         seed=config.seed,
@@ -256,7 +260,7 @@ def bilevel(config: RunConfig, update: BilevelUpdate, around: Surroundings, matr
         vectors=matrix,
         half=arguments.bf16,
     )
-    return Bilevel(every, upper, material, model), Rules(rounds=total, gate=None)
+    return Bilevel(every, upper, material, model), Rules(rounds=update.rounds or total, gate=None)
 
 
 def trains_quantizer(config: RunConfig) -> bool:

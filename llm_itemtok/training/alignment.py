@@ -21,8 +21,8 @@ Decisions:
 - The divergence is computed of logarithms: far codewords have a probability of 0, and none is cut off.
 
 `release` is what the released code does: distances enter the softmax with the wrong sign, so that the farthest codeword
-is the likeliest; what a level leaves of a vector carries no gradient, so that only the first level teaches; means over
-the levels instead of sums.
+is the likeliest; what a level leaves of a vector carries no gradient, so that only the first level teaches. Means over
+the levels instead of sums, which it has too, are a choice of their own.
 
 Source: Liu et al. 2025 (arXiv:2409.05546), equations 14 to 18, and the released code for what they leave open: the
 temperature, unique targets, linear adapters. There negatives are those of one process.
@@ -51,13 +51,16 @@ SEQUENCE, PREFERENCE = "alignment/sequence", "alignment/preference"
 """Names of the two terms."""
 
 
-def sequence_alignment(items: Sequence[Tensor], sequences: Sequence[Tensor], *, variant: Variant = "paper") -> Tensor:
+def sequence_alignment(
+    items: Sequence[Tensor], sequences: Sequence[Tensor], *, variant: Variant = "paper", means: bool = False
+) -> Tensor:
     """Symmetric divergence of code distributions.
 
     Args:
         items: L tensors `[U, K]`, minus the squared distances of the targets (`Quantizer.assignment_logits`).
         sequences: those of the histories before them.
         variant: see the module.
+        means: over the levels, in place of the sum.
 
     Returns:
         `[U]` in nats, at least 0 up to rounding; 0 where the distributions agree.
@@ -68,7 +71,7 @@ def sequence_alignment(items: Sequence[Tensor], sequences: Sequence[Tensor], *, 
         ours, theirs = (sign * item).log_softmax(-1), (sign * sequence).log_softmax(-1)
         each.append(((ours.exp() - theirs.exp()) * (ours - theirs)).sum(-1))
     levels = torch.stack(each)
-    return levels.sum(0) if variant == "paper" else levels.mean(0)
+    return levels.mean(0) if means else levels.sum(0)
 
 
 def preference_alignment(items: Tensor, preferences: Tensor, *, temperature: float) -> Tensor:
@@ -96,12 +99,14 @@ class Alignments:
         preference: weight of the alignment of preferences, at least 0.
         temperature: of the latter, above 0.
         variant: of the former.
+        means: of the former.
     """
 
     sequence: float
     preference: float
     temperature: float = 0.07
     variant: Variant = "paper"
+    means: bool = False
 
     @property
     def any(self) -> bool:
@@ -127,7 +132,7 @@ class Alignments:
         items = quantizer.assignment_logits(quantizer.to_latent(vectors), straight_through_residual=stopped)
         theirs = quantizer.assignment_logits(sequences, straight_through_residual=stopped)
         return {
-            SEQUENCE: self.sequence * sequence_alignment(items, theirs, variant=self.variant),
+            SEQUENCE: self.sequence * sequence_alignment(items, theirs, variant=self.variant, means=self.means),
             PREFERENCE: self.preference * preference_alignment(rebuilt, preferences, temperature=self.temperature),
         }
 
@@ -142,13 +147,23 @@ class Adapters(nn.Module):
         pool: what stands for a history in a decoder-only model.
     """
 
-    def __init__(self, width: int, *, codeword: int, vector: int, pool: Pool = "mean", seed: int = 0) -> None:
-        """Begin small, as the release does.
+    def __init__(
+        self,
+        width: int,
+        *,
+        codeword: int,
+        vector: int,
+        middle: Tensor | None = None,
+        pool: Pool = "mean",
+        seed: int = 0,
+    ) -> None:
+        """Begin small, as the release does, and in the middle of the items, which may be far from 0.
 
         Args:
             width: D.
             codeword: H.
             vector: V.
+            middle: `[H]`, where z^E begins; None begins at 0, as released.
             pool: the mean of the history's states, or the last one.
             seed: of the weights.
         """
@@ -160,6 +175,8 @@ class Adapters(nn.Module):
             for linear in (self.sequence, self.preference):
                 nn.init.normal_(linear.weight, std=0.02)
                 nn.init.zeros_(linear.bias)
+        if middle is not None:
+            self.sequence.bias.data.copy_(middle)
 
     def forward(
         self, states: Tensor, context: Tensor | None, context_seen: Tensor | None, *, rows: Tensor, places: Tensor

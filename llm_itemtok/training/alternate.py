@@ -5,25 +5,28 @@ of the recommender. The quantizer's epoch is a round of the update protocol (`up
 the recommender:
 
     L_T = L_SQ + w_s sequence + w_p preference     the quantizer learns; the recommender's states are constants
-    L_R = L_REC + w_s sequence + w_p preference    the recommender learns; the quantizer is frozen (`alignment`)
+    L_R = L_REC + v_s sequence + v_p preference    the recommender learns; the quantizer is frozen (`alignment`)
 
 Cycles end after so many, when hardly an item moved, or when validation has not become better for a while. What follows
 is the *final stage*: item tokens stay what they are, and L_REC alone is minimised. For some epochs at the beginning
-(`warmup`) neither turn has alignments.
+(`warmup`) neither turn has alignments, and the quantizer's has none before the recommender has learnt them for a cycle:
+what is not learnt yet would pull all codes to one place.
 
 Decisions:
 - The quantizer's epoch goes through all training examples in an order drawn with seed and step. Its batches are cut
   into pieces that processes share, and only what the alignments read is exchanged: every process then takes the same
   step with all of it, so that two processes are one, and no gradients are exchanged.
 - While the quantizer learns, examples are written with the codes before, and the recommender is in evaluation mode.
-- L_SQ counts each distinct target of a batch once. In `paper` its parts are sums over dimensions and levels, the units
-  of the equations; in `release` means. The weights of the alignments are to be read beside that.
-- The quantizer's AdamW lasts from turn to turn, and is in every checkpoint.
+- L_SQ counts each distinct target of a batch once. Its parts are sums over dimensions and levels, the units of the
+  equations, or means, as released and as in the quantizer's own fit. Weights are to be read beside that; the paper has
+  one pair of them, and they may differ between the turns here.
+- The quantizer's AdamW lasts from turn to turn, and is in every checkpoint. Its rate rises over the steps of one turn,
+  then falls to 0 at the end of the last one: the first steps of AdamW are as long as any, and move most items.
 - `joint` is the control without turns: the quantizer takes a step on a batch of its own before every step of the
   recommender; items are coded anew at the same moments.
 
 Differs from the release: the cycle begins where a setting says; the final stage goes on from the weights of now and
-not from the best ones, under the same schedule of the learning rate; the quantizer's own learning rate is constant.
+not from the best ones, under the same schedule of the learning rate; the quantizer's falls along a line.
 
 Source: Liu et al. 2025 (arXiv:2409.05546), section 3.3, and the released code.
 
@@ -98,9 +101,10 @@ class Tuning:
     """How the quantizer is trained.
 
     Attributes:
-        learning_rate: of AdamW, constant.
+        learning_rate: of AdamW, at its highest.
         weight_decay: of networks; codewords have none.
         commitment: weight of the term that keeps an encoder near its codewords.
+        margin: of `recode`.
         batch_size: examples a step.
         piece: examples that are read at a time.
         seed: of the order of the examples.
@@ -109,6 +113,7 @@ class Tuning:
     learning_rate: float = 1e-4
     weight_decay: float = 0.05
     commitment: float = 0.25
+    margin: float = 0.0
     batch_size: int = 256
     piece: int = 64
     seed: int = 0
@@ -137,16 +142,34 @@ class Alternate:
 
     citation = WithAlignments.citation
 
-    def __init__(self, turns: Turns, tuning: Tuning, alignments: Alignments, material: Material) -> None:
-        """Take turns over some examples."""
+    def __init__(
+        self,
+        turns: Turns,
+        tuning: Tuning,
+        alignments: Alignments,
+        material: Material,
+        *,
+        teaching: Alignments | None = None,
+    ) -> None:
+        """Take turns over some examples.
+
+        Args:
+            turns: when.
+            tuning: of the quantizer.
+            alignments: in the recommender's turn.
+            material: of the quantizer's turn.
+            teaching: the alignments in that turn; None for the same ones.
+        """
         self.turns = turns
         self.tuning = tuning
         self.alignments = alignments
+        self.teaching = teaching or alignments
         self._binding, self._collate = material.binding, material.collate
         self._examples = _Examples(material.table)
         self.vectors = material.vectors
         self._there = torch.from_numpy(check_vectors(material.vectors))
         self._best, self._without, self._end = -math.inf, 0, math.inf
+        self._taken = 0
         self._told = _nothing_told()
         self._optimizer: QuantizerOptimizer | None = None
         self._held: Mapping[str, Tensor] = {}
@@ -165,6 +188,10 @@ class Alternate:
     def aligns(self, step: int) -> bool:
         """Whether the alignments count in a step."""
         return self.alignments.any and self.turns.warmup <= step < self.end
+
+    def teaches(self, step: int) -> bool:
+        """Whether the alignments count in what the quantizer learns before a step."""
+        return self.teaching.any and self.turns.warmup + self.turns.every <= step < self.end
 
     def learns(self, step: int) -> bool:
         """Whether the quantizer learns before this step without having a turn."""
@@ -186,9 +213,9 @@ class Alternate:
         if not self.turns.joint:
             rows = np.random.default_rng([self.tuning.seed, moment.step]).permutation(self._examples.rows)
             for start in range(0, len(rows), self.tuning.batch_size):
-                self.learn(model, rows[start : start + self.tuning.batch_size], aligned=self.aligns(moment.step))
+                self.learn(model, rows[start : start + self.tuning.batch_size], aligned=self.teaches(moment.step))
         learnt, codes = time.perf_counter(), model.vocab.codes
-        found = recode(_quantizer(model), self.vectors, codes)
+        found = recode(_quantizer(model), self.vectors, codes, margin=self.tuning.margin)
         share = float((found.table != codes.table).any(axis=1).mean())
         if share < self.turns.converged:
             self._end = min(self._end, moment.step + self.turns.every)
@@ -196,7 +223,7 @@ class Alternate:
         facts = {
             "collisions": found.collisions,
             "displaced": found.displaced,
-            "aligned": self.aligns(moment.step),
+            "aligned": self.teaches(moment.step),
             "quantizer_steps": int(self._told[-1]),
             "losses": {name: float(total / steps) for name, total in zip(TERMS, self._told[:-1], strict=True)},
             "learning_seconds": round(learnt - began, 3),
@@ -210,7 +237,7 @@ class Alternate:
         """A step of the quantizer on a batch of its own, drawn with seed and step: `joint`."""
         rng = np.random.default_rng([self.tuning.seed, step])
         size = min(self.tuning.batch_size, len(self._examples.rows))
-        self.learn(model, rng.choice(self._examples.rows, size, replace=False), aligned=self.aligns(step))
+        self.learn(model, rng.choice(self._examples.rows, size, replace=False), aligned=self.teaches(step))
 
     def learn(self, model: ItemTokenModel, rows: np.ndarray, *, aligned: bool) -> None:
         """One step of the quantizer on some examples `[n]`; of the model nothing else changes but its mode."""
@@ -225,10 +252,17 @@ class Alternate:
             terms = self._terms(quantizer, vectors, items, read)
             loss = torch.stack(list(terms.values())).sum()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        optimizer.step(_clipped(gradients))
+        optimizer.step(_clipped(gradients), scale=self._scale())
+        self._taken += 1
         for name, value in terms.items():
             self._told[TERMS.index(name)] += value.detach().cpu().double()
         self._told[-1] += 1
+
+    def _scale(self) -> float:
+        """Of the learning rate in the next step: up along a line over the first turn, down to 0 over all of them."""
+        turn = self.turns.every if self.turns.joint else math.ceil(len(self._examples.rows) / self.tuning.batch_size)
+        left = 1 - self._taken / (self.turns.rounds * turn + int(self.turns.joint))
+        return min(1.0, (self._taken + 1) / turn) * max(0.0, left)
 
     def _terms(
         self, quantizer: Quantizer, vectors: Tensor, items: np.ndarray, read: tuple[np.ndarray, Tensor, Tensor] | None
@@ -236,24 +270,25 @@ class Alternate:
         """Terms of the loss of a batch: vectors `[U, V]` of its distinct targets, and what was read of its pairs."""
         found = quantizer(vectors)
         quantization = found.codebook_loss + self.tuning.commitment * found.commitment_loss
-        sizes = (1, 1)
-        if self.alignments.variant == "paper":
-            sizes = (vectors.shape[1], quantizer.num_levels * quantizer.codebooks.shape[2])
+        sizes = (vectors.shape[1], quantizer.num_levels * quantizer.codebooks.shape[2])
+        if self.teaching.means:
+            sizes = (1, 1)
         each = {"reconstruction": sizes[0] * found.reconstruction_loss, "quantization": sizes[1] * quantization}
         if read is not None and len(read[0]):
             targets, sequences, preferences = read
             places = torch.from_numpy(np.searchsorted(items, targets)).to(vectors.device)
             rebuilt = found.reconstruction[places]
-            each |= self.alignments(quantizer, vectors[places], rebuilt, sequences, preferences)
+            each |= self.teaching(quantizer, vectors[places], rebuilt, sequences, preferences)
         return {name: values.mean() for name, values in each.items()}
 
     @torch.no_grad()
     def _read(self, model: ItemTokenModel, rows: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
         """What the recommender makes of some examples: items `[U]`, their z^E `[U, H]` and h^D `[U, V]`.
 
-        Short examples first, so that little is padded; of each item its first pair in that order.
+        Short examples are read first, so that little is padded; of each item its first pair in the order of `rows`.
         """
-        rows = self._examples.by_length(rows)
+        order = self._examples.by_length(rows)
+        rows = rows[order]
         items, counts = self._examples.pairs(rows, alone=model.answer_start is None)
         starts = np.concatenate([[0], np.cumsum(counts)])
         quantizer, width = _quantizer(model), self._there.shape[1]
@@ -263,7 +298,8 @@ class Alternate:
             batch = self._collate([self._examples.example(row) for row in rows[at].tolist()])
             own = _told(model, {name: value.to(model.device) for name, value in self._binding(batch).items()})
             told[starts[at[0]] : starts[at[-1] + 1]] = own.cpu().numpy()
-        first = first_of_each(torch.from_numpy(items)).numpy()
+        as_given = np.argsort(np.repeat(order, counts), kind="stable")
+        first = as_given[first_of_each(torch.from_numpy(items[as_given])).numpy()]
         whole = torch.from_numpy(added_up(told, model.device)[first]).to(model.device)
         sequences, preferences = whole.split([codeword, width], dim=1)
         return items[first], sequences, preferences
@@ -272,15 +308,15 @@ class Alternate:
 
     def state(self) -> dict[str, Tensor]:
         """Where the cycles stand, and what the quantizer's optimiser holds."""
-        known = torch.tensor([self._best, self._without, self._end], dtype=torch.float64)
+        known = torch.tensor([self._best, self._without, self._end, self._taken], dtype=torch.float64)
         found = {"known": known, "told": self._told.clone()}
         moments = self._held if self._optimizer is None else self._optimizer.state()
         return found | {f"{_MOMENTS}{name}": value for name, value in moments.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken."""
-        best, without, end = state["known"].tolist()
-        self._best, self._without, self._end = best, int(without), end
+        best, without, end, taken = state["known"].tolist()
+        self._best, self._without, self._end, self._taken = best, int(without), end, int(taken)
         self._told = state["told"].clone()
         self._optimizer = None
         self._held = {name.removeprefix(_MOMENTS): value for name, value in state.items() if name.startswith(_MOMENTS)}
@@ -344,8 +380,8 @@ class _Examples:
         return {"task": TASKS.index("next-item"), "items": items, "first": int(self._first[row]), "weight": 1.0}
 
     def by_length(self, rows: np.ndarray) -> np.ndarray:
-        """The same rows, short ones first."""
-        return rows[np.argsort((self._ends - self._begins)[rows], kind="stable")]
+        """Where short ones stand among these rows `[n]`, and then longer ones: int64 `[n]`."""
+        return np.argsort((self._ends - self._begins)[rows], kind="stable")
 
     def targets(self, rows: np.ndarray) -> np.ndarray:
         """All targets of some examples, one example after the other."""

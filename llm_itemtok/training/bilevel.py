@@ -74,6 +74,7 @@ class UpperLevel:
         weight_decay: of AdamW, for what is no codebook.
         codebook: weight of the codebook and commitment losses in L_tok.
         commitment: of the latter among them.
+        margin: of `recode`.
         batch_size: examples of a step.
         piece: examples that are computed together.
         seed: of the batches, and of dropout.
@@ -87,6 +88,7 @@ class UpperLevel:
     weight_decay: float = 1e-4
     codebook: float = 1.0
     commitment: float = 0.25
+    margin: float = 0.0
     batch_size: int = 256
     piece: int = 256
     seed: int = 0
@@ -177,7 +179,7 @@ class Bilevel:
         changed, facts = self._operated(found)
         self._optimizer.step(changed)
         model.soft.forget()
-        codes = recode(model.quantizer, self.material.vectors, model.vocab.codes)
+        codes = recode(model.quantizer, self.material.vectors, model.vocab.codes, margin=self.upper.margin)
         unknown = np.full(len(codes.table), np.nan, dtype=np.float32)
         facts |= {"collisions": codes.collisions, "displaced": codes.displaced}
         return Proposal(codes.table, unknown, unknown, facts)

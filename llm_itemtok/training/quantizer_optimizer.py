@@ -5,7 +5,8 @@ its parameters ask for no gradient: neither the trainer's optimiser nor a distri
 that trains it does so `with learning():`, makes gradients that are the same on all processes
 (`processes.summed_up`), and takes a step.
 
-AdamW, at a constant rate. Weight decay is for networks, not for codebooks: a codeword has no reason to shrink.
+AdamW, at a rate that whoever takes the steps may scale. Weight decay is for networks, not for codebooks: a codeword has
+no reason to shrink.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ class QuantizerOptimizer:
         networks = [parameter for parameter in self.parameters if parameter is not quantizer.codebooks]
         groups = [{"params": networks, "weight_decay": weight_decay}] if networks else []
         groups.append({"params": [quantizer.codebooks], "weight_decay": 0.0})
+        self._rate = learning_rate
         self._adam = torch.optim.AdamW(groups, lr=learning_rate)
 
     @contextmanager
@@ -53,12 +55,15 @@ class QuantizerOptimizer:
             self.quantizer.requires_grad_(False)
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor | None]) -> None:
+    def step(self, gradients: Sequence[Tensor | None], *, scale: float = 1.0) -> None:
         """Move along gradients, beside `parameters`; a parameter without one stays.
 
         Args:
             gradients: the same on all processes.
+            scale: of the learning rate in this step.
         """
+        for group in self._adam.param_groups:
+            group["lr"] = scale * self._rate
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self._adam.step()

@@ -23,6 +23,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llm_itemtok.errors import TrainingError
+from llm_itemtok.model.item_embeddings import ITEM_TABLES
 from llm_itemtok.training.effort import Effort, batch_counts
 from llm_itemtok.training.objective import Objective
 from llm_itemtok.training.order import BLANK, KeepOrder, LengthGrouped, own_share
@@ -70,6 +71,11 @@ class ItemTokenTrainer(Trainer):
     def effort(self) -> Effort:
         """What training took so far; a resume puts another one into its place."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Effort))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As the library's, without the items' own embeddings: few steps move one, and every step would shrink it."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith(ITEM_TABLES)]
 
     def compute_loss(  # type: ignore[override]  # what Hugging Face calls a count are our totals
         self,

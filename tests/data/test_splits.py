@@ -34,6 +34,7 @@ def test_leave_last_out_by_hand():
     assert [history.tolist() for history in split.test.histories()] == [[0, 1, 2], [3, 3]]
     assert split.test.targets.tolist() == [3, 3]
     assert split.item_counts().tolist() == [1, 1, 0, 1, 0, 0]
+    assert split.followed_counts().tolist() == [1, 0, 0, 0, 0, 0]
     assert split.counts["dropped_users"] == 1
     assert split.counts["dropped_interactions"] == 2
     assert split.counts["train_interactions"] == 3

@@ -44,6 +44,32 @@ def test_a_quantizer_that_did_not_change_changes_nothing(extra):
     assert found.displaced == (0 if extra else resolved.provenance["collisions"]["items_moved"])
 
 
+def test_with_a_margin_an_item_moves_only_to_a_codeword_that_is_nearer_by_so_much():
+    """By hand, on a line: from 1 the codeword at 0 is 1 away, and the one at 1.9, .81."""
+    before, after = line_quantizer([0.0, 9.0, 7.0]), line_quantizer([0.0, 1.9, 7.0])
+    vectors = np.array([[1.0]], dtype=np.float32)
+    held = ItemCodes(before.encode_blocks(vectors), (3,))
+    assert held.table.tolist() == [[0]]
+    assert recode(after, vectors, held, margin=0.2).table.tolist() == [[1]]
+    assert recode(after, vectors, held, margin=0.3).table.tolist() == [[0]]
+
+
+def test_with_a_margin_lower_levels_follow_what_is_kept():
+    """A codeword that is kept leaves another rest for the levels below than the nearest one would."""
+    quantizer, codes = fitted(20)
+    resolved = extra_level(codes)
+    changed = moved(quantizer, amount=0.1)
+    kept = recode(changed, VECTORS, resolved, margin=0.5).table
+    upper = kept[:, 0] == resolved.table[:, 0]
+    distances = ((VECTORS[:, None] - changed.codebooks[0].detach().numpy()) ** 2).sum(2)
+    own = distances[np.arange(300), resolved.table[:, 0]]
+    np.testing.assert_array_equal(upper, own <= 1.5 * distances.min(1))
+    found = [recode(changed, VECTORS, resolved, margin=margin).table for margin in (0.0, 0.1, 0.5)]
+    moves = [int((table[:, :2] != resolved.table[:, :2]).sum()) for table in found]
+    assert moves[0] > moves[1] > moves[2] > 0
+    assert (recode(changed, VECTORS, resolved, margin=1e-9).table == recode(changed, VECTORS, resolved).table).all()
+
+
 @pytest.mark.parametrize("extra", [True, False])
 def test_codes_are_those_that_vectors_read_unique_and_of_the_same_sizes(extra):
     quantizer, codes = fitted(20)

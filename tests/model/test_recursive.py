@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.load import add_lora, with_item_tokens
-from llm_itemtok.model.recursive import Recursion
+from llm_itemtok.model.recursive import SPREAD, Recursion
 from llm_itemtok.model.rows import embedding_scale, input_table
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import TASKS
@@ -72,25 +72,54 @@ def test_the_user_side_is_forced_along_the_target_and_the_item_side_never_sees_t
     torch.testing.assert_close(ours.vectors, theirs.vectors, rtol=0, atol=0)
 
 
-def test_hard_reads_the_best_codeword_and_learns_as_the_soft_path_does():
-    """Straight-through: forward the row of the best codeword, backward the gradient of the mean under p."""
+def test_hard_reads_the_best_codeword_and_its_scores_learn_as_those_of_the_mean():
+    """Straight-through: forward the row of the best codeword, backward, for its scores, the gradient of the mean."""
     hard, codebooks, table = network("hard", levels=1, words=64)
     soft = copy.deepcopy(hard)
     soft.mixing = "soft"
-    rows, wanted = torch.arange(8), torch.randn(8, 4)
+    rows, wanted, book = torch.arange(8), torch.randn(8, 4), codebooks[0]
     found = {}
     for name, recursion in (("hard", hard), ("soft", soft)):
         assigned = recursion.item_side(rows, table[rows], codebooks)
-        best = codebooks[0][assigned.logits[0].argmax(1)] * recursion.gain
-        mean = assigned.logits[0].softmax(1) @ codebooks[0] * recursion.gain
+        best = book[assigned.logits[0].argmax(1)] * recursion.gain
+        mean = assigned.logits[0].softmax(1) @ book * recursion.gain
         torch.testing.assert_close(assigned.vectors, best if name == "hard" else mean)
+        (of_scores,) = torch.autograd.grad((assigned.vectors * wanted).sum(), assigned.logits, retain_graph=True)
         (assigned.vectors * wanted).sum().backward()
-        found[name] = [part.grad.clone() for part in (*recursion.parameters(), *codebooks)]
-        for codebook in codebooks:
-            codebook.grad = None
+        found[name] = [of_scores, *(part.grad.clone() for part in recursion.parameters())]
     for ours, theirs in zip(found["hard"], found["soft"], strict=True):
         torch.testing.assert_close(ours, theirs)
     assert all(gradient.any() for gradient in found["hard"])
+
+
+def test_a_codeword_that_is_read_learns_as_an_embedding_does():
+    """Not by its share under p, which is small as long as nothing is learnt."""
+    recursion, codebooks, table = network(levels=1, words=64)
+    rows, wanted = torch.arange(8), torch.randn(8, 4)
+    assigned = recursion.item_side(rows, table[rows], codebooks)
+    of_scores, whole = torch.autograd.grad(
+        (assigned.vectors * wanted).sum(), (assigned.logits[0], codebooks[0]), retain_graph=True
+    )
+    (through,) = torch.autograd.grad(assigned.logits[0], codebooks[0], of_scores)
+    own = torch.zeros_like(through).index_add(0, assigned.logits[0].argmax(1), wanted * recursion.gain)
+    torch.testing.assert_close(whole - through, own)
+
+
+@pytest.mark.parametrize("mixing", ["hard", "soft"])
+@pytest.mark.parametrize("size", [0.02, 1.0])
+def test_items_begin_with_a_choice_whatever_the_scale_of_the_codewords(mixing, size):
+    """Flat scores would be no choice, and read every item alike; the release has codewords of scale 1 instead."""
+    codes = tiny_codes(sizes=(40,) * 3)
+    books = [size * torch.randn(40, 32, generator=torch.Generator().manual_seed(level)) for level in range(3)]
+    table = torch.from_numpy(codes.table.astype(np.int64))
+    recursion = Recursion(embeddings(32, codes), levels=3, width=32, hidden=16, mixing=mixing)
+    recursion.fit_scale(books, table)
+    known = recursion.items.has(torch.arange(60)).nonzero()[:, 0]
+    assigned = recursion.item_side(known, table[known], books)
+    for logits in assigned.logits:
+        torch.testing.assert_close(logits.std(1, correction=0).mean(), torch.tensor(SPREAD))
+    spread = (assigned.vectors - assigned.vectors.mean(0)).square().mean().sqrt()
+    torch.testing.assert_close(spread, torch.cat(books).square().mean().sqrt())
 
 
 def test_the_gradient_of_later_levels_passes_through_earlier_ones():
@@ -125,14 +154,14 @@ def test_an_item_without_embedding_is_read_as_the_sum_of_its_code(guidance):
     assert same == [True, guidance == "uid", False]
 
 
-def test_vectors_of_items_have_the_scale_of_the_codewords():
+def test_without_guidance_the_sums_of_codes_have_the_scale_of_the_codewords():
     """An LLM reads embeddings of one size; a sum of L codewords would be about sqrt(L) times that."""
     recursion, codebooks, table = network(width=32, words=40)
-    cold = torch.full((60,), False)
-    recursion.items.known = cold
+    recursion.items.known = torch.full((60,), False)
+    recursion.fit_scale(codebooks, table)
     vectors = recursion.item_side(torch.arange(60), table, codebooks).vectors
     size = torch.cat(codebooks).square().mean().sqrt()
-    torch.testing.assert_close(vectors.square().mean().sqrt(), size)
+    torch.testing.assert_close((vectors - vectors.mean(0)).square().mean().sqrt(), size)
 
 
 @pytest.mark.parametrize(

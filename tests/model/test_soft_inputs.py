@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llm_itemtok.model.soft_inputs import SoftInputs
 from llm_itemtok.training.bilevel import UpperLevel
 from llm_itemtok.training.late_binding import LateBinding
 from tests.tiny import FAMILIES, KINDS
@@ -48,6 +49,41 @@ def test_the_gradient_is_that_of_the_mixture_by_hand(family):
     expected[start : start + 5] = probabilities[:, None] * pull[0, 0]
     torch.testing.assert_close(model.rows.input_rows.grad, expected)
     assert torch.equal(embedded[0, 0], model.rows.input_rows[start + model.vocab.codes.table[item, level]])
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_rows_of_its_own_learn_as_without_a_mixture_and_the_quantizer_as_with_one(family):
+    found = {}
+    for own in (False, True):
+        model, vectors = soft_model(family)
+        model.soft = SoftInputs(model.quantizer, torch.from_numpy(vectors), own=own)
+        model.quantizer.requires_grad_(True)
+        ids = torch.tensor([[-1 - (7 * 3 + level) for level in (0, 1)]])
+        embedded = model.soft.embed(ids, model.rows, model.lm.get_input_embeddings(), model.vocab, model.codes_of)
+        pull = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(0))
+        (embedded * pull).sum().backward()
+        found[own] = (embedded.detach(), model.quantizer.codebooks.grad.clone())
+        if own:
+            places = [model.vocab.level_starts[level] + int(model.vocab.codes.table[7, level]) for level in (0, 1)]
+            expected = torch.zeros_like(model.rows.input_rows).index_put((torch.tensor(places),), pull[0])
+            torch.testing.assert_close(model.rows.input_rows.grad, expected)
+    torch.testing.assert_close(found[True], found[False])
+    assert found[True][1].any()
+
+
+def test_a_token_that_the_quantizer_does_not_find_likeliest_is_read_hard():
+    """Such as that of an item that lost its code to another: a mixture would teach other rows what is read of this."""
+    model, vectors = soft_model("llama")
+    (probabilities,) = model.quantizer.soft_assign(torch.from_numpy(vectors[7:8]))[1]
+    codes = model.vocab.codes.table.copy()
+    other = (int(codes[7, 1]) + 1) % 5
+    assert other != int(probabilities.argmax())
+    codes[7, 1] = other
+    ids = torch.tensor([[-1 - (7 * 3 + 1)]])
+    embed = (model.rows, model.lm.get_input_embeddings(), model.vocab)
+    model.soft.embed(ids, *embed, lambda items: torch.from_numpy(codes.astype("int64"))[items]).sum().backward()
+    rows = model.rows.input_rows.grad.any(1).nonzero()[:, 0].tolist()
+    assert rows == [model.vocab.level_starts[1] + other]
 
 
 @pytest.mark.parametrize(("residual", "deep"), [("paper", True), ("release", False)])

@@ -38,11 +38,13 @@ def logits(quantizer, latent, *, stopped=False):
 
 
 def test_divergence_is_the_symmetric_one_by_hand():
-    """(1/6, 1/6, 2/3) and thirds; the release makes (4/9, 4/9, 1/9) of the first, and halves the sum of two levels."""
+    """(1/6, 1/6, 2/3) and thirds; the release makes (4/9, 4/9, 1/9) of the first, and a mean halves two levels' sum."""
     one, even = torch.tensor([[1.0, 1.0, 4.0]]).log(), torch.zeros(1, 3)
     assert sequence_alignment([one], [even]).item() == pytest.approx(2 / 3 * math.log(2))
     assert sequence_alignment([one, even], [even, one]).item() == pytest.approx(4 / 3 * math.log(2))
-    assert sequence_alignment([one, one], [one, even], variant="release").item() == pytest.approx(2 / 9 * math.log(2))
+    farthest = sequence_alignment([one, one], [one, even], variant="release")
+    assert farthest.item() == pytest.approx(4 / 9 * math.log(2))
+    assert sequence_alignment([one, one], [one, even], variant="release", means=True).item() == farthest.item() / 2
 
 
 def test_divergence_of_the_far_is_finite_and_of_the_same_is_zero():

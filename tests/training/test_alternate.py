@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from llm_itemtok.items.collisions import extra_level
 from llm_itemtok.items.product import ProductKMeans
 from llm_itemtok.items.residual_kmeans import ResidualKMeans
-from llm_itemtok.training.alignment import PREFERENCE, SEQUENCE, Alignments
+from llm_itemtok.training.alignment import PREFERENCE, SEQUENCE, Adapters, Alignments
 from llm_itemtok.training.alternate import TERMS, Tuning, Turns
 from tests.process_pairs import run_alone_and_in_pair
 from tests.tiny import KINDS
@@ -79,13 +79,13 @@ def test_each_side_stands_still_bit_for_bit_while_the_other_learns(tmp_path, fam
 
 
 def test_alignments_begin_after_the_warm_up_and_end_with_the_turns(tmp_path):
-    """Turns at 0, 2, 4 and 6; the final stage begins at 8."""
+    """Turns at 0, 2, 4 and 6, the last with what the model has learnt in a cycle; the final stage begins at 8."""
     trainer = make_alternating(tmp_path, Turns(every=2, rounds=4, warmup=3), steps=10)
     trainer.train()
     aligned = [line["step"] for line in training_lines(tmp_path) if f"loss/{SEQUENCE}" in line]
     assert aligned == [4, 5, 6, 7, 8]
     found = rounds(tmp_path)
-    assert [(line["step"], line["aligned"]) for line in found] == [(0, False), (2, False), (4, True), (6, True)]
+    assert [(line["step"], line["aligned"]) for line in found] == [(0, False), (2, False), (4, False), (6, True)]
     assert [line["losses"][SEQUENCE] > 0 for line in found] == [line["aligned"] for line in found]
     assert all(line["losses"]["reconstruction"] > 0 for line in found)
 
@@ -149,13 +149,14 @@ def test_a_turn_does_not_depend_on_how_the_steps_of_the_recommender_are_cut(tmp_
 
 
 def test_a_step_of_the_quantizer_goes_by_its_distinct_targets_in_the_units_of_the_equations(tmp_path):
-    """Rows of all positions: what has no history is rebuilt, but is no pair. Sums in `paper`, means in `release`."""
-    for variant in ("paper", "release"):
+    """Rows of all positions: what has no history is rebuilt, but is no pair. Sums, or means as the release has them."""
+    for variant, means in (("paper", False), ("release", True)):
         trainer = make_alternating(
-            tmp_path / variant, Turns(every=9, rounds=1), alignments=Alignments(0.3, 0.2, 0.5, variant)
+            tmp_path / variant, Turns(every=9, rounds=1), alignments=Alignments(0.3, 0.2, 0.5, variant, means)
         )
         method, model = trainer.updates.method, trainer.model.eval()
         rows = np.array([row for row in method._examples.rows if trainer.train_dataset[int(row)]["first"] == 0][:5])
+        rows = rows[method._examples.by_length(rows)]
         targets = {item for row in rows for item in trainer.train_dataset[int(row)]["items"]}
         items = sorted(targets)
         out = copy.deepcopy(model.quantizer)(torch.from_numpy(trainer.updates.method.vectors[items]))
@@ -163,14 +164,60 @@ def test_a_step_of_the_quantizer_goes_by_its_distinct_targets_in_the_units_of_th
         assert set(read[0].tolist()) <= targets
         assert len(set(read[0].tolist())) == len(read[0])
         terms = method._terms(model.quantizer, method._there[items], np.array(items), read)
-        dimensions, levels = (5, 2 * 3) if variant == "paper" else (1, 1)
+        dimensions, levels = (1, 1) if means else (5, 2 * 3)
         assert terms[TERMS[0]].item() == pytest.approx(dimensions * out.reconstruction_loss.mean().item(), rel=1e-5)
         quantization = (out.codebook_loss + 0.25 * out.commitment_loss).mean().item()
         assert terms[TERMS[1]].item() == pytest.approx(levels * quantization, rel=1e-5)
-        batch = trainer.data_collator([trainer.train_dataset[int(row)] for row in method._examples.by_length(rows)])
+        batch = trainer.data_collator([trainer.train_dataset[int(row)] for row in rows])
         found = trainer.objective(model, trainer.bind(batch), trainer.objective.denominators(batch))
         for name in (SEQUENCE, PREFERENCE):
             assert terms[name].item() == pytest.approx(found[name].item(), rel=1e-4)
+
+
+@EVERY_KIND
+def test_of_an_items_pairs_that_of_the_row_drawn_first_counts_however_long_it_is(tmp_path, family):
+    trainer = make_alternating(tmp_path, Turns(every=9, rounds=1), family=family)
+    method, model = trainer.updates.method, trainer.model.eval()
+    rows = method._examples.rows[np.random.default_rng(0).permutation(len(method._examples.rows))]
+    alone = {}
+    for row in rows:
+        for item, sequence, preference in zip(*method._read(model, rows[rows == row]), strict=True):
+            alone.setdefault(int(item), (sequence, preference))
+    items, sequences, preferences = method._read(model, rows)
+    assert sorted(items.tolist()) == sorted(alone)
+    for item, *told in zip(items.tolist(), sequences, preferences, strict=True):
+        assert_close(dict(enumerate(told)), dict(enumerate(alone[item])), atol=1e-5, rtol=1e-4)
+
+
+def test_the_quantizers_rate_rises_over_the_first_turn_and_is_gone_after_the_last(tmp_path):
+    turns, tuning = Turns(every=2, rounds=3), Tuning(learning_rate=0.03, batch_size=4)
+    trainer = make_alternating(tmp_path, turns, tuning=tuning, steps=6)
+    method, scales = trainer.updates.method, []
+    scale = method._scale
+    method._scale = lambda: scales.append(scale()) or scales[-1]
+    trainer.train()
+    turn = len(scales) // 3
+    assert [line["quantizer_steps"] for line in rounds(tmp_path)] == [turn] * 3
+    assert scales[: turn - 1] == sorted(scales[: turn - 1])
+    assert scales[turn:] == sorted(scales[turn:], reverse=True)
+    assert scales[-1] == pytest.approx(1 / (3 * turn))
+    assert max(scales) < 1
+
+
+def test_the_weights_of_the_quantizers_turn_may_be_its_own(tmp_path):
+    trainer = make_alternating(tmp_path, Turns(every=2, rounds=3), alignments=Alignments(0.5, 0.5), steps=6)
+    method = trainer.updates.method
+    method.teaching = Alignments(0.0, 2.0)
+    trainer.train()
+    last = rounds(tmp_path)[-1]
+    assert (last["aligned"], last["losses"][SEQUENCE] == 0, last["losses"][PREFERENCE] > 0) == (True, True, True)
+    assert all(f"loss/{SEQUENCE}" in line for line in training_lines(tmp_path))
+
+
+def test_histories_begin_in_the_middle_of_the_items():
+    adapters = Adapters(16, codeword=3, vector=5, middle=torch.tensor([1.0, -2.0, 0.5]))
+    assert adapters.sequence.bias.tolist() == [1.0, -2.0, 0.5]
+    assert not adapters.preference.bias.any()
 
 
 @pytest.mark.parametrize("tokenizer", [ResidualKMeans(levels=2, codebook_size=5, components=3),
@@ -180,8 +227,9 @@ def test_other_quantizers_learn_as_well(tmp_path, tokenizer):
     vectors = tiny_quantizer()[1]
     codes = extra_level(tokenizer.fit(vectors), size=NUM_ITEMS)
     trainer = make_alternating(
-        tmp_path, Turns(every=2, rounds=2), fitted=(tokenizer.quantizer, vectors, codes), steps=4
-    )
+        tmp_path, Turns(every=2, rounds=2), fitted=(tokenizer.quantizer, vectors, codes), steps=4,
+        tuning=Tuning(learning_rate=0.1, batch_size=4),
+    )  # fmt: skip
     trainer.train()
     assert any(line["moves"] > 0 for line in rounds(tmp_path))
 
