@@ -60,7 +60,7 @@ def _report(error: Exception) -> int:
         print(f"itemtok: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     if "no space left on device" in str(error).lower():  # torch and safetensors have errors of their own for it
-        print("itemtok: failed: the disk is full; make room and give the same command again", file=sys.stderr)
+        print("itemtok: failed: the disk is full; make room and go on (a training with `--resume`)", file=sys.stderr)
         return 1
     print(f"itemtok: failed: {type(error).__name__}: {error}\n  `--debug` shows where", file=sys.stderr)
     return 1

@@ -19,12 +19,12 @@ class PlainTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class FrontTarget:
-    """Front-greater: tokens count by how far they narrow the item vectors down."""
+    """Front-greater: tokens count by how far they narrow the item down."""
 
     kind: Literal["front"]
-    """By the drop of the mean distance within prefixes; first tokens mostly tell most."""
-    gains: Literal["level", "prefix"] = "level"
-    """One weight a level, as released; or one for each prefix, by the items that share it (ours)."""
+    """By the drop of what is open after a token; `gains` says of what."""
+    gains: Literal["level", "prefix", "entropy"] = "level"
+    """Of mean distances of item vectors, by level (released) or by prefix; or of the entropy of the item, by level."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,7 +154,7 @@ def _merge(
         if not isinstance(value, Mapping):
             below[name] = value
             continue
-        if not isinstance(below.get(name), dict):
+        if not isinstance(below.get(name), dict) or not value:  # an empty mapping empties what stands below it
             below[name] = {}
         _merge(below[name], value, here, number, origins)
 

@@ -106,7 +106,7 @@ def test_tests_cannot_reach_the_network():
         connection.connect(("0.0.0.0", 9))
 
 
-def _tree_of_readme(text: str) -> set[str]:
+def _tree_in(text: str) -> set[str]:
     """Paths in an annotated file tree (`├── name   what it is`), folders with a trailing slash."""
     paths, parents = set(), []
     for line in text.splitlines():
@@ -119,11 +119,11 @@ def _tree_of_readme(text: str) -> set[str]:
     return paths
 
 
-def test_the_file_tree_of_the_readme_is_the_one_on_disk():
-    readme = ROOT / "README.md"
-    tree = _tree_of_readme(readme.read_text(encoding="utf-8")) if readme.exists() else set()
+def test_the_file_tree_for_contributors_is_the_one_on_disk():
+    tree = _tree_in((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     for path in tree:
-        assert (ROOT / path).exists() or (PACKAGE / path).exists(), f"README.md: {path} does not exist"
+        assert (ROOT / path).exists() or (PACKAGE / path).exists(), f"CONTRIBUTING.md: {path} does not exist"
     listed = {path for path in tree if path.endswith(".py")}
     top = {_name(path) for path in PACKAGE.glob("*.py")}
-    assert not listed or top <= {Path(path).name for path in listed} | {"__main__.py"}
+    assert listed
+    assert top <= {Path(path).name for path in listed} | {"__main__.py"}

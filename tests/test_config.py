@@ -135,6 +135,15 @@ def test_weights_of_concatenated_vectors_are_one_a_part(recipe):
 # Layers
 
 
+def test_an_empty_mapping_takes_away_what_the_parent_has(recipe):
+    """Such as rules about columns that one's own data do not have."""
+    parent = recipe(SYNTHETIC + "evaluation: {k: 7, segments: {x: {kind: item-order, column: brand}}}", "parent.yaml")
+    child = recipe("extends: parent.yaml\nevaluation: {segments: {}}", "child.yaml")
+    assert list(RunConfig.load(parent).evaluation.segments) == ["x"]
+    assert (RunConfig.load(child).evaluation.segments, RunConfig.load(child).evaluation.k) == ({}, 7)
+    assert RunConfig.load(parent, ["evaluation.segments={}"]).evaluation.segments == {}
+
+
 def test_mappings_merge_with_the_parent_and_everything_else_replaces(recipe):
     recipe(
         "data: {source: synthetic, items: 100, users: 90}\nevaluation: {baselines: [popularity, markov]}", "base.yaml"

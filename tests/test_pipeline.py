@@ -225,6 +225,23 @@ def test_a_corrected_recipe_takes_over_a_folder_where_nothing_but_data_was_finis
     assert (tmp_path / "run/codes/v0").is_dir()
 
 
+def test_a_training_that_was_cut_short_is_not_thrown_away_unasked(tmp_path: Path) -> None:
+    """The same command without `--resume` is refused; asking for the stage by its name begins it anew."""
+    out, config = tmp_path / "run", recipe(tmp_path)
+    run(config, out, until="train")
+    book = json.loads((out / "stages.json").read_text())
+    del book["train"]
+    (out / "stages.json").write_text(json.dumps(book))
+    held = sorted(path.name for path in (out / "checkpoints").iterdir())
+    with pytest.raises(ArtifactError, match=r"checkpoints of this very training, up to checkpoint-\d+; .*--resume"):
+        run(config, out)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == held
+    lines: list[str] = []
+    run(config, out, start="train", until="train", log=lines.append)
+    assert not any("resumed" in line for line in lines)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == held
+
+
 def test_a_checkpoint_of_other_data_is_not_resumed(folder: Path, tmp_path: Path) -> None:
     """Or a model of the old log, with new test targets in it, would be measured under the new hashes."""
     path = tmp_path / "tiny.yaml"

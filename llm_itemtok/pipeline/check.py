@@ -164,6 +164,7 @@ def _curriculum_lines(config: RunConfig, total: int) -> list[str]:
         ]
     level = math.log(2) / chosen.pace
     line = f"  by the curriculum, targets have equal shares after {level:,.0f} steps"
+    line += ", but for what is learned beside it" if chosen.mix == "learned" else ""
     if level > total:
         line += f"\n  warning: training ends before; `objective.pace: {2 * math.log(2) / total:.1e}` would be halfway"
     return [line]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -87,6 +87,8 @@ from llm_itemtok.training.sharding import ShardedTrainer, is_sharded
 from llm_itemtok.training.trainer import ItemTokenTrainer
 
 CHECKPOINTS = "checkpoints"
+Begin = Literal["new", "resume", "again"]
+"""A checkpoint of the same inputs is an error, or what training goes on from, or thrown away."""
 PROTOCOL = ("split", "k_core", "deduplicate", "unknown_items", "filter", "validation_share", "test_share")
 """Settings of `data` that decide what is trained on and tested; a bundle carries them."""
 
@@ -208,7 +210,7 @@ def training_arguments(config: RunConfig, folder: Path, num_examples: int) -> Tr
     )
 
 
-def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: bool, log: Log) -> None:
+def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, begin: Begin, log: Log) -> None:
     """Train, keep the best checkpoint by validation NDCG@10, write the bundle.
 
     Args:
@@ -216,7 +218,7 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
         data: its data.
         folder: the run folder.
         key: hash of everything that training depends on; a checkpoint of other inputs is not resumed.
-        resume: go on from the last checkpoint, if there is one; otherwise start over.
+        begin: what a checkpoint of the same inputs is for.
         log: called with progress lines.
 
     Raises:
@@ -236,10 +238,10 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, resume: b
     table = make_examples(config, data)
     arguments = training_arguments(config, folder, len(table))
     sharded, writes = asks_for_fsdp(config.trainer), arguments.should_save
-    last = _last_checkpoint(folder / CHECKPOINTS, key, resume=resume, sharded=sharded, writes=writes, log=log)
+    last = _last_checkpoint(folder / CHECKPOINTS, key, begin, sharded=sharded, writes=writes, log=log)
     if last is not None:
         log(f"  resumed from {last.name}")
-    elif resume:
+    elif begin == "resume":
         log("  nothing to resume from: no checkpoint of these inputs; training starts over")
     stop = StopOnSignal()
     # At least the best checkpoint and the newest, which `--resume` goes on from.
@@ -322,13 +324,24 @@ def _took(trainer: ItemTokenTrainer, flops: float, trainable: int, shares: Mappi
     }
 
 
-def _last_checkpoint(folder: Path, key: str, *, resume: bool, sharded: bool, writes: bool, log: Log) -> Path | None:
-    """The checkpoint to go on from, if it was trained on the same inputs; otherwise old ones are deleted."""
+def _last_checkpoint(folder: Path, key: str, begin: Begin, *, sharded: bool, writes: bool, log: Log) -> Path | None:
+    """The checkpoint to go on from, if it was trained on the same inputs; those of others are deleted.
+
+    Raises:
+        ArtifactError: if there is one of the same inputs that nobody asked to go on from, so that no work is lost by
+            oversight; or one that cannot be gone on from in this way.
+    """
     note = folder / "key.json"
-    same = resume and note.is_file() and read_json(note) == key
+    same = begin != "again" and note.is_file() and read_json(note) == key
     newest = newest_whole(folder, log) if same and PartialState().is_main_process else None
     processes = PartialState().num_processes
-    found: list[Any] = [newest, newest and foreign(newest, processes=processes, sharded=sharded)]
+    complaint = newest and foreign(newest, processes=processes, sharded=sharded)
+    if newest and begin == "new":
+        complaint = (
+            f"{folder} holds checkpoints of this very training, up to {newest.name}; go on from there with --resume, "
+            "or delete the folder to train anew"
+        )
+    found: list[Any] = [newest, complaint]
     broadcast_object_list(found)  # reading all of it is the work of one process; nobody deletes before it has looked
     newest, complaint = found
     if complaint:

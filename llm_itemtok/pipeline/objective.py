@@ -114,6 +114,8 @@ def _target(chosen: settings.Target, counts: np.ndarray, vectors: np.ndarray | N
     """A target of the mix by its settings."""
     name = chosen.kind
     if isinstance(chosen, settings.FrontTarget):
+        if chosen.gains == "entropy":
+            return Target(name, partial(_front_by_entropy, targets=counts))
         assert vectors is not None  # `needs_vectors` has asked for them
         return Target(name, partial(_front, vectors=vectors, by_prefix=chosen.gains == "prefix"))
     if isinstance(chosen, settings.FrequencyTarget):
@@ -126,6 +128,10 @@ def _target(chosen: settings.Target, counts: np.ndarray, vectors: np.ndarray | N
     if isinstance(chosen, settings.CounterfactualTarget):
         return Target(name, partial(token_weights.position, last=chosen.last), effect=chosen.weight)
     return Target(name, partial(token_weights.position, last=1.0))
+
+
+def _front_by_entropy(codes: ItemCodes, *, targets: np.ndarray) -> np.ndarray:
+    return token_weights.front(codes, token_weights.entropy_gains(codes, targets))
 
 
 def _front(codes: ItemCodes, *, vectors: np.ndarray, by_prefix: bool) -> np.ndarray:

@@ -44,7 +44,7 @@ def run(
         out: run folder; made when missing. Stages finished there with the same inputs are not run again.
         start: run this stage and all after it again.
         until: the last stage to run.
-        resume: let training go on from its last checkpoint.
+        resume: let training go on from its last checkpoint; without it, or `start`, one that is there is an error.
         fresh: empty the folder first.
         log: called with progress lines, on the main process only.
 
@@ -78,6 +78,7 @@ def run(
         state.wait_for_everyone()
         if start is not None:
             book.forget_from(start)
+        begin: fit.Begin = "resume" if resume else "new" if start is None else "again"
         for stage in stages.STAGE_NAMES[: last + 1]:
             if book.done(stage, keys[stage]):
                 say(f"{stage}: done before, kept")
@@ -85,7 +86,7 @@ def run(
             say(f"{stage}:")
             began = time.perf_counter()
             if stage in SHARED or state.is_main_process:
-                _carry_out(stage, config, data, folder, keys[stage], resume, say)
+                _carry_out(stage, config, data, folder, keys[stage], begin, say)
             state.wait_for_everyone()
             book.mark(stage, keys[stage])
             say(f"{stage}: finished in {time.perf_counter() - began:.0f} s")
@@ -124,7 +125,7 @@ def _last_stage(start: str | None, until: str | None) -> int:
 
 
 def _carry_out(
-    stage: str, config: RunConfig, data: prepare.Dataset, folder: Path, key: str, resume: bool, log: prepare.Log
+    stage: str, config: RunConfig, data: prepare.Dataset, folder: Path, key: str, begin: fit.Begin, log: prepare.Log
 ) -> None:
     """Run one stage."""
     if stage == "data":
@@ -134,7 +135,7 @@ def _carry_out(
     elif stage == "vocab":
         vocabulary.make_vocab(config, data, ItemCodes.load(folder / CODES / "v0"), folder, log)
     elif stage == "train":
-        fit.train(config, data, folder, key=key, resume=resume, log=log)
+        fit.train(config, data, folder, key=key, begin=begin, log=log)
     elif stage == "evaluate":
         evaluate.evaluate(config, data, folder, log)
     else:

@@ -47,7 +47,7 @@ def weighs_by_vectors(config: RunConfig) -> bool:
     """Tell whether weights of target tokens are made of item vectors."""
     chosen = config.objective
     return isinstance(chosen, TokenWeightedObjective) and any(
-        isinstance(target, FrontTarget) for target in chosen.targets
+        isinstance(target, FrontTarget) and target.gains != "entropy" for target in chosen.targets
     )
 
 

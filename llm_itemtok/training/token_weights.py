@@ -10,7 +10,7 @@ targets where items as a whole may count differently. So tokens of text, which w
 Source: front-greater and frequency weights as in the code released with arXiv:2601.17787; position weights as in
 arXiv:2410.22809 (equation for omega), information gains as in arXiv:2506.13229, both as that release runs them. Where
 we differ: weights sum to the number of an item's tokens, whatever it is (the release: to 4), and there is no end token.
-`prefix_gains` are ours.
+`prefix_gains` and `entropy_gains` are ours.
 
 Shape letters: N items, L levels, D dimensions of the item vectors. Knows codes, vectors and counts; no torch.
 """
@@ -77,6 +77,21 @@ def prefix_gains(codes: ItemCodes, vectors: np.ndarray) -> np.ndarray:
     return gains
 
 
+def entropy_gains(codes: ItemCodes, targets: np.ndarray) -> np.ndarray:
+    """How much each level's codeword leaves less open, float64 `[L]`, in nats: the drop of the entropy of the item.
+
+    The mean over training targets. Distances within prefixes shrink with the number of items that share them, whatever
+    codes mean, and unique codes leave none at the last level; this counts what is left to say of the item.
+
+    Args:
+        codes: N items.
+        targets: `[N]`, how often each item is a training target; all alike where none ever was.
+    """
+    times = targets if targets.any() else np.ones(len(targets))
+    left = [np.average(_entropies(codes, targets, depth), weights=times) for depth in range(codes.num_levels + 1)]
+    return -np.diff(left)
+
+
 def front(codes: ItemCodes, gains: np.ndarray) -> np.ndarray:
     """Weights, float64 `[N, L]`, that grow with the logarithm of gains; within an item their mean is 1.
 
@@ -85,7 +100,7 @@ def front(codes: ItemCodes, gains: np.ndarray) -> np.ndarray:
 
     Args:
         codes: N items.
-        gains: `[L]` or `[N, L]`, in the unit of the item vectors.
+        gains: `[L]` or `[N, L]`, in the unit of the item vectors, or in nats.
     """
     logs = np.log1p(np.maximum(gains, 0.0))
     return _shared_out(np.broadcast_to(logs, codes.table.shape), counted(codes))

@@ -79,6 +79,17 @@ def test_a_prefix_gain_is_what_the_next_codeword_tells_among_the_items_of_the_pr
     np.testing.assert_allclose(gains[:3, 1], gains[0, 1])
 
 
+def test_entropy_gains_are_what_each_token_leaves_less_open_by_hand():
+    """Four items, the first two under <0, 0>; chosen 2, 2, 4 and 8 times of 16."""
+    counts = np.array([2.0, 2.0, 4.0, 8.0])
+    gains = token_weights.entropy_gains(CODES, counts)
+    # 1.75 bits in all; 1 bit says whether it is the last; under <0> a bit parts {4} from {2, 2}; and a last bit those.
+    np.testing.assert_allclose(gains / np.log(2), [1.0, 0.5, 0.25])
+    np.testing.assert_allclose(gains.sum(), -np.sum(counts / 16 * np.log(counts / 16)))
+    alike = token_weights.entropy_gains(CODES, np.zeros(4))
+    np.testing.assert_allclose(alike.sum(), np.log(4))
+
+
 def test_frequency_weights_are_one_over_the_effective_number_of_samples():
     counts = np.array([3.0, 1.0, 0.0, 0.0])
     weights = token_weights.frequency(CODES, counts, beta=0.5, over="item")
