@@ -153,7 +153,7 @@ class AlternateUpdate:
     converged: Annotated[float, Within(low=0, below=1)] = 0.0
     """A turn that moves less than this share of the items is the last one; 0 leaves it out."""
     learning_rate: NotNegative = 1e-4
-    """Of the quantizer's AdamW at its highest; it rises over the first turn, and falls to 0 until the last one ends."""
+    """Of the quantizer's AdamW at its highest: it rises over the first turn, and falls to 0 over all that fit."""
     weight_decay: NotNegative = 0.05
     """Of the same, for encoder and decoder; codebooks have none."""
     commitment: NotNegative = 0.25

@@ -135,12 +135,30 @@ def test_a_training_too_short_for_a_cycle_is_refused(tmp_path: Path) -> None:
         check(recipe(tmp_path, "update.every.steps=40"))
 
 
-@pytest.mark.slow
+def test_settings_of_the_quantizers_turn_reach_it(tmp_path: Path) -> None:
+    """Weights of its own, means, a margin so wide that nothing moves; the model's stay what they are."""
+    settings = ("update.sequence=0.5", "update.quantizer_sequence=0", "update.quantizer_preference=7.0",
+                "update.losses=means", "update.margin=1.0e+6")  # fmt: skip
+    out = run(recipe(tmp_path, *settings), tmp_path / "run", until="train")
+    taught = [line for line in rounds(out) if line["aligned"]]
+    assert taught
+    assert all(line["losses"]["alignment/sequence"] == 0 for line in taught)
+    assert all(line["losses"]["alignment/preference"] > 7 for line in taught)
+    assert all(line["moves"] == 0 for line in rounds(out))
+    assert any(line.get("loss/alignment/sequence", 0) > 0 for line in lines(out / "metrics.jsonl"))
+
+
+def test_a_quantizer_that_would_never_hear_the_alignments_is_told_of(tmp_path: Path) -> None:
+    assert "never hears the alignments" not in check(recipe(tmp_path))
+    assert "never hears the alignments; lower `update.warmup`" in check(recipe(tmp_path, "update.rounds=1"))
+
+
 def test_what_the_model_never_learns_cannot_teach_the_quantizer(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"needs `update\.sequence` above 0, .* was: 0\.1 and 0"):
         check(recipe(tmp_path, "update.sequence=0", "update.quantizer_sequence=0.1"))
 
 
+@pytest.mark.slow
 def test_two_processes_take_turns_together(tmp_path: Path) -> None:
     """They train on the same batches, read the same codes, and write once."""
     alone = run(recipe(tmp_path, "model.scratch.dropout=0"), tmp_path / "alone", until="train")

@@ -10,6 +10,7 @@ from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.quantizers import load_quantizer
+from llm_itemtok.model.soft_inputs import SoftInputs
 from llm_itemtok.pipeline.check import check
 from llm_itemtok.pipeline.run import run
 from llm_itemtok.recommender import Recommender
@@ -75,6 +76,24 @@ def test_every_choice_runs_from_data_to_report(tmp_path: Path, overrides: tuple[
         assert not np.array_equal(quantizer.codebooks.detach(), before.codebooks.detach())
     assert len(Recommender.from_pretrained(out).recommend([], k=5)) == 5
     assert "Gradients of recommendation and of reconstruction" in (out / "report.html").read_text()
+
+
+def test_settings_of_steps_reach_what_they_are_of(tmp_path: Path, monkeypatch) -> None:
+    """One step; rows that learn as they are read; a margin so wide that nothing moves."""
+    settings = ("update.rounds=1", "update.margin=1.0e+6", "update.gradient=own", "update.learning_rate=0.1")
+    made, make = [], SoftInputs.__init__
+
+    def remembered(self, *args, own, **more):
+        made.append(own)
+        make(self, *args, own=own, **more)
+
+    monkeypatch.setattr(SoftInputs, "__init__", remembered)
+    config = recipe(tmp_path, *settings)
+    assert ", 1 in all; codes follow" in check(config)
+    out = run(config, tmp_path / "run", until="train")
+    (line,) = [json.loads(line) for line in (out / "updates.jsonl").read_text().splitlines()]
+    assert line["moves"] == 0
+    assert made == [True]
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_a_plan_resolves_and_is_named_after_its_file(path, monkeypatch, tmp_path
     assert loaded.plan.name == path.stem
     for cell in (*loaded.tuning_cells(), *loaded.confirm_cells({})):
         check_settings(cell.config.trainer, source=cell.name)
+    loaded.check()
     assert f"itemtok reproduce recipes/plans/{path.name}" in path.read_text(encoding="utf-8")
 
 

@@ -57,15 +57,26 @@ def test_front_weights_need_item_vectors_whatever_the_item_tokens_are(tmp_path):
 
 
 def test_check_says_when_shares_are_level_and_warns_if_never(tmp_path):
-    assert "equal shares after 7 steps\n  warning: training ends before; `objective.pace: 3.5e-01`" in check(
-        recipe(tmp_path, *WEIGHTED)
-    )
-    assert "equal shares after 7 steps\n  base model" in check(recipe(tmp_path, *WEIGHTED, "trainer.max_steps=8"))
+    learned = "equal shares after 7 steps, but for what is learned beside it\n"
+    assert f"{learned}  warning: training ends before; `objective.pace: 3.5e-01`" in check(recipe(tmp_path, *WEIGHTED))
+    assert f"{learned}  base model" in check(recipe(tmp_path, *WEIGHTED, "trainer.max_steps=8"))
+    assert "equal shares after 7 steps\n" in check(recipe(tmp_path, *WEIGHTED, "objective.mix=frozen"))
     for silent in (("objective.curriculum=none",), ("objective.targets=[{kind: front}]", "objective.pace=0.1")):
         assert "equal shares" not in check(recipe(tmp_path, "objective.kind=token-weighted", *silent))
     without = check(recipe(tmp_path, *WEIGHTED, "objective.targets=[{kind: plain}, {kind: front}]"))
     assert "equal shares" not in without
     assert "warning: no share rises without `frequency` among `objective.targets`" in without
+
+
+def test_front_weights_by_entropy_need_no_vectors_and_fall_from_front_to_back(tmp_path):
+    settings = ("tokenizer={kind: random, levels: 3, codebook_size: 8}", "vocab.init=normal")
+    front = "objective.targets=[{kind: front, gains: entropy}]"
+    config = recipe(tmp_path, "objective.kind=token-weighted", *settings, front)
+    assert not needs_vectors(config)
+    out = run(config, tmp_path / "run", until="train")
+    levels = json.loads((out / "token_weights.json").read_text())["targets"]["front"]["levels"]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[0] > 1 > levels[-1]
 
 
 @pytest.mark.parametrize("kind", ["all-positions", "windows", "last"])

@@ -10,7 +10,7 @@ follows from them. This module makes cells; it runs nothing.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -173,6 +173,22 @@ class LoadedPlan:
         for cell in self.tuning_cells():
             cells.setdefault(cell.arm, []).append(cell)
         return {arm: own[0].point for arm, own in cells.items() if len(own) == 1}
+
+    def outcomes(self) -> Iterator[dict[str, Point]]:
+        """What tuning may choose, as far as arms have points of their own: each of their combinations."""
+        first = points(self.plan.tuning.grid)[0] if self.plan.tuning else ()
+        own = {name: _own_points(arm) for name, arm in self.plan.arms.items() if not arm.based_on}
+        for combination in itertools.product(*own.values()):
+            yield {name: (*first, *point) for name, point in zip(own, combination, strict=True)}
+
+    def check(self) -> None:
+        """Resolve what would be confirmed after every outcome of tuning, so that it cannot fail after hours.
+
+        Raises:
+            RecipeError: if a recipe would not be right then.
+        """
+        for chosen in self.outcomes():
+            self.confirm_cells(chosen)
 
     def confirm_cells(self, chosen: Mapping[str, Point]) -> list[Cell]:
         """Every arm with every seed on every data set, at the point that was chosen for it.

@@ -89,6 +89,7 @@ def reproduce(
 
 def _check_all(book: Book, cells: Sequence[Cell]) -> None:
     """Check a run of every arm on every data set: what is wrong is told now and not after hours of tuning."""
+    book.loaded.check()
     for cell in {(cell.block, cell.arm): cell for cell in reversed(cells)}.values():
         if book.pool.record(book.pool.job(cell)) is None:
             check(cell.config)

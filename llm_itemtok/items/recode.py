@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llm_itemtok.errors import DataError
 from llm_itemtok.items.base import Quantizer, check_vectors
@@ -28,6 +29,9 @@ from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.free_codes import FreeCodes, squared_errors, with_room
 from llm_itemtok.items.residual import lowest, squared_distances
 from llm_itemtok.items.streaming import read_blocks
+
+_ROWS = 4096
+"""Items whose distances to a codebook are held at a time."""
 
 
 class Recoded(NamedTuple):
@@ -75,21 +79,32 @@ def recode(quantizer: Quantizer, vectors: np.ndarray, codes: ItemCodes, *, margi
 
 @torch.no_grad()
 def _read_with(margin: float, quantizer: Quantizer, vectors: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Read codes int32 `[N, L]` off the codebooks; items that have `table` leave a codeword for a nearer one only."""
-    read = np.empty_like(table)
+    """Read codes int32 `[N, L]` off the codebooks; items have `table`, and leave a codeword for a much nearer one."""
+    parts = []
     codebooks, prices = quantizer.used_codebooks(), quantizer.prices()
     for rows, block in read_blocks(vectors):
-        residual = quantizer.to_latent(torch.from_numpy(check_vectors(block)).to(codebooks.device))
-        had = torch.from_numpy(table[rows].astype(np.int64)).to(codebooks.device)
-        for level, codebook in enumerate(codebooks):
-            distances = squared_distances(residual, codebook)
-            costs = distances if prices is None else distances + prices[level]
-            best, own = lowest(costs).unsqueeze(1), had[:, level].unsqueeze(1)
-            most = costs.gather(1, best) + margin * distances.gather(1, best).clamp(min=0)
-            chosen = torch.where(costs.gather(1, own) <= most, own, best)[:, 0]
-            read[rows, level] = chosen.cpu().numpy()
-            residual = residual - codebook[chosen]
-    return read
+        latent = quantizer.to_latent(torch.from_numpy(check_vectors(block)).to(codebooks.device))
+        own = torch.from_numpy(table[rows].astype(np.int64)).to(codebooks.device)
+        for residual, had in zip(latent.split(_ROWS), own.split(_ROWS), strict=True):
+            levels = []
+            for level, codebook in enumerate(codebooks):
+                chosen = _nearly_nearest(
+                    residual, codebook, had[:, level], margin, None if prices is None else prices[level]
+                )
+                residual = residual - codebook[chosen]
+                levels.append(chosen)
+            parts.append(torch.stack(levels, dim=1).cpu().numpy())
+    return np.concatenate(parts).astype(table.dtype)
+
+
+def _nearly_nearest(points: Tensor, codebook: Tensor, had: Tensor, margin: float, prices: Tensor | None) -> Tensor:
+    """Codewords int64 `[n]` of points `[n, H]` in a codebook `[K, H]`: those they had, int64 `[n]`, or nearer ones."""
+    told = (codebook != codebook[0]).any(0)  # what no codeword tells, as in a product, is no distance between them
+    distances = squared_distances(points[:, told], codebook[:, told])
+    costs = distances if prices is None else distances + prices
+    best, own = lowest(costs).unsqueeze(1), had.unsqueeze(1)
+    most = costs.gather(1, best) + margin * distances.gather(1, best).clamp(min=0)
+    return torch.where(costs.gather(1, own) <= most, own, best)[:, 0]
 
 
 def _numbered(wanted: ItemCodes, codes: ItemCodes) -> tuple[np.ndarray, np.ndarray]:

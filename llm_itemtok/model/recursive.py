@@ -119,6 +119,8 @@ class Recursion(nn.Module):
     def fit_scale(self, codebooks: Sequence[Tensor], codes: Tensor) -> None:
         """Measure `unit`, `sharpness` and `gain` on codebooks, L times `[K, D]`, and items' codes, int64 `[N, L]`."""
         self.unit.copy_(torch.cat(list(codebooks)).square().mean().sqrt().clamp(min=1e-6))
+        self.sharpness.fill_(1.0)
+        self.gain.fill_(1.0)
         guided = self.items.has(torch.arange(len(codes), device=codes.device)).nonzero()[:, 0]
         rows = guided[torch.linspace(0, len(guided) - 1, min(len(guided), _MEASURED)).long()]
         for level in range(len(codebooks) if len(rows) else 0):  # what a level reads of the one before is sharp by then

@@ -10,8 +10,7 @@ the quantizer is being trained, to its codebooks and encoder. Labels stay hard c
 the row that is read gets the whole gradient, as it would without a mixture, and the quantizer still gets that of s.
 
 Which item a position belongs to, and which level, its token id must say: -1 - (item * L + level), as `LateBinding`
-gives them. Other ids are read as ever. A level that only counts within a code has no probabilities, and stays hard; so
-does a position whose token is not the one that the quantizer finds likeliest, such as after a collision.
+gives them. Other ids are read as ever. A level that only counts within a code has no probabilities, and stays hard.
 
 Source: soft-to-hard inputs of BLOGER (arXiv:2510.21242), there s + sg[h - s]; written as h + (s - sg[s]) here, which
 is the same but for rounding. Items occur often in a batch, so mixtures are made once for each.
@@ -26,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from llm_itemtok.items.base import Quantizer
-from llm_itemtok.items.residual import lowest
 from llm_itemtok.model.rows import ItemRows, embedding_scale
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
@@ -80,28 +78,24 @@ class SoftInputs:
         items, levels = places // vocab.num_levels, places % vocab.num_levels
         words = codes_of(items).gather(1, levels.unsqueeze(1)).squeeze(1)
         hard = rows.embed(ids.masked_scatter(named, vocab.token_ids(words, levels)), base)
-        counts = levels < self._quantizer.num_levels
-        distinct, which = items[counts].unique(return_inverse=True)
-        mixtures, likeliest = self._mixtures(distinct, rows, vocab)
-        at = (which, levels[counts])
-        agrees = likeliest[at] == words[counts]
-        soft = mixtures[at][agrees] * embedding_scale(base).to(hard.device)
+        mixed = levels < self._quantizer.num_levels
+        distinct, which = items[mixed].unique(return_inverse=True)
+        soft = self._mixtures(distinct, rows, vocab)[which, levels[mixed]] * embedding_scale(base).to(hard.device)
         nothing = (soft - soft.detach()).to(hard.dtype)
-        where = named.masked_scatter(named, counts.masked_scatter(counts, agrees))
+        where = named.masked_scatter(named, mixed)
         values = hard if self._own else torch.where(where.unsqueeze(-1), hard.detach(), hard)
         return values.index_put(where.nonzero(as_tuple=True), nothing, accumulate=True)
 
-    def _mixtures(self, items: Tensor, rows: ItemRows, vocab: ItemVocab) -> tuple[Tensor, Tensor]:
-        """Mixed rows `[U, L', D]` of distinct items for the quantizer's L' levels, and the likeliest codewords."""
+    def _mixtures(self, items: Tensor, rows: ItemRows, vocab: ItemVocab) -> Tensor:
+        """Mixed rows `[U, L', D]` of distinct items, for the L' levels of the quantizer."""
         # Codes are read off in full precision, so what they are likely to be is, too.
         with torch.autocast(items.device.type, enabled=False):
-            mixtures, likeliest = [], []
+            mixtures = []
             for level, probabilities in enumerate(self._probabilities(items)):
                 start = vocab.level_starts[level]
                 words = rows.input_rows[start : start + vocab.codes.sizes[level]].to(probabilities.dtype)
                 mixtures.append(probabilities @ (words.detach() if self._own else words))
-                likeliest.append(lowest(-probabilities))
-            return torch.stack(mixtures, dim=1), torch.stack(likeliest, dim=1)
+            return torch.stack(mixtures, dim=1)
 
     def _probabilities(self, items: Tensor) -> list[Tensor]:
         quantizer, residual = self._quantizer, self._straight_through

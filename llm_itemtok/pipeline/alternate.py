@@ -46,7 +46,7 @@ def turns(update: AlternateUpdate, every: int, steps: tuple[int, int]) -> Turns:
         )
     return Turns(
         every=every,
-        rounds=update.rounds,
+        rounds=min(update.rounds, (total - 1) // every + int(update.first and update.schedule == "turns")),
         first=update.first,
         warmup=round(update.warmup * steps_an_epoch),
         patience=update.patience,
@@ -60,7 +60,11 @@ def described(update: AlternateUpdate, every: int, steps: tuple[int, int]) -> st
     found, total = turns(update, every, steps), steps[1]
     what = "the quantizer learns at every step, and codes are read anew" if found.joint else "the quantizer has a turn"
     last = f"item tokens stay from step {found.end:,} on" if found.end < total else "item tokens change to the end"
-    return f"  {what} every {found.every:,} steps, {found.rounds} times at most; {last}"
+    line = f"  {what} every {found.every:,} steps, {found.rounds} times at most; {last}"
+    aligned = update.sequence > 0 or update.preference > 0
+    if aligned and found.warmup + found.every >= min(found.end, total):
+        line += "\n  warning: the quantizer never hears the alignments; lower `update.warmup`, or give it more turns"
+    return line
 
 
 def alternate(

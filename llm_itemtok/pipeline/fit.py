@@ -332,14 +332,14 @@ def _last_checkpoint(folder: Path, key: str, begin: Begin, *, sharded: bool, wri
             oversight; or one that cannot be gone on from in this way.
     """
     note = folder / "key.json"
-    same = begin != "again" and note.is_file() and read_json(note) == key
-    newest = newest_whole(folder, log) if same and PartialState().is_main_process else None
-    processes = PartialState().num_processes
+    processes, newest = PartialState().num_processes, None
+    if PartialState().is_main_process and begin != "again" and note.is_file() and read_json(note) == key:
+        newest = newest_whole(folder, log)
     complaint = newest and foreign(newest, processes=processes, sharded=sharded)
-    if newest and begin == "new":
+    if newest and not complaint and begin == "new":
         complaint = (
             f"{folder} holds checkpoints of this very training, up to {newest.name}; go on from there with --resume, "
-            "or delete the folder to train anew"
+            "or begin anew with `--from train`"
         )
     found: list[Any] = [newest, complaint]
     broadcast_object_list(found)  # reading all of it is the work of one process; nobody deletes before it has looked

@@ -27,7 +27,9 @@ def give_items(
         vectors: gives the item vectors `[N, D]`; called if the model reads them.
     """
     chosen, width = config.scoring, model.rows.input_rows.shape[1]
-    known = torch.from_numpy(data.split.followed_counts() > 0)  # an item that only ends histories is never read
+    # An item that only ends histories is never read, but for the task that gives its title.
+    reads = data.split.item_counts() if config.examples.tasks.get("item-to-title") else data.split.followed_counts()
+    known = torch.from_numpy(reads > 0)
     if isinstance(chosen, TokensScoring):
         if chosen.item_embedding:
             model.own = ItemEmbeddings(

@@ -34,7 +34,8 @@ from llm_itemtok.errors import ArtifactError, RecipeError
 from llm_itemtok.evaluation.baselines import fingerprint
 
 RESULTS_VERSION = 1
-"""Raised with every change of the code after which a recipe gives other numbers; `tests/test_pinned.py` tells when.
+"""Raised with every change of the code after which a recipe of a kind that has been recorded gives other numbers;
+`tests/test_pinned.py` tells when.
 
 Finished stages and checkpoints of another version are not gone on from, and recorded runs of another are stale.
 """

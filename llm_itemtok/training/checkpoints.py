@@ -110,13 +110,13 @@ def foreign(checkpoint: Path, *, processes: int, sharded: bool) -> str | None:
     if there != processes:
         return (
             f"{checkpoint}: training goes on with as many processes as it began with, or its steps would be of another "
-            f"batch; it began with {there}, was: {processes}; launch {there}, or start over without `--resume`"
+            f"batch; it began with {there}, was: {processes}; launch {there}, or begin anew with `--from train`"
         )
     if (checkpoint / SHARDED).is_file() != sharded:
         began, now = ("without FSDP", "with it") if sharded else ("with FSDP", "without it")
         return (
             f"{checkpoint}: training goes on with the engine that it began with, as each writes its optimiser in its "
-            f"own way; it began {began}, was: {now}; launch it as then, or start over without `--resume`"
+            f"own way; it began {began}, was: {now}; launch it as then, or begin anew with `--from train`"
         )
     return None
 

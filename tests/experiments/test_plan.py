@@ -143,6 +143,18 @@ def test_an_arm_may_start_from_recipes_of_its_own_and_a_plan_may_compare_several
     assert configs["first", "both"].trainer["max_steps"] == 40
 
 
+def test_every_outcome_of_tuning_is_looked_at_before_anything_runs(load):
+    """A side comparison that does not fit one of the variants would show after hours."""
+    flat, unique = {"tokenizer": {"kind": "random"}}, {"tokenizer": {"kind": "product"}}
+    arms = {"demo": {"variants": {"few": {"tokenizer": {"levels": 2}}, "flat": flat}}, "other": {"control": True}}
+    load(arms=arms).check()
+    load(arms={**arms, "side": {"probe": True, "based_on": "demo", "settings": unique}}).check()
+    kmeans = {"probe": True, "based_on": "demo", "settings": {"tokenizer": {"iterations": 7}}}
+    with pytest.raises(RecipeError, match=r"tokenizer\.iterations"):
+        load(arms={**arms, "side": kmeans}).check()
+    load(arms={**arms, "side": {**kmeans, "variant": "few"}}).check()
+
+
 def test_where_a_grid_has_one_point_nothing_is_chosen(load):
     assert load().foregone() == {}
     assert load(tuning=None).foregone() == {}

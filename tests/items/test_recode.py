@@ -7,6 +7,7 @@ import torch
 from llm_itemtok.errors import DataError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.collisions import extra_level, reassign
+from llm_itemtok.items.product import ProductQuantizer
 from llm_itemtok.items.recode import recode
 from llm_itemtok.items.residual_kmeans import ResidualKMeans, ResidualKMeansQuantizer
 
@@ -68,6 +69,26 @@ def test_with_a_margin_lower_levels_follow_what_is_kept():
     moves = [int((table[:, :2] != resolved.table[:, :2]).sum()) for table in found]
     assert moves[0] > moves[1] > moves[2] > 0
     assert (recode(changed, VECTORS, resolved, margin=1e-9).table == recode(changed, VECTORS, resolved).table).all()
+
+
+def test_the_next_level_describes_what_the_kept_codeword_leaves_over():
+    """By hand: 1 keeps the codeword at 0, so 1 is left over, not the -.9 that the nearer one at 1.9 would leave."""
+    quantizer = ResidualKMeansQuantizer(levels=2, codebook_size=2, dimensions=1)
+    quantizer.codebooks.data[:, :, 0] = torch.tensor([[0.0, 1.9], [-0.9, 1.0]])
+    vectors, held = np.array([[1.0]], dtype=np.float32), ItemCodes(np.array([[0, 0]]), (2, 2))
+    assert recode(quantizer, vectors, held).table.tolist() == [[1, 0]]
+    assert recode(quantizer, vectors, held, margin=0.3).table.tolist() == [[0, 1]]
+
+
+def test_in_a_product_a_margin_is_of_the_dimensions_that_a_level_tells():
+    """The other level's dimension is as far from all codewords of this one, and would make any two about as near."""
+    quantizer = ProductQuantizer(levels=2, codebook_size=2, dimensions=2, latent_dimensions=2)
+    quantizer.turn.copy_(torch.eye(2))
+    quantizer.codebooks.data[0, :, 0] = torch.tensor([0.0, 1.9])
+    quantizer.codebooks.data[1, :, 1] = torch.tensor([100.0, 0.0])
+    vectors, held = np.array([[1.0, 50.5]], dtype=np.float32), ItemCodes(np.array([[0, 0]]), (2, 2))
+    assert recode(quantizer, vectors, held, margin=0.2).table.tolist() == [[1, 0]]
+    assert recode(quantizer, vectors, held, margin=0.3).table.tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("extra", [True, False])

@@ -71,21 +71,6 @@ def test_rows_of_its_own_learn_as_without_a_mixture_and_the_quantizer_as_with_on
     assert found[True][1].any()
 
 
-def test_a_token_that_the_quantizer_does_not_find_likeliest_is_read_hard():
-    """Such as that of an item that lost its code to another: a mixture would teach other rows what is read of this."""
-    model, vectors = soft_model("llama")
-    (probabilities,) = model.quantizer.soft_assign(torch.from_numpy(vectors[7:8]))[1]
-    codes = model.vocab.codes.table.copy()
-    other = (int(codes[7, 1]) + 1) % 5
-    assert other != int(probabilities.argmax())
-    codes[7, 1] = other
-    ids = torch.tensor([[-1 - (7 * 3 + 1)]])
-    embed = (model.rows, model.lm.get_input_embeddings(), model.vocab)
-    model.soft.embed(ids, *embed, lambda items: torch.from_numpy(codes.astype("int64"))[items]).sum().backward()
-    rows = model.rows.input_rows.grad.any(1).nonzero()[:, 0].tolist()
-    assert rows == [model.vocab.level_starts[1] + other]
-
-
 @pytest.mark.parametrize(("residual", "deep"), [("paper", True), ("release", False)])
 @pytest.mark.parametrize("family", KINDS)
 def test_gradients_reach_the_codebooks_of_every_level_and_the_encoder_as_the_residual_has_it(family, residual, deep):

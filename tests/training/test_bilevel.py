@@ -49,7 +49,7 @@ class Differentiable(SoftInputs):
         words = codes_of(items).gather(1, levels.unsqueeze(1)).squeeze(1)
         hard = rows.embed(ids.masked_scatter(named, vocab.token_ids(words, levels)), base)
         mixed = levels < self._quantizer.num_levels
-        mixtures = self._mixtures(torch.arange(60), rows, vocab)[0][items[mixed], levels[mixed]]
+        mixtures = self._mixtures(torch.arange(60), rows, vocab)[items[mixed], levels[mixed]]
         where = named.masked_scatter(named, mixed).nonzero(as_tuple=True)
         if self.calls == len(self.brackets):
             self.brackets.append((hard[where] - mixtures).detach())

@@ -50,6 +50,20 @@ def test_a_training_killed_between_steps_of_the_quantizer_goes_on_as_if_nothing_
         updating(folder, **settings).train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_a_step_is_as_long_as_its_scale_says():
+    """At 0 nothing moves; at a tenth, the first step of AdamW is a tenth as long."""
+    moved = {}
+    for scale in (0.0, 0.1, 1.0):
+        quantizer, _, _ = tiny_quantizer()
+        optimizer = QuantizerOptimizer(quantizer, learning_rate=0.01)
+        before = quantizer.codebooks.detach().clone()
+        optimizer.step([torch.ones_like(parameter) for parameter in optimizer.parameters], scale=scale)
+        moved[scale] = (quantizer.codebooks.detach() - before).abs().mean().item()
+    assert moved[0.0] == 0
+    assert moved[1.0] == pytest.approx(0.01, rel=1e-3)
+    assert moved[0.1] == pytest.approx(0.001, rel=1e-3)
+
+
 def test_the_trainer_never_trains_it(tmp_path):
     trainer = updating(tmp_path, steps=2, **ADAM)
     trainer.updates.rules = Rules(rounds=0, gate=None)

@@ -124,6 +124,20 @@ def test_the_network_learns_and_what_was_never_seen_stays():
     assert not moved[40:].any()
 
 
+@pytest.mark.parametrize("kind", ["aligned", "named"])
+def test_embeddings_of_items_do_not_decay(tmp_path, kind):
+    """A rare one would be shrunk at every step, and learnt at few."""
+    trainer = make(tmp_path, kind, weight_decay=0.5)
+    trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    groups = trainer.optimizer.param_groups
+    decay = {names[id(each)]: group["weight_decay"] for group in groups for each in group["params"]}
+    tables = {name: value for name, value in decay.items() if name.endswith(".table")}
+    assert len(tables) == 1
+    assert set(tables.values()) == {0}
+    assert any(value == 0.5 and "project" in name for name, value in decay.items())
+
+
 @EVERY_KIND
 def test_work_is_counted_by_what_reads_what(family):
     """One position an item makes a recursive model cheap; its network works at both ends."""
