@@ -54,6 +54,9 @@ from llm_itemtok.update_settings import AlternateUpdate, BilevelUpdate, SelfImpr
 LEAST_ROOM_USED = 0.5
 """Share of the codewords that a level of a file has room for which should be in use."""
 
+GPU_SIZED = 50_000_000
+"""Parameters from which on matrix products are large enough to keep a GPU busy, so that its rate tells the time."""
+
 
 def check(config: RunConfig) -> str:
     """Check everything that can be checked without training.
@@ -390,6 +393,8 @@ def _cost(config: RunConfig, lm: PreTrainedModel, codewords: int, beside: int, w
     ]
     if device == "cpu":
         lines.append(f"  time here: {_minutes(_seconds(work))} if nothing else runs, and validation")
+    if body >= GPU_SIZED:
+        lines.append(f"  on a GPU at 100 TFLOP/s, a third of an A100's peak: {_minutes(work / 1e14)}, and validation")
     return lines
 
 
