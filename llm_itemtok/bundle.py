@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from llm_itemtok import custom_generate, hub
 from llm_itemtok.artifacts import FORMAT_VERSION, ITEMS, RECIPE, read_json, sha256_of_arrays, write_bytes
 from llm_itemtok.decoding import dense
-from llm_itemtok.decoding.beams import DecodeNormaliser
 from llm_itemtok.decoding.dense import Rescorer
 from llm_itemtok.errors import ArtifactError, HubError, ItemTokError
 from llm_itemtok.items import codes as item_codes
@@ -32,7 +31,8 @@ from llm_itemtok.items.base import QUANTIZER_FILE, Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.quantizers import read_quantizer
 from llm_itemtok.model import export, item_network
-from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser, Reads
+from llm_itemtok.model.item_lm import ItemTokenModel, Reads
+from llm_itemtok.model.likelihood import Normaliser
 from llm_itemtok.model.load import DTYPES, load_base, load_lm
 from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.text_vocab import resolved
@@ -98,7 +98,7 @@ class Generation:
     layout: str
     base: str | None
     revision: str | None
-    normaliser: DecodeNormaliser
+    normaliser: Normaliser
     training_normaliser: Normaliser
     beam: int
     history_length: int
@@ -126,7 +126,7 @@ _YOUNGER = ("quantization", "items_sha256", "vectors", "reads", "dense_share", "
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "layout": ("merged", "adapter"),
-    "normaliser": get_args(DecodeNormaliser),
+    "normaliser": get_args(Normaliser),
     "training_normaliser": get_args(Normaliser),
     "dtype": tuple(DTYPES),
     "quantization": ("none", "nf4"),

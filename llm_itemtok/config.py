@@ -213,12 +213,12 @@ def _rescoring_contradictions(rescoring: Rescoring) -> Iterator[str]:
 
 
 def _recursive_contradictions(config: RunConfig) -> Iterator[str]:
-    """What a recursive network cannot do: its scores are those of a level, and its codebooks are item tokens."""
+    """What a recursive network cannot do: its scores are those of levels, and its codebooks are item tokens."""
     here, decoding = "`scoring.kind: recursive`", config.evaluation.decode_normaliser
     if isinstance(config.tokenizer, TextTokenizer):
         yield f"{here} needs item tokens, and `tokenizer.kind: {config.tokenizer.kind}` has none; choose another one"
-    if config.objective.normaliser != "level":
-        yield f"{here} needs `objective.normaliser: level`, was: {config.objective.normaliser}"
+    if config.objective.normaliser not in ("level", "children"):
+        yield f"{here} needs `objective.normaliser: level` or `children`, was: {config.objective.normaliser}"
     if decoding not in ("same", "level", "children"):
         yield f"`evaluation.decode_normaliser` must be same, level or children with {here}, was: {decoding}"
     chosen = config.objective
@@ -346,6 +346,8 @@ def _self_improve_contradictions(config: RunConfig, update: SelfImproveUpdate) -
                 f"`update.source: {update.source}` asks the model what it learns by the task `{task}`; give "
                 f"`examples.tasks.{task}` a weight above 0, was: {tasks.get(task, 0):g}"
             )
+    if update.source in ("generate", "both") and config.objective.normaliser == "children":
+        yield f"`update.source: {update.source}` writes codes of no item, so `objective.normaliser` cannot be children"
     if update.candidates % update.groups:
         yield f"`update.groups` must divide `update.candidates`, was: {update.candidates} / {update.groups}"
     if update.source == "random" and update.scope == "all":
@@ -402,10 +404,7 @@ def _segment_contradictions(config: RunConfig) -> Iterator[str]:
     for name, rule in config.evaluation.segments.items():
         # Without a colon, names made from different rules differ: `NAME up`, `NAME: VALUE`.
         if not re.fullmatch(r"\w([\w -]*\w)?", name):
-            yield (
-                "`evaluation.segments` takes names of letters, digits and _, with spaces and - between them, "
-                f"was: {name!r}"
-            )
+            yield f"`evaluation.segments` takes names of letters, digits and _, spaces and - between, was: {name!r}"
         here = f"`evaluation.segments.{name}.column`"
         if config.data.source != "synthetic":
             continue

@@ -80,8 +80,8 @@ class NextTokenObjective:
 
     kind: Literal["next-token"] = "next-token"
     """Cross-entropy of each target token."""
-    normaliser: Literal["level", "items", "vocab"] = "level"
-    """The softmax of an item token runs over its level, over all item tokens, or over the whole vocabulary."""
+    normaliser: Literal["level", "items", "vocab", "children"] = "level"
+    """The softmax of an item token runs over its level, all item tokens, the vocabulary, or what leads to an item."""
     label_smoothing: Dropout = 0.0
     """Share of the target's probability that is spread over the others."""
 
@@ -92,8 +92,8 @@ class TokenWeightedObjective:
 
     kind: Literal["token-weighted"] = "token-weighted"
     """One or several weighted cross-entropies; with several, their shares change as training goes on."""
-    normaliser: Literal["level", "items", "vocab"] = "level"
-    """The softmax of an item token runs over its level, over all item tokens, or over the whole vocabulary."""
+    normaliser: Literal["level", "items", "vocab", "children"] = "level"
+    """The softmax of an item token runs over its level, all item tokens, the vocabulary, or what leads to an item."""
     label_smoothing: Dropout = 0.0
     """Share of the target's probability that is spread over the others."""
     targets: tuple[Target, ...] = (

@@ -494,6 +494,7 @@ def test_self_improvement_resolves_and_says_what_it_takes(recipe):
         (("update.source=generate", "examples.tasks.title-to-item=0"), "`update.source: generate` asks the model what "
          "it learns by the task `title-to-item`; give `examples.tasks.title-to-item` a weight above 0, was: 0"),
         (("update.source=both", "examples.tasks.next-item=0"), "asks the model what it learns by the task `next-item`"),
+        (("update.source=both", "objective.normaliser=children"), "`objective.normaliser` cannot be children"),
         (("update.every={}",), "must be either .* was: steps None, epochs None"),
         (("update.every={steps: 5, epochs: 1}",), "must be either .* was: steps 5, epochs 1.0"),
         (("update.every={steps: 1.5}",), "`update.every.steps` must be a whole number"),

@@ -391,12 +391,13 @@ def test_from_a_stage_whose_predecessors_never_ran_is_refused(tmp_path: Path) ->
         ("examples.kind=last", "objective.normaliser=items", "evaluation.decode_normaliser=children"),
         ("examples.tasks={next-item: 1.0, title-to-item: 0.5, item-to-title: 0.5}", "vectors.kind=llm"),
         ("model.adapter=lora", "model.scratch.family=qwen3", "evaluation.mask_seen=true"),
+        ("objective.kind=token-weighted", "objective.normaliser=children", "objective.label_smoothing=0.1"),
         ("model.scratch.family=gpt2", "data.split=temporal", "data.k_core=2", "tokenizer.collisions=reassign"),
         (*T5, "examples.tasks={next-item: 1.0, title-to-item: 0.5, item-to-title: 0.5}", "vectors.kind=llm"),
         (*T5, "model.adapter=lora", "objective.normaliser=vocab", "evaluation.mask_seen=true"),
     ],
     ids=[
-        *("random", "rqvae", "windows-vocab", "last-items", "text-tasks", "lora-qwen3", "gpt2-temporal"),
+        *("random", "rqvae", "windows-vocab", "last-items", "text-tasks", "lora-qwen3", "children", "gpt2-temporal"),
         *("t5-text-tasks-llm", "t5-lora-vocab"),
     ],
 )

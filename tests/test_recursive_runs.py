@@ -30,7 +30,7 @@ TEXT_TASKS = "examples.tasks={next-item: 1.0, title-to-item: 0.5, item-to-title:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["objective.normaliser=vocab"], "needs `objective.normaliser: level`, was: vocab"),
+        (["objective.normaliser=vocab"], "needs `objective.normaliser: level` or `children`, was: vocab"),
         (["evaluation.decode_normaliser=items"], "must be same, level or children"),
         (["tokenizer.kind=numeric", "objective.normaliser=vocab"], "needs item tokens, and `tokenizer.kind: numeric`"),
         (["objective.kind=token-weighted", "objective.targets=[{kind: counterfactual}]"], "leave it out"),

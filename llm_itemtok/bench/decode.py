@@ -26,8 +26,9 @@ from llm_itemtok.bench.measure import (
     peak_mb,
 )
 from llm_itemtok.bench.usual import DictTrie, generate_items, one_prefill
-from llm_itemtok.decoding.beams import DecodeNormaliser, beam_search
+from llm_itemtok.decoding.beams import beam_search
 from llm_itemtok.decoding.replicated import decoder_for
+from llm_itemtok.model.likelihood import Normaliser
 from llm_itemtok.vocab.trie import ItemTrie
 
 ITEMS, TOKENS, BEAM = 12_000, 80, 20
@@ -58,7 +59,7 @@ class Decoding:
         """Rank with one prefill and a repeated cache."""
         return one_prefill(self.plain, self.trie, self.first_ids, np.stack(self.prompts), beam=BEAM)
 
-    def ours(self, normaliser: DecodeNormaliser) -> np.ndarray:
+    def ours(self, normaliser: Normaliser) -> np.ndarray:
         """Rank with tree-shaped beams."""
         return beam_search(decoder_for(self.model), self.trie, self.prompts, beam=BEAM, normaliser=normaliser).items
 

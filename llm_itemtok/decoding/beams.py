@@ -18,7 +18,7 @@ Shape letters: B users, K beams, C widest node, H listed items of all users.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,12 +26,10 @@ from torch import Tensor
 
 from llm_itemtok.decoding.tree import BeamDecoder
 from llm_itemtok.errors import DataError
-from llm_itemtok.model.item_lm import Normaliser
+from llm_itemtok.model.likelihood import LevelNormaliser, Normaliser
 from llm_itemtok.vocab.trie import ItemTrie
 
 State = TypeVar("State")
-
-DecodeNormaliser = Literal["level", "items", "vocab", "children"]
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 
@@ -56,7 +54,7 @@ def beam_search(
     prompts: Sequence[np.ndarray],
     *,
     beam: int,
-    normaliser: DecodeNormaliser = "level",
+    normaliser: Normaliser = "level",
     allowed: Sequence[np.ndarray | None] | None = None,
     excluded: Sequence[np.ndarray | None] | None = None,
 ) -> Beams:
@@ -93,7 +91,7 @@ def beam_search(
     codes: Tensor | None = None
     finished: _Finished | None = None
     for level in range(trie.num_levels):
-        model_normaliser: Normaliser = "level" if normaliser == "children" else normaliser
+        model_normaliser: LevelNormaliser = "level" if normaliser == "children" else normaliser
         log_probs = decoder.level_log_probs(state, parents, codes, level, model_normaliser)
         children, child_codes, legal = trie.children(nodes, level)
         steps = log_probs.gather(2, child_codes)

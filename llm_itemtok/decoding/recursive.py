@@ -17,7 +17,8 @@ from torch import Tensor
 
 from llm_itemtok.decoding.padding import padded
 from llm_itemtok.errors import ItemTokError
-from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
+from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.likelihood import LevelNormaliser
 from llm_itemtok.vocab.trie import ItemTrie
 
 
@@ -59,7 +60,12 @@ class RecursiveDecoder:
         return RecursiveState(states[:, 0].float())
 
     def level_log_probs(
-        self, state: RecursiveState, parents: Tensor | None, codes: Tensor | None, level: int, normaliser: Normaliser
+        self,
+        state: RecursiveState,
+        parents: Tensor | None,
+        codes: Tensor | None,
+        level: int,
+        normaliser: LevelNormaliser,
     ) -> Tensor:
         """The next level's log-probabilities of the chosen beams (see `BeamDecoder`).
 

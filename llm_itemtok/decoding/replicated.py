@@ -23,7 +23,8 @@ from transformers.cache_utils import DynamicLayer
 from llm_itemtok.decoding.encoder_decoder import EncoderDecoderTree
 from llm_itemtok.decoding.recursive import RecursiveDecoder
 from llm_itemtok.decoding.tree import BeamDecoder, TreeDecoder, takes_tree_masks
-from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
+from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.likelihood import LevelNormaliser
 
 
 @dataclass
@@ -76,7 +77,12 @@ class ReplicatedDecoder:
         return ReplicatedState(cache, seen, lengths, hidden[:, -1])
 
     def level_log_probs(
-        self, state: ReplicatedState, parents: Tensor | None, codes: Tensor | None, level: int, normaliser: Normaliser
+        self,
+        state: ReplicatedState,
+        parents: Tensor | None,
+        codes: Tensor | None,
+        level: int,
+        normaliser: LevelNormaliser,
     ) -> Tensor:
         """Feed the chosen beams, if any, and return the next level's log-probabilities (see `BeamDecoder`)."""
         if parents is None or codes is None:

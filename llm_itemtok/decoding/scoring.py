@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_itemtok.decoding.beams import DecodeNormaliser
 from llm_itemtok.decoding.blocks import Blocks, cut, join
 from llm_itemtok.decoding.recursive import RecursiveDecoder
 from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.tree import TreeDecoder, TreeState
 from llm_itemtok.errors import DataError, ItemTokError
-from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
+from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.likelihood import LevelNormaliser, Normaliser
 from llm_itemtok.vocab.trie import ItemTrie
 
 NODES_PER_PASS = 1024
@@ -45,7 +45,7 @@ def score_items(
     prompts: Sequence[np.ndarray],
     items: Sequence[np.ndarray],
     *,
-    normaliser: DecodeNormaliser = "level",
+    normaliser: Normaliser = "level",
     nodes_per_pass: int = NODES_PER_PASS,
 ) -> list[np.ndarray]:
     """Score items after each prompt.
@@ -85,7 +85,7 @@ def score_catalog(
     trie: ItemTrie,
     prompts: Sequence[np.ndarray],
     *,
-    normaliser: DecodeNormaliser = "level",
+    normaliser: Normaliser = "level",
     nodes_per_pass: int = NODES_PER_PASS,
 ) -> np.ndarray:
     """Score every item after each prompt; as `score_items` with all items for each.
@@ -105,7 +105,7 @@ class _Scoring:
 
     model: ItemTokenModel
     trie: ItemTrie
-    normaliser: DecodeNormaliser
+    normaliser: Normaliser
     nodes_per_pass: int
 
     def fill(self, prompts: Sequence[np.ndarray], items: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> None:
@@ -247,7 +247,7 @@ class _Scoring:
 
     def _log_probs(self, states: Tensor, nodes: Tensor | None, level: int) -> Tensor:
         """Log-probabilities `[n, sizes[level]]` after states `[n, D]` at trie nodes `[n]` (None: all at the root)."""
-        normaliser: Normaliser = "level" if self.normaliser == "children" else self.normaliser
+        normaliser: LevelNormaliser = "level" if self.normaliser == "children" else self.normaliser
         width = len(self.model.rows) or self.model.vocab.codes.sizes[level]
         width += self.model.config.vocab_size if normaliser == "vocab" else 0
         pieces = states.split(max(1, LOGITS_AT_ONCE // width))

@@ -26,7 +26,8 @@ from transformers import DynamicCache
 
 from llm_itemtok.decoding.masks import attention_masks
 from llm_itemtok.decoding.padding import padded
-from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
+from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.likelihood import LevelNormaliser
 from llm_itemtok.model.rows import input_table
 
 State = TypeVar("State")
@@ -51,7 +52,12 @@ class BeamDecoder(Protocol[State]):
         ...
 
     def level_log_probs(
-        self, state: State, parents: Tensor | None, codes: Tensor | None, level: int, normaliser: Normaliser
+        self,
+        state: State,
+        parents: Tensor | None,
+        codes: Tensor | None,
+        level: int,
+        normaliser: LevelNormaliser,
     ) -> Tensor:
         """Log-probabilities float32 `[B, K, sizes[level]]` of the next codeword of each beam.
 
@@ -105,7 +111,12 @@ class TreeDecoder:
         return TreeState(cache, visible, places, lengths, last, ancestors)
 
     def level_log_probs(
-        self, state: TreeState, parents: Tensor | None, codes: Tensor | None, level: int, normaliser: Normaliser
+        self,
+        state: TreeState,
+        parents: Tensor | None,
+        codes: Tensor | None,
+        level: int,
+        normaliser: LevelNormaliser,
     ) -> Tensor:
         """Feed the chosen beams, if any, and return the next level's log-probabilities (see `BeamDecoder`)."""
         if parents is None or codes is None:

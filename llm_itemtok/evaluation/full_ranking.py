@@ -19,10 +19,11 @@ import torch
 from torch import distributed
 
 from llm_itemtok.data.splits import Cases
-from llm_itemtok.decoding.beams import Beams, DecodeNormaliser, beam_search
+from llm_itemtok.decoding.beams import Beams, beam_search
 from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.evaluation.metrics import ranks_from_lists
 from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.likelihood import Normaliser
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.vocab.trie import ItemTrie
 
@@ -59,7 +60,7 @@ def rank_cases(
     *,
     beam: int,
     history_length: int,
-    normaliser: DecodeNormaliser,
+    normaliser: Normaliser,
     mask_seen: bool = False,
     repeats: bool = True,
     batch_size: int = 64,

@@ -26,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_itemtok.artifacts import write_bytes, write_json
 from llm_itemtok.errors import ArtifactError
-from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
+from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.likelihood import Normaliser
 from llm_itemtok.model.rows import ItemRows, input_table, output_head
 from llm_itemtok.vocab.item_vocab import ItemVocab
 

@@ -7,15 +7,11 @@ log-probabilities.
 
 Two kinds of models are one class. A decoder-only model reads a row that holds context and targets. An encoder–decoder
 model reads the context by its encoder, once and both ways; its decoder's row holds the targets alone, and its states
-are what everything below the body works on. Embeddings, item rows, normalisers and losses know no difference.
+are what everything below the body works on. Embeddings, rows, normalisers (`model/likelihood.py`) know no difference.
 
 Rows are right-padded and carry no padding mask: under causal attention no real position ever sees what stands to its
 right, so padding cannot change a result, and the attention kernels keep their fast causal path. An encoder looks both
 ways, so what it reads does carry one.
-
-Normalisers of an item token at level `l`: `level` (softmax over the codewords of that level), `items` (over all item
-tokens), `vocab` (over the whole extended vocabulary, as plain `generate` has it). Text tokens always use `vocab`, and
-so do identifiers in words of the existing vocabulary, which have no item tokens and no rows.
 
 How items stand in what the model reads (`Reads`): as the tokens of their paths, `tokens`; as these, the last of which
 also says which item it is and carries an embedding of the item's own, `named`; or as one vector, `items`, by which a
@@ -39,13 +35,13 @@ from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model import state
 from llm_itemtok.model.families import answer_start, refuse_unsupported
 from llm_itemtok.model.item_embeddings import ItemEmbeddings, Named
+from llm_itemtok.model.likelihood import LevelNormaliser, Normaliser, OfCodes, items_nll
 from llm_itemtok.model.recursive import Recursion
 from llm_itemtok.model.rows import ItemRows, embedding_scale, input_table, output_head
 from llm_itemtok.model.soft_inputs import SoftInputs
 from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.text_vocab import TextVocab
 
-Normaliser = Literal["level", "items", "vocab"]
 Reads = Literal["tokens", "named", "items"]
 
 CACHED_PIECE, PIECE = 2048, 16384
@@ -69,8 +65,7 @@ class ItemTokenModel(nn.Module):
         beside: what else an objective makes of the states, with what it learns for it; None for most objectives.
         quantizer: behind the codes, where updates of the item tokens train it (`state.hold_quantizer`).
         soft: mixes the item tokens that are read, so that gradients reach the quantizer; None for most models.
-        tree_masks: whether the body takes the masks of tree-shaped beams, by attention implementation and dtype, as far
-            as it was tried (`decoding.tree.takes_tree_masks`).
+        tree_masks: what `decoding.tree.takes_tree_masks` found, by attention implementation and dtype.
     """
 
     def __init__(
@@ -105,7 +100,7 @@ class ItemTokenModel(nn.Module):
         self.beside: nn.Module | None = None
         self.quantizer: Quantizer | None = None
         self.soft: SoftInputs | None = None
-        self._codes_there: tuple[ItemVocab, Tensor] | None = None
+        self._of_codes = OfCodes()
         self.tree_masks: dict[tuple[str, torch.dtype], bool] = {}
         self.input_dropout = nn.Dropout(input_dropout)
         self.output_dropout = nn.Dropout(output_dropout)
@@ -158,11 +153,7 @@ class ItemTokenModel(nn.Module):
 
     def codes_of(self, items: Tensor) -> Tensor:
         """Codes int64 `[n, L]` of items, int64 `[n]`, on their device."""
-        there = self._codes_there
-        if there is None or there[0] is not self.vocab or there[1].device != items.device:
-            table = torch.from_numpy(self.vocab.codes.table.astype("int64"))
-            there = self._codes_there = (self.vocab, table.to(items.device))
-        return there[1][items]
+        return self._of_codes.table(self.vocab.codes, items.device)[items]
 
     def named(self, *ids: Tensor | None) -> Named | None:
         """What stands for the items that ids below 0 name; None for a model to which no id names one."""
@@ -253,7 +244,7 @@ class ItemTokenModel(nn.Module):
             parts.append(base[..., after:])
         return torch.cat(parts, dim=-1)
 
-    def level_log_probs(self, hidden: Tensor, level: int, normaliser: Normaliser) -> Tensor:
+    def level_log_probs(self, hidden: Tensor, level: int, normaliser: LevelNormaliser) -> Tensor:
         """Log-probabilities of a level's codewords.
 
         Args:
@@ -275,7 +266,7 @@ class ItemTokenModel(nn.Module):
         start = self.vocab.level_starts[level]
         return items[..., start : start + self.vocab.codes.sizes[level]] - total.unsqueeze(-1)
 
-    def _word_log_probs(self, vocab: TextVocab, hidden: Tensor, level: int, normaliser: Normaliser) -> Tensor:
+    def _word_log_probs(self, vocab: TextVocab, hidden: Tensor, level: int, normaliser: LevelNormaliser) -> Tensor:
         """As `level_log_probs`, where codewords are existing words; 0 for the codeword of items that have ended."""
         head = output_head(self.lm).weight[vocab.level_ids(level, hidden.device)]
         logits = self._finished(F.linear(hidden, head)).float()
@@ -350,11 +341,10 @@ class ItemTokenModel(nn.Module):
 
         Returns:
             float32, beside `labels`, in nats; 0 where there is no target. With `blank_ids` `[2, B, S]`, the second by
-            the effect of the history: the softmax of the logits with it less those without. Where a part of the model
-            has more to tell, that as well, by name: here and not beside, so that a distributed wrapper knows that its
-            parameters are used. `mix` is what that module computes; `alignment`, float32 `[B, S]` (`[B, C]` of an
-            encoder), the mean over the levels of how unlikely the item side of a recursive network finds the code of
-            the item that is read there.
+            the effect of the history: the softmax of the logits with it less those without. Where parts of the model
+            have more to tell, that as well, by name: here, so that a distributed wrapper knows that their parameters
+            are used. `mix` is what that module computes; `alignment`, float32 `[B, S]` (`[B, C]` of an encoder), how
+            unlikely the item side of a recursive network finds the code of the item read there, mean over the levels.
         """
         named = self.named(input_ids, context_ids)
         hidden, context = self._states(input_ids, context_ids, context_seen, named)
@@ -391,9 +381,7 @@ class ItemTokenModel(nn.Module):
     def _alignment(self, named: Named, ids: Tensor) -> Tensor:
         """NLL of the codes of named items `[B, S]`; 0 elsewhere, and for an item without embedding to go by."""
         assert self.recursion is not None
-        codes = self.codes_of(named.rows)
-        each = [F.cross_entropy(part.float(), codes[:, at], reduction="none") for at, part in enumerate(named.logits)]
-        mean = torch.stack(each).mean(0) * self.recursion.items.has(named.rows)
+        mean = items_nll(named.logits, self.codes_of(named.rows)).mean(1) * self.recursion.items.has(named.rows)
         places = torch.searchsorted(named.rows, -1 - ids[ids < 0])
         return mean.new_zeros(ids.shape).masked_scatter(ids < 0, mean[places])
 
@@ -403,6 +391,9 @@ class ItemTokenModel(nn.Module):
             return self._recursive_nll(self.recursion, hidden, labels, levels)
         nll = hidden.new_zeros(labels.shape, dtype=torch.float32)
         groups = range(self.vocab.num_levels + 1)
+        if self.normaliser == "children":
+            self._fill_items(nll, hidden, labels, levels, blank)
+            groups = groups[-1:]
         if self.normaliser == "vocab":  # the same words for all: the table, most of the work, is then read once
             levels, groups = levels.masked_fill(levels >= 0, groups[-1]), groups[-1:]
         for level in groups:
@@ -418,21 +409,30 @@ class ItemTokenModel(nn.Module):
         nll = hidden.new_zeros(shape, dtype=torch.float32)
         labels, levels = labels.view(shape), levels.view(shape)
         where = levels[..., 0] == 0
-        starts = torch.tensor(self.vocab.level_starts, device=labels.device) + self.vocab.first_id
-        codes = labels[where] - starts
-        logits = recursion.user_side(hidden[where].float(), codes, self.codebooks())
-        smoothing = self.label_smoothing
-        nll[where] = torch.stack(
-            [
-                F.cross_entropy(part.float(), codes[:, at], reduction="none", label_smoothing=smoothing)
-                for at, part in enumerate(logits)
-            ],
-            dim=1,
-        )
+        codes = self._codewords(labels[where])
+        nll[where] = self._items_nll(recursion.user_side(hidden[where].float(), codes, self.codebooks()), codes)
         where = levels[..., 0] == self.vocab.num_levels
         if where.any():
             nll[..., 0][where] = self._level_nll(hidden[where], labels[..., 0][where], self.vocab.num_levels)
         return nll.flatten(1)
+
+    def _fill_items(self, nll: Tensor, hidden: Tensor, labels: Tensor, levels: Tensor, blank: Tensor | None) -> None:
+        """Write the NLL of items' tokens, which stand in a row: all levels of an item together."""
+        rows, firsts = (levels == 0).nonzero(as_tuple=True)
+        places = rows.unsqueeze(1), firsts.unsqueeze(1) + torch.arange(self.vocab.num_levels, device=firsts.device)
+        logits = [self.item_logits(states, level) for level, states in enumerate(hidden[places].unbind(1))]
+        if blank is not None:
+            without = enumerate(blank[places].unbind(1))
+            logits = [logits[level] - self.item_logits(states, level) for level, states in without]
+        nll[places] = self._items_nll(logits, self._codewords(labels[places]))
+
+    def _codewords(self, labels: Tensor) -> Tensor:
+        """Codewords of items' token ids `[n, L]`."""
+        return labels - torch.tensor(self.vocab.level_starts, device=labels.device) - self.vocab.first_id
+
+    def _items_nll(self, logits: list[Tensor], codes: Tensor) -> Tensor:
+        trie = self._of_codes.trie(self.vocab.codes, codes.device) if self.normaliser == "children" else None
+        return items_nll(logits, codes, trie=trie, smoothing=self.label_smoothing)
 
     def _level_nll(self, hidden: Tensor, labels: Tensor, level: int, blank: Tensor | None = None) -> Tensor:
         """NLL `[n]` of labels that all belong to one level (or to the text)."""

@@ -27,7 +27,8 @@ from transformers import (
 from llm_itemtok.errors import ItemTokError, UnsupportedModelError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.families import SUPPORTED_FAMILIES, refuse_unsupported
-from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
+from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.likelihood import Normaliser
 from llm_itemtok.model.rows import ItemRows, input_table, output_head
 from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.text_vocab import extended

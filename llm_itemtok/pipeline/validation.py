@@ -8,11 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.splits import Cases
-from llm_itemtok.decoding.beams import DecodeNormaliser
 from llm_itemtok.decoding.scoring import score_items
 from llm_itemtok.evaluation.full_ranking import rank_cases
 from llm_itemtok.evaluation.metrics import metrics_from_ranks
 from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.likelihood import Normaliser
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.training.processes import added_up, dealt
 from llm_itemtok.update_settings import SelfImproveUpdate
@@ -24,7 +24,7 @@ RULES: Mapping[str, tuple[bool, ...]] = {"keep": (True,), "drop": (False,), "cho
 WAYS: Mapping[bool, str] = {True: "keep", False: "drop"}
 
 
-def decode_normaliser(config: RunConfig) -> DecodeNormaliser:
+def decode_normaliser(config: RunConfig) -> Normaliser:
     """What beams are normalised over: as in training unless the recipe says otherwise."""
     chosen = config.evaluation.decode_normaliser
     return config.objective.normaliser if chosen == "same" else chosen

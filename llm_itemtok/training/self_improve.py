@@ -38,12 +38,14 @@ from torch import Tensor
 
 from llm_itemtok.decoding.level_beams import level_beams, usage_penalties
 from llm_itemtok.decoding.replicated import decoder_for
+from llm_itemtok.errors import ItemTokError
 from llm_itemtok.items.assign import Candidates, assign
 from llm_itemtok.items.assign import Method as AssignMethod
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.combine import concatenate, whitened
 from llm_itemtok.items.requantise import LevelMixtures
 from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.likelihood import LevelNormaliser
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.training.item_states import predicting_states, shrunk
 from llm_itemtok.training.late_binding import LateBinding
@@ -282,6 +284,9 @@ class _Generate:
     """Codes that the model writes when it reads titles."""
 
     def __init__(self, model: ItemTokenModel, material: Material, search: Search) -> None:
+        if model.normaliser == "children":
+            raise ItemTokError("codes that no item has cannot be told by a model of the normaliser `children`")
+        self._normaliser: LevelNormaliser = model.normaliser
         self.knows = np.zeros(model.vocab.codes.num_items, dtype=bool)
         self.knows[material.text_rows] = True
         self._model, self._prompts, self._search = model, material.prompts, search
@@ -298,7 +303,7 @@ class _Generate:
             [self._prompts.title_to_item(row)[0] for row in rows.tolist()],
             levels=self._model.vocab.num_levels,
             beam=each,
-            normaliser=self._model.normaliser,
+            normaliser=self._normaliser,
             groups=search.groups,
             diversity=search.diversity,
             penalties=self._penalties,

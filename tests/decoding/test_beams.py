@@ -14,7 +14,8 @@ from llm_itemtok.decoding.scoring import score_items
 from llm_itemtok.decoding.tree import TreeDecoder, TreeState
 from llm_itemtok.errors import DataError
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.model.item_lm import ItemTokenModel, Normaliser
+from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.model.likelihood import Normaliser
 from llm_itemtok.vocab.trie import ItemTrie
 from tests.code_tables import code_tables
 from tests.decoding.test_decoders import generated

@@ -239,7 +239,7 @@ def test_other_codes_mean_other_weights_in_the_very_next_batch():
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("normaliser", ["level", "items", "vocab"])
+@pytest.mark.parametrize("normaliser", ["level", "items", "vocab", "children"])
 def test_the_counterfactual_target_fits_the_effect_of_the_history(family, normaliser):
     """By plain passes over single rows: softmax of logits with the history less those without it."""
     examples = [*EXAMPLES, {"task": 0, "items": [3, 9], "first": 1, "weight": 1.0}]
@@ -258,6 +258,10 @@ def test_the_counterfactual_target_fits_the_effect_of_the_history(family, normal
         for level in range(3):
             logits, first = model._level_logits(with_history[:, level], level)
             effect = logits - model._level_logits(without[:, level], level)[0]
+            if normaliser == "children":
+                table, code = model.vocab.codes.table, model.vocab.codes.table[items[-1]]
+                siblings = table[(table[:, :level] == code[:level]).all(1), level]
+                effect[:, np.setdiff1d(np.arange(effect.shape[1]), siblings)] = -torch.inf
             loss = -effect.log_softmax(-1)[0, path[0, level] - first].item()
             expected += 0.1 * loss * float(own[row, batch["levels"][row] == level][0])
     assert total(model, objective, batch).item() == pytest.approx(expected / float(own.sum()), rel=1e-5)
