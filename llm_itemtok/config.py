@@ -173,6 +173,8 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     yield from _vectors_contradictions(config)
     if config.vocab.init == "base":
         yield from _base_contradictions(config)
+    if config.objective.normaliser == "children" and config.evaluation.decode_normaliser not in ("same", "children"):
+        yield "`evaluation.decode_normaliser` must be same or children with `objective.normaliser: children`"
     if isinstance(config.objective, TokenWeightedObjective):
         yield from _target_contradictions(config.objective)
     if isinstance(config.tokenizer, TextTokenizer):

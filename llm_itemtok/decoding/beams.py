@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llm_itemtok.decoding.tree import BeamDecoder
 from llm_itemtok.errors import DataError
-from llm_itemtok.model.likelihood import LevelNormaliser, Normaliser
+from llm_itemtok.model.likelihood import Normaliser, PlainNormaliser
 from llm_itemtok.vocab.trie import ItemTrie
 
 State = TypeVar("State")
@@ -91,7 +91,7 @@ def beam_search(
     codes: Tensor | None = None
     finished: _Finished | None = None
     for level in range(trie.num_levels):
-        model_normaliser: LevelNormaliser = "level" if normaliser == "children" else normaliser
+        model_normaliser: PlainNormaliser = "level" if normaliser == "children" else normaliser
         log_probs = decoder.level_log_probs(state, parents, codes, level, model_normaliser)
         children, child_codes, legal = trie.children(nodes, level)
         steps = log_probs.gather(2, child_codes)

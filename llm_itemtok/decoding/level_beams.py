@@ -29,7 +29,7 @@ from torch import Tensor
 from llm_itemtok.decoding.tree import BeamDecoder
 from llm_itemtok.errors import DataError
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.model.likelihood import LevelNormaliser
+from llm_itemtok.model.likelihood import PlainNormaliser
 
 State = TypeVar("State")
 
@@ -52,7 +52,7 @@ def level_beams(
     *,
     levels: int,
     beam: int,
-    normaliser: LevelNormaliser = "level",
+    normaliser: PlainNormaliser = "level",
     groups: int = 1,
     diversity: float = 0.0,
     penalties: Sequence[Tensor] | None = None,

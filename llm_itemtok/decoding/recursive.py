@@ -18,7 +18,7 @@ from torch import Tensor
 from llm_itemtok.decoding.padding import padded
 from llm_itemtok.errors import ItemTokError
 from llm_itemtok.model.item_lm import ItemTokenModel
-from llm_itemtok.model.likelihood import LevelNormaliser
+from llm_itemtok.model.likelihood import PlainNormaliser
 from llm_itemtok.vocab.trie import ItemTrie
 
 
@@ -65,7 +65,7 @@ class RecursiveDecoder:
         parents: Tensor | None,
         codes: Tensor | None,
         level: int,
-        normaliser: LevelNormaliser,
+        normaliser: PlainNormaliser,
     ) -> Tensor:
         """The next level's log-probabilities of the chosen beams (see `BeamDecoder`).
 

@@ -24,7 +24,7 @@ from llm_itemtok.decoding.encoder_decoder import EncoderDecoderTree
 from llm_itemtok.decoding.recursive import RecursiveDecoder
 from llm_itemtok.decoding.tree import BeamDecoder, TreeDecoder, takes_tree_masks
 from llm_itemtok.model.item_lm import ItemTokenModel
-from llm_itemtok.model.likelihood import LevelNormaliser
+from llm_itemtok.model.likelihood import PlainNormaliser
 
 
 @dataclass
@@ -82,7 +82,7 @@ class ReplicatedDecoder:
         parents: Tensor | None,
         codes: Tensor | None,
         level: int,
-        normaliser: LevelNormaliser,
+        normaliser: PlainNormaliser,
     ) -> Tensor:
         """Feed the chosen beams, if any, and return the next level's log-probabilities (see `BeamDecoder`)."""
         if parents is None or codes is None:

@@ -25,7 +25,7 @@ from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.tree import TreeDecoder, TreeState
 from llm_itemtok.errors import DataError, ItemTokError
 from llm_itemtok.model.item_lm import ItemTokenModel
-from llm_itemtok.model.likelihood import LevelNormaliser, Normaliser
+from llm_itemtok.model.likelihood import Normaliser, PlainNormaliser
 from llm_itemtok.vocab.trie import ItemTrie
 
 NODES_PER_PASS = 1024
@@ -247,7 +247,7 @@ class _Scoring:
 
     def _log_probs(self, states: Tensor, nodes: Tensor | None, level: int) -> Tensor:
         """Log-probabilities `[n, sizes[level]]` after states `[n, D]` at trie nodes `[n]` (None: all at the root)."""
-        normaliser: LevelNormaliser = "level" if self.normaliser == "children" else self.normaliser
+        normaliser: PlainNormaliser = "level" if self.normaliser == "children" else self.normaliser
         width = len(self.model.rows) or self.model.vocab.codes.sizes[level]
         width += self.model.config.vocab_size if normaliser == "vocab" else 0
         pieces = states.split(max(1, LOGITS_AT_ONCE // width))

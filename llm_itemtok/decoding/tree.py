@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from llm_itemtok.decoding.masks import attention_masks
 from llm_itemtok.decoding.padding import padded
 from llm_itemtok.model.item_lm import ItemTokenModel
-from llm_itemtok.model.likelihood import LevelNormaliser
+from llm_itemtok.model.likelihood import PlainNormaliser
 from llm_itemtok.model.rows import input_table
 
 State = TypeVar("State")
@@ -57,7 +57,7 @@ class BeamDecoder(Protocol[State]):
         parents: Tensor | None,
         codes: Tensor | None,
         level: int,
-        normaliser: LevelNormaliser,
+        normaliser: PlainNormaliser,
     ) -> Tensor:
         """Log-probabilities float32 `[B, K, sizes[level]]` of the next codeword of each beam.
 
@@ -116,7 +116,7 @@ class TreeDecoder:
         parents: Tensor | None,
         codes: Tensor | None,
         level: int,
-        normaliser: LevelNormaliser,
+        normaliser: PlainNormaliser,
     ) -> Tensor:
         """Feed the chosen beams, if any, and return the next level's log-probabilities (see `BeamDecoder`)."""
         if parents is None or codes is None:

@@ -35,7 +35,7 @@ from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model import state
 from llm_itemtok.model.families import answer_start, refuse_unsupported
 from llm_itemtok.model.item_embeddings import ItemEmbeddings, Named
-from llm_itemtok.model.likelihood import LevelNormaliser, Normaliser, OfCodes, items_nll
+from llm_itemtok.model.likelihood import Normaliser, OfCodes, PlainNormaliser, items_nll
 from llm_itemtok.model.recursive import Recursion
 from llm_itemtok.model.rows import ItemRows, embedding_scale, input_table, output_head
 from llm_itemtok.model.soft_inputs import SoftInputs
@@ -244,7 +244,7 @@ class ItemTokenModel(nn.Module):
             parts.append(base[..., after:])
         return torch.cat(parts, dim=-1)
 
-    def level_log_probs(self, hidden: Tensor, level: int, normaliser: LevelNormaliser) -> Tensor:
+    def level_log_probs(self, hidden: Tensor, level: int, normaliser: PlainNormaliser) -> Tensor:
         """Log-probabilities of a level's codewords.
 
         Args:
@@ -266,7 +266,7 @@ class ItemTokenModel(nn.Module):
         start = self.vocab.level_starts[level]
         return items[..., start : start + self.vocab.codes.sizes[level]] - total.unsqueeze(-1)
 
-    def _word_log_probs(self, vocab: TextVocab, hidden: Tensor, level: int, normaliser: LevelNormaliser) -> Tensor:
+    def _word_log_probs(self, vocab: TextVocab, hidden: Tensor, level: int, normaliser: PlainNormaliser) -> Tensor:
         """As `level_log_probs`, where codewords are existing words; 0 for the codeword of items that have ended."""
         head = output_head(self.lm).weight[vocab.level_ids(level, hidden.device)]
         logits = self._finished(F.linear(hidden, head)).float()
@@ -328,7 +328,7 @@ class ItemTokenModel(nn.Module):
             labels: int64 `[B, S]`, the token id that follows each position; read only where `levels >= 0`. Of a
                 recursive model `[B, S * L]`: each position has room for all tokens of an item.
             levels: int64, beside `labels`: the level of the label, `num_levels` for a text token, -1 where there is no
-                target.
+                target. With the normaliser `children`, an item's targets are all of its tokens, in a row.
             context_ids: int64 `[B, C]`, what an encoder reads; None for a decoder-only model.
             context_seen: int64 `[B, C]`, 0 where there is padding, else 1.
             blank_ids: int64 `[U, P]`, right-padded rows of items that have no history before them; None where the

@@ -22,9 +22,9 @@ from torch import Tensor
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.vocab.trie import ItemTrie
 
-LevelNormaliser = Literal["level", "items", "vocab"]
+PlainNormaliser = Literal["level", "items", "vocab"]
 """Those that do not ask for the tokens before."""
-Normaliser = Literal[LevelNormaliser, "children"]
+Normaliser = Literal[PlainNormaliser, "children"]
 
 
 class OfCodes:
@@ -54,7 +54,7 @@ def items_nll(
 
     Args:
         logits: L times `[n, K]`, given the tokens before.
-        codes: int64 `[n, L]`, of items.
+        codes: int64 `[n, L]`, of items; with a trie, of such that it has.
         trie: of all items, on their device, to normalise over the children of each prefix; None to normalise over the
             level.
         smoothing: in `[0, 1)`, share of the target spread evenly over what a token is normalised over.

@@ -394,7 +394,7 @@ def _cost(config: RunConfig, lm: PreTrainedModel, codewords: int, beside: int, w
     if device == "cpu":
         lines.append(f"  time here: {_minutes(_seconds(work))} if nothing else runs, and validation")
     if body >= GPU_SIZED:
-        lines.append(f"  on a GPU at 100 TFLOP/s, a third of an A100's peak: {_minutes(work / 1e14)}, and validation")
+        lines.append(f"  on a GPU at 100 TFLOP/s, a third of an A100: {_minutes(work / 1e14)}, and validation")
     return lines
 
 

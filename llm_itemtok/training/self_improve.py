@@ -45,7 +45,7 @@ from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.combine import concatenate, whitened
 from llm_itemtok.items.requantise import LevelMixtures
 from llm_itemtok.model.item_lm import ItemTokenModel
-from llm_itemtok.model.likelihood import LevelNormaliser
+from llm_itemtok.model.likelihood import PlainNormaliser
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.training.item_states import predicting_states, shrunk
 from llm_itemtok.training.late_binding import LateBinding
@@ -286,7 +286,7 @@ class _Generate:
     def __init__(self, model: ItemTokenModel, material: Material, search: Search) -> None:
         if model.normaliser == "children":
             raise ItemTokError("codes that no item has cannot be told by a model of the normaliser `children`")
-        self._normaliser: LevelNormaliser = model.normaliser
+        self._normaliser: PlainNormaliser = model.normaliser
         self.knows = np.zeros(model.vocab.codes.num_items, dtype=bool)
         self.knows[material.text_rows] = True
         self._model, self._prompts, self._search = model, material.prompts, search

@@ -59,7 +59,6 @@ def test_what_is_learnt_is_what_items_are_ranked_by(family, reads):
     """Also after an update of the item tokens, whose tree is another one."""
     model, tokenizer = tiny_item_model(family) if reads == "tokens" else recursive_model(family)
     model.normaliser = "children"
-    prompts = tiny_prompts(model, tokenizer)
     history = np.array([3, 9, 4, 7])
     for codes in (model.vocab.codes, tiny_codes(seed=7)):
         model.take_codes(codes)
