@@ -174,7 +174,10 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     if config.vocab.init == "base":
         yield from _base_contradictions(config)
     if config.objective.normaliser == "children" and config.evaluation.decode_normaliser not in ("same", "children"):
-        yield "`evaluation.decode_normaliser` must be same or children with `objective.normaliser: children`"
+        yield (
+            "`objective.normaliser: children` needs `evaluation.decode_normaliser: same` or `children`, was: "
+            f"{config.evaluation.decode_normaliser}"
+        )
     if isinstance(config.objective, TokenWeightedObjective):
         yield from _target_contradictions(config.objective)
     if isinstance(config.tokenizer, TextTokenizer):
@@ -192,10 +195,7 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
 
 def _evaluation_contradictions(evaluation: Evaluation) -> Iterator[str]:
     if evaluation.k > evaluation.beam:
-        yield (
-            f"`evaluation.k` must be at most `evaluation.beam`, was: {evaluation.k} > {evaluation.beam}; "
-            "a beam cannot yield more items than it holds"
-        )
+        yield f"`evaluation.k` must be at most `evaluation.beam`, was: {evaluation.k} > {evaluation.beam}; widen it"
     if evaluation.mask_seen and evaluation.repeats != "keep":
         yield (
             "`evaluation.mask_seen: true` leaves out items of the history but for the target, and `evaluation.repeats: "

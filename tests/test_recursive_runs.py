@@ -32,7 +32,7 @@ TEXT_TASKS = "examples.tasks={next-item: 1.0, title-to-item: 0.5, item-to-title:
     [
         (["objective.normaliser=vocab"], "needs `objective.normaliser: level` or `children`, was: vocab"),
         (["evaluation.decode_normaliser=items"], "must be same, level or children"),
-        (["objective.normaliser=children", "evaluation.decode_normaliser=level"], "must be same or children with"),
+        (["objective.normaliser=children", "evaluation.decode_normaliser=level"], "`children`, was: level"),
         (["tokenizer.kind=numeric", "objective.normaliser=vocab"], "needs item tokens, and `tokenizer.kind: numeric`"),
         (["objective.kind=token-weighted", "objective.targets=[{kind: counterfactual}]"], "leave it out"),
         (["scoring.guidance=vectors", "scoring.embedding=8"], "applies only"),
