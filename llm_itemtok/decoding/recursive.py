@@ -111,6 +111,5 @@ class RecursiveDecoder:
             one = torch.zeros_like(places).scatter(0, at, torch.arange(len(at), device=at.device))  # any item under it
             under = logits[rows[one]].gather(1, child_codes).masked_fill(~legal, -torch.inf)
             total += logits[rows, own] - under.logsumexp(1)[at]
-            chosen = legal[at] & (child_codes[at] == own.unsqueeze(1))
-            nodes = children[at].gather(1, chosen.int().argmax(1, keepdim=True)).squeeze(1)
+            nodes = children[at].gather(1, trie.place_of(child_codes[at], legal[at], own)).squeeze(1)
         return total

@@ -286,5 +286,4 @@ def _groups(lengths: Sequence[int], users: Sequence[int], positions: int) -> Ite
 def _child(trie: ItemTrie, nodes: Tensor, level: int, codes: Tensor) -> Tensor:
     """The children of nodes `[n]` at depth `level` that codewords `[n]` lead to."""
     children, child_codes, legal = trie.children(nodes, level)
-    own = (legal & (child_codes == codes.unsqueeze(1))).int().argmax(1, keepdim=True)
-    return children.gather(1, own).squeeze(1)
+    return children.gather(1, trie.place_of(child_codes, legal, codes)).squeeze(1)

@@ -72,7 +72,7 @@ def items_nll(
     for level, scores in enumerate(logits):
         children, words, legal = trie.children(nodes, level)
         log_probs = scores.float().gather(1, words).masked_fill(~legal, -torch.inf).log_softmax(1)
-        at = (legal & (words == codes[:, level : level + 1])).int().argmax(1, keepdim=True)
+        at = trie.place_of(words, legal, codes[:, level])
         own = -log_probs.gather(1, at).squeeze(1)
         if smoothing:
             spread = -log_probs.masked_fill(~legal, 0).sum(1) / legal.sum(1)

@@ -135,6 +135,14 @@ class ItemTrie:
         # On a CPU three times as fast as `codes[children]`.
         return children, codes.index_select(0, children.view(-1)).view(children.shape).long(), legal
 
+    @staticmethod
+    def place_of(words: Tensor, legal: Tensor, codes: Tensor) -> Tensor:
+        """Where codewords int64 `[n]` stand among the children that `children` listed: int64 `[n, 1]`.
+
+        Each must be there; of one that is not, the place is 0.
+        """
+        return (legal & (words == codes.unsqueeze(1))).int().argmax(1, keepdim=True)
+
     def leaf_span(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """Find the leaves under nodes at depth `depth`: a contiguous range each.
 
