@@ -239,15 +239,6 @@ def verdict(report: dict[str, Any]) -> str:
     return f"Good: {used}."
 
 
-def quality_table(report: dict[str, Any]) -> str:
-    """The result of `quality` as text: what `figures_table` says, then the verdict.
-
-    Args:
-        report: what `quality` returned.
-    """
-    return f"{figures_table(report)}\n{report['verdict']}"
-
-
 def figures_table(report: dict[str, Any]) -> str:
     """The figures of `quality` as text: one line a level, then the figures of the whole.
 
