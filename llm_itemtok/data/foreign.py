@@ -276,7 +276,7 @@ def _hub_table(path: Path | str, name: str) -> Any:
             data = datasets.load_dataset(str(path), name)
         else:
             data = datasets.load_dataset(str(path))
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, RuntimeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise fault(path, f"the data set cannot be loaded: {type(error).__name__}: {error}") from error
     if isinstance(data, dict):
         splits = [split for split in (name, "train") if split in data] or list(data)[: len(data) == 1]

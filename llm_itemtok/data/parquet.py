@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm_itemtok.data.columns import ArrowColumn
+from llm_itemtok.data.columns import ArrowColumn, widened
 from llm_itemtok.data.tables import Table, check_columns, fault, open_bytes
 
 
@@ -22,22 +22,29 @@ def read_parquet(path: Path, wanted: Mapping[str, str], required: Collection[str
 
     Raises:
         DataError: for everything that can be wrong with the files or their columns, above all that the files of a
-            folder have other columns, or other types, than the first.
+            folder have other columns, or other types, than the first. A column without any value fits every type.
     """
     files = shards(path) if path.is_dir() else [path]
     tables: list[pa.Table] = []
     names: dict[str, str] = {}
     there: Sequence[str] = ()
+    schema = pa.schema([])
     for file in files:
         table, its_names, its_columns = _read_file(file, wanted, required)
-        if tables and table.schema != tables[0].schema:
-            found = ", ".join(f"{field.name}: {_kind(field.type)}" for field in table.schema)
-            first = ", ".join(f"{field.name}: {_kind(field.type)}" for field in tables[0].schema)
-            raise fault(file, f"the columns must be those of {files[0].name}, {first}; was: {found}; write it again")
+        try:
+            if tables and set(table.column_names) != set(schema.names):
+                raise pa.ArrowTypeError("other columns")
+            schema = pa.unify_schemas([schema, table.schema])
+        except pa.ArrowException as error:
+            expected, found = (
+                ", ".join(f"{field.name}: {_kind(field.type)}" for field in each) for each in (schema, table.schema)
+            )
+            problem = f"the columns must be those of {files[0].name}, {expected}; was: {found}; write it again"
+            raise fault(file, problem) from error
         tables.append(table)
         names, there = its_names, its_columns
     parts = [(str(file), table.num_rows) for file, table in zip(files, tables, strict=True)] if path.is_dir() else ()
-    return table_of_arrow(str(path), pa.concat_tables(tables), names, there, parts)
+    return table_of_arrow(str(path), pa.concat_tables(tables, promote_options="default"), names, there, parts)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -66,7 +73,8 @@ def _read_file(
             # Texts come as distinct ones and numbers, as they lie in the file.
             texts = [name for name in names.values() if _is_text(schema.field(name).type)]
             file = pq.ParquetFile(source, read_dictionary=texts)
-            return file.read(columns=list(names.values())), names, schema.names
+            table = file.read(columns=list(names.values()))
+            return pa.table(list(map(widened, table.columns)), names=table.column_names), names, schema.names
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise fault(path, f"the Parquet file is broken ({first}); write it again") from error

@@ -81,10 +81,11 @@ def read(
             `interactions.item_id` instead of `item_id` maps the column of one file only.
         unknown_items: `error`, or `drop` rows whose item is not in the items file.
         event_filter: which rows of the log count: `{"column": "rating", "min": 4}` (also `max`; both ends
-            count) or `{"column": "event", "keep": ["purchase"]}` (compared as text). The column may be any
-            of the file.
-        deduplicate: `exact` drops rows equal to an earlier one in user, item, timestamp, position, rating and
-            event; `first` and `last` keep one interaction of each user and item.
+            count) or `{"column": "event", "keep": ["purchase"]}` (numbers as numbers, all else as text). The column
+            may be any of the file.
+        deduplicate: `exact` drops rows equal to an earlier one in all columns that are read: user, item, timestamp,
+            position, rating, event, the filter's and `log_columns`; `first` and `last` keep one interaction of each
+            user and item.
         item_columns: columns that the items file must have; those that are none of ours are kept in the catalogue's
             `extra`. Our name, or the file's where we have none.
         log_columns: the same for the log, all of which are kept in its `extra`.
@@ -156,8 +157,8 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise DataError(f"`{name}` must be one of {', '.join(choices)}, was: {value!r}")
 
 
-def _check_filter(event_filter: Mapping[str, object]) -> frozenset[str]:
-    """Refuse a filter that makes no sense; returns the values to keep as text."""
+def _check_filter(event_filter: Mapping[str, object]) -> frozenset[str | float]:
+    """Refuse a filter that makes no sense; returns what to keep, numbers as numbers and all else as text."""
     if not event_filter:
         return frozenset()
     example = "{column: rating, min: 4} or {column: event, keep: [purchase]}"
@@ -170,7 +171,15 @@ def _check_filter(event_filter: Mapping[str, object]) -> frozenset[str]:
         if isinstance(limit, bool) or not isinstance(limit, (int, float)):
             raise DataError(f"`{name}` of a filter must be a number, was: {limit!r}")
     keep = event_filter.get("keep", [])
-    return frozenset(map(str, keep)) if isinstance(keep, (list, tuple)) else frozenset({str(keep)})
+    listed = keep if isinstance(keep, list | tuple) else [keep]
+    return frozenset(spelling for value in listed for spelling in _spellings(value))
+
+
+def _spellings(value: object) -> tuple[str | float, ...]:
+    """What a column may hold where a recipe says `value`."""
+    if isinstance(value, bool):
+        return (str(value), str(value).lower())
+    return (float(value),) if isinstance(value, int | float) else (values.label(value),)
 
 
 def _wanted(
@@ -245,7 +254,7 @@ def _interactions(
     catalog: Catalog,
     unknown_items: str,
     event_filter: Mapping[str, object],
-    keep: frozenset[str],
+    keep: frozenset[str | float],
     deduplicate: str,
     extra: Sequence[str],
 ) -> tuple[Interactions, dict[str, int | float | str]]:
@@ -287,7 +296,7 @@ def _interactions(
     }
 
 
-def _passes(log: Table, event_filter: Mapping[str, object], keep: frozenset[str]) -> np.ndarray:
+def _passes(log: Table, event_filter: Mapping[str, object], keep: frozenset[str | float]) -> np.ndarray:
     """Which rows of the log count: bool, one a row."""
     if not event_filter:
         return np.ones(len(log), dtype=bool)
@@ -295,30 +304,34 @@ def _passes(log: Table, event_filter: Mapping[str, object], keep: frozenset[str]
     if column not in log.columns:
         raise fault(log.path, f"the filter's column `{column}` is missing; map it in `data.columns` or drop the filter")
     if keep or "keep" in event_filter:
-        found, codes = _distinct_texts(log, column)
-        return np.array([value in keep for value in found], dtype=bool)[codes]
+        found, codes = _distinct_labels(log, column)
+        return np.array([value in keep or values.number(value) in keep for value in found], dtype=bool)[codes]
     numbers = values.numbers(log, column)
     low, high = (float(str(event_filter.get(name, limit))) for name, limit in (("min", "-inf"), ("max", "inf")))
     return (numbers >= low) & (numbers <= high)
 
 
 def _labels(log: Table) -> np.ndarray | None:
-    """Rating and event of each row as one number, equal where both are: int64; None if the log has neither."""
+    """What else a row says, beside user, item and time, as one number, equal where all of it is: int64; None if nothing.
+
+    A view and a purchase at one moment are two interactions, whatever the column is called that tells them apart.
+    """
     labels = None
-    for name in ("rating", "event"):
-        if name in log.columns:
-            found, codes = _distinct_texts(log, name)
-            labels = codes if labels is None else labels * len(found) + codes
+    for name in log.columns:
+        if name not in ("user_id", "item_id", "timestamp", "position"):
+            found, codes = _distinct_labels(log, name)
+            # Small numbers again after each column, however many there are.
+            labels = codes if labels is None else np.unique(labels * len(found) + codes, return_inverse=True)[1]
     return labels
 
 
-def _distinct_texts(log: Table, column: str) -> tuple[list[str], np.ndarray]:
-    """A column by its distinct values as text, and for each row which it has, int64."""
-    values = log.columns[column]
-    if isinstance(values, ArrowColumn) and not values.is_nested:
-        found, codes = distinct(values)
-        return list(map(str, found)), codes
-    return distinct(list(map(str, values)))
+def _distinct_labels(log: Table, column: str) -> tuple[list[str], np.ndarray]:
+    """A column by its distinct values as `values.label` says them, and for each row which it has, int64."""
+    column_values = log.columns[column]
+    if isinstance(column_values, ArrowColumn) and not column_values.is_nested:
+        found, codes = distinct(column_values)
+        return by_first_row(list(map(values.label, found)), codes)
+    return distinct(list(map(values.label, column_values)))
 
 
 def _unknown(

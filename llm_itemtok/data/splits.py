@@ -180,9 +180,9 @@ def _global_cuts(times: np.ndarray, validation_share: float, test_share: float) 
             "the temporal split's shares of validation and test must be above 0 and together below 1, "
             f"were: {validation_share} and {test_share}"
         )
-    ordered = np.sort(times)
-    first = ordered[min(int(np.ceil((1 - validation_share - test_share) * len(times))), len(times) - 1)]
-    second = ordered[min(int(np.ceil((1 - test_share) * len(times))), len(times) - 1)]
+    # Shares are decimal numbers: .2 + .1 is a hair more than .3, which must not cost a row.
+    after = [int(np.floor(share * len(times) + 1e-9)) for share in (validation_share + test_share, test_share)]
+    first, second = np.sort(times)[[len(times) - max(count, 1) for count in after]]
     return float(first), float(second)
 
 

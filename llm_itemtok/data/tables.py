@@ -303,7 +303,7 @@ def _json_object(path: Path, row: int, line: str, parse: Callable[[str], object]
         return _BLANK_LINE
     try:
         record = parse(line)
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         problem = f"the line must be one JSON object, was: {shown(line)} ({error})"
         raise fault(path, problem, row=row) from error
     if not isinstance(record, dict):
@@ -315,7 +315,8 @@ def python_literal(text: str) -> object:
     """The value a Python literal spells, without warnings about odd escapes in it.
 
     Raises:
-        ValueError: if it is no literal; also SyntaxError, RecursionError, MemoryError (nested too deep).
+        ValueError: if it is no literal; also SyntaxError, TypeError (a list as a key of an object), RecursionError,
+            MemoryError (nested too deep).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -8,7 +8,7 @@ function names file, row and column of the first value it cannot take.
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -162,9 +162,9 @@ def labels(table: Table, column: str, *, limit: int = MAX_TITLE_CHARS) -> list[s
     """
     result = []
     for index, value in enumerate(table.columns[column]):
-        text = _label(value)
-        if text is None:
+        if isinstance(value, list | dict):
             raise table.fault(index, column, f"must be text, a number or null, was: {shown(value)} ({_kind(value)})")
+        text = label(value)
         if len(text) > limit:
             raise table.fault(index, column, f"must have at most {limit:,} characters, was: {shown(text)}")
         result.append(text)
@@ -172,8 +172,8 @@ def labels(table: Table, column: str, *, limit: int = MAX_TITLE_CHARS) -> list[s
     return result
 
 
-def _label(value: object) -> str | None:
-    """A value as text, empty where it is missing; None if it is a list or an object."""
+def label(value: object) -> str:
+    """A value as text, equal for values that mean the same; empty where it is missing. See `labels`."""
     if isinstance(value, str):
         return " ".join(value.split())
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -184,7 +184,7 @@ def _label(value: object) -> str | None:
         value = float(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
-    return str(value) if isinstance(value, int | float) else None
+    return str(value)
 
 
 def categories(table: Table, column: str = "categories") -> list[tuple[str, ...]]:
@@ -241,7 +241,7 @@ def _written_list(text: str) -> object:
     for parse in (json.loads, python_literal):
         try:
             return parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
     return None
 
@@ -275,17 +275,17 @@ def _plain_numbers(values: Sequence[Any]) -> np.ndarray | None:
 def _numbers(table: Table, column: str, values: Iterable[object]) -> list[float]:
     result = []
     for index, value in enumerate(values):
-        number = _number(value)
-        if number is None:
+        parsed = number(value)
+        if parsed is None:
             found = "empty" if value is None or value == "" else f"{shown(value)} ({_kind(value)})"
             raise table.fault(index, column, f"must be a number, was: {found}")
-        if not math.isfinite(number):
+        if not math.isfinite(parsed):
             raise table.fault(index, column, f"must be a finite number, was: {shown(value)}")
-        result.append(number)
+        result.append(parsed)
     return result
 
 
-def _number(value: object) -> float | None:
+def number(value: object) -> float | None:
     """A number or a text that spells one; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str, Decimal)):
         return None
@@ -359,15 +359,17 @@ def _mixed(table: Table, column: str, index: int, kind: str, first_kind: str) ->
 
 def _time(value: object) -> tuple[float | None, str]:
     """Seconds, or a number in an unknown unit, and which kind it was; None if it is no time."""
-    number = _number(value)
-    if number is not None:
-        return number, "a number"
+    parsed = number(value)
+    if parsed is not None:
+        return parsed, "a number"
     if not isinstance(value, str):
         return None, ""
     try:
         moment = datetime.fromisoformat(value.strip())
     except ValueError:
         return None, ""
-    if moment.tzinfo is None:
+    offset = moment.utcoffset()
+    if offset is None:
         return (moment - _EPOCH) / _SECOND, "a date without time zone"
-    return moment.astimezone(UTC).timestamp(), "a date with time zone"
+    # Not by `astimezone`, which knows no year 0: the first hours of the year 1 may lie there in UTC.
+    return (moment.replace(tzinfo=None) - _EPOCH - offset) / _SECOND, "a date with time zone"

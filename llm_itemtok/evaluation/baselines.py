@@ -147,7 +147,7 @@ class ItemKNN:
             repeats: whether users return to items; if not, all others stand before those of the history.
         """
         self.similarity = similarity
-        self.settle = settle * np.float32(1e-4)  # below any difference between cosines that could matter
+        self.settle = settle * np.float32(1e-4)  # at most what a cosine of .0001 with the newest item is worth
         self.decay, self.repeats = decay, repeats
 
     @classmethod

@@ -22,6 +22,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from string import ascii_lowercase
@@ -214,7 +215,7 @@ def _text(path: Path) -> str:
     content = path.read_bytes()
     try:
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: item codes must be text in UTF-8: {error}") from error
 
 
@@ -289,17 +290,19 @@ def _read_catalogue(path: Path, content: Mapping[str, Any]) -> dict[str, Code]:
 
 def _read_csv(path: Path) -> tuple[dict[str, Code], list[str]]:
     try:
-        lines = [line for line in csv.reader(io.StringIO(_text(path), newline="")) if line]
+        reader = csv.reader(io.StringIO(_text(path), newline=""))
+        lines = [(reader.line_num, line) for line in reader if line]
     except csv.Error as error:
         raise DataError(f"{path}: not a csv file that can be read: {error}") from error
-    if not lines or lines[0][0] != "item_id" or len(lines[0]) < 2 or len(set(lines[0])) < len(lines[0]):
-        found = ", ".join(lines[0]) if lines else "nothing"
+    header = lines[0][1] if lines else ["nothing"]
+    if header[0] != "item_id" or len(header) < 2 or len(set(header)) < len(header):
+        found = ", ".join(header)
         raise DataError(f"{path}: the columns must be item_id and one a level, with distinct names, was: {found}")
     codes: dict[str, Code] = {}
-    for number, (item, *words) in enumerate(lines[1:], start=2):
-        if len(words) != len(lines[0]) - 1 or not all(word.strip().isdecimal() for word in words):
+    for number, (item, *words) in lines[1:]:
+        if len(words) != len(header) - 1 or not all(word.strip().isdecimal() for word in words):
             raise DataError(
-                f"{path}: line {number} must have a whole number from 0 a level, {len(lines[0]) - 1} of them, was: "
+                f"{path}: line {number} must have a whole number from 0 a level, {len(header) - 1} of them, was: "
                 f"{', '.join(words)}"
             )
         if item in codes:
@@ -307,7 +310,7 @@ def _read_csv(path: Path) -> tuple[dict[str, Code], list[str]]:
         codes[item] = tuple(_codeword(word, path) for word in words)
     if not codes:
         raise DataError(f"{path}: there must be a line an item below the names of the columns, found: none")
-    return codes, lines[0][1:]
+    return codes, header[1:]
 
 
 def _codeword(digits: str, path: Path) -> int:

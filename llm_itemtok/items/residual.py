@@ -97,8 +97,10 @@ def sum_of_codewords(codes_NL: Tensor, codebooks_LKD: Tensor) -> Tensor:
     Returns:
         float `[N, D]`: the sum of each item's codewords, differentiable in the codebooks.
     """
-    levels = torch.arange(len(codebooks_LKD), device=codes_NL.device)
-    return codebooks_LKD[levels, codes_NL].sum(dim=1)
+    sum_ND = codebooks_LKD.new_zeros(len(codes_NL), codebooks_LKD.shape[-1])
+    for codebook_KD, code_N in zip(codebooks_LKD, codes_NL.T, strict=True):
+        sum_ND = sum_ND + codebook_KD[code_N]  # one after the other: [N, L, D] would be L times as much memory
+    return sum_ND
 
 
 @torch.no_grad()

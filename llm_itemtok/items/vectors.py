@@ -28,8 +28,10 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from llm_itemtok.artifacts import read_json, sha256_of_arrays, write_bytes, write_json
+from llm_itemtok.data import values
 from llm_itemtok.data.catalog import Catalog
-from llm_itemtok.errors import DataError
+from llm_itemtok.data.parquet import table_of_arrow
+from llm_itemtok.errors import ArtifactError, DataError
 from llm_itemtok.items.base import LARGEST, Progress, rows_beyond
 
 if TYPE_CHECKING:
@@ -257,7 +259,8 @@ def _as_matrix(array: np.ndarray, path: Path) -> np.ndarray:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:  # as a stream, or a file of several arrays would be opened as such
+            array = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise DataError(f"{path}: not a readable .npy file of numbers: {error}") from error
     return _as_matrix(array, path)
@@ -287,12 +290,15 @@ def _read_parquet(path: Path, catalog: Catalog) -> np.ndarray:
         if not is_list or not (types.is_floating(kind.value_type) or types.is_integer(kind.value_type)):
             raise DataError(f"{path}: column 'vector' must hold lists of numbers, was: {kind}")
         table = pyarrow.parquet.read_table(path, columns=["item_id", "vector"])
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
-    position: dict[str, int] = {}
-    for row, item_id in enumerate(map(str, table["item_id"].to_pylist())):
-        if position.setdefault(item_id, row) != row:
-            raise DataError(f"{path}: each item must have one vector, but item {item_id!r} has several")
+    # The ids by the rule of the items file's: a float 7.0 is the item `7`.
+    ids = table_of_arrow(str(path), table.select(["item_id"]), {"item_id": "item_id"}, schema.names)
+    item_ids, rows = values.ids(ids, "item_id")
+    if len(item_ids) < len(rows):
+        item_id = item_ids[int(np.argmax(np.bincount(rows)))]
+        raise DataError(f"{path}: each item must have one vector, but item {item_id!r} has several")
+    position = {item_id: row for row, item_id in enumerate(item_ids)}
     absent = [item_id for item_id in catalog.item_ids if item_id not in position]
     if absent:
         raise DataError(
@@ -320,8 +326,8 @@ def _lists_as_matrix(column: pyarrow.ChunkedArray, wanted: np.ndarray, path: Pat
         rows = wanted[start : start + len(chunk)]
         start += len(chunk)
         if (rows >= 0).any():
-            values = chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1)
-            matrix[rows[rows >= 0]] = _as_matrix(values[rows >= 0], path)
+            numbers = chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1)
+            matrix[rows[rows >= 0]] = _as_matrix(numbers[rows >= 0], path)
     return matrix
 
 
@@ -367,8 +373,9 @@ def cached(key: Mapping[str, Any], folder: str | Path, compute: Callable[[], np.
 
 def _read_cached(data: Path, note: Path) -> np.ndarray | None:
     """Read a pair of files that `cached` wrote; None if it is not whole."""
-    if data.is_file() and note.is_file():
-        content = data.read_bytes()
-        if read_json(note).get("sha256") == sha256_of_arrays(content):
-            return np.load(BytesIO(content), allow_pickle=False)
-    return None
+    try:
+        content, expected = data.read_bytes(), read_json(note)["sha256"]
+    except (ArtifactError, OSError, KeyError, TypeError):  # TypeError: JSON, but no object
+        return None
+    whole = expected == sha256_of_arrays(content)
+    return np.load(BytesIO(content), allow_pickle=False) if whole else None

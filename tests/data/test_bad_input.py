@@ -79,6 +79,10 @@ FILES = {
         {"items.jsonl": LINES[0] + "[" * 100_000 + "\n"},
         r"row 2: the line must be one JSON object",
     ),
+    "a list as a key in categories": (
+        {"items.jsonl": '{"item_id": "a", "title": "x", "categories": "[{[]: 1}]"}\n', "interactions.csv": HEAD + "u,b,1\n"},
+        "the ids of the two files do not meet",  # the categories are that text
+    ),
     "JSON number too long": ({"items.jsonl": '{"item_id": 1%s}\n' % ("0" * 5000)}, "row 1: the line must be one JSON"),
     "NUL bytes": ({"interactions.csv": HEAD + "u1,7,1\nu1,\0,2\n"}, r"interactions\.csv, row 3: there is a NUL byte"),
     "UTF-16": ({"interactions.csv": LOG.encode("utf-16")}, "must be text in UTF-8, not UTF-16"),

@@ -77,6 +77,26 @@ def test_files_of_a_folder_must_have_the_same_columns(tmp_path):
     match = r"part-00001\.parquet: the columns must be those of part-00000\.parquet, .*timestamp: int64.*timestamp: str"
     with pytest.raises(DataError, match=match):
         read(folder)
+    pq.write_table(pa.table({**LOG, "rating": [1.0] * 6}), folder / "interactions" / "part-00001.parquet")
+    with pytest.raises(DataError, match=r"part-00001\.parquet: the columns must be those of .*was: .*rating: double"):
+        read(folder)
+
+
+def test_files_of_a_folder_may_count_their_distinct_values_as_they_like(tmp_path):
+    """pandas writes categories with the smallest numbers that do, and a column without any value as one of no type."""
+    folder = write(tmp_path / "data")
+    for path in (folder / "interactions").iterdir():
+        path.unlink()
+    users = [[f"u{start + user}" for user in range(count)] for start, count in ((0, 100), (100, 128), (228, 300))]
+    for part, (names, index, ratings) in enumerate(
+        zip(users, (pa.int8(), pa.int8(), pa.int16()), (pa.nulls(100), [5.0] * 128, [None] * 300), strict=True)
+    ):
+        coded = pa.array(names).dictionary_encode().cast(pa.dictionary(index, pa.string()))
+        columns = {"user_id": coded, "item_id": ["b"] * len(names), "timestamp": range(len(names)), "rating": ratings}
+        pq.write_table(pa.table(columns), folder / "interactions" / f"part-{part}.parquet")
+    raw = read(folder)
+    assert raw.interactions.user_ids == tuple(user for names in users for user in names)
+    assert len(raw.interactions) == 528
 
 
 def test_a_folder_must_hold_parquet_files_and_stand_alone(tmp_path):

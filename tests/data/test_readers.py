@@ -117,6 +117,7 @@ def test_timestamps_order_then_positions_then_the_file(tmp_path):
         (["2014-05-13T16:53:20Z", "2014-05-13T18:54:20.500+02:00"], [1_400_000_000, 1_400_000_060.5]),
         (["2014-05-13", "2014-05-14"], [1_399_939_200, 1_400_025_600]),
         (["-5", "3"], [-5, 3]),
+        (["0001-01-01T00:00:00+01:00", "1970-01-01T00:00:00Z"], [-62_135_600_400, 0]),  # how .NET spells "never"
     ],
 )
 def test_times_are_seconds_whatever_they_were_written_as(tmp_path, written, seconds):
@@ -140,6 +141,24 @@ def test_only_exact_duplicates_are_dropped_unless_told_otherwise(tmp_path):
     assert raw.notes["duplicate_rows"] == 1
     assert sequences(read(tmp_path, deduplicate="first")) == {"u": ["7", "b"]}
     assert sequences(read(tmp_path, deduplicate="last")) == {"u": ["b", "7"]}
+
+
+def test_rows_that_differ_in_any_column_that_is_read_are_no_duplicates(tmp_path):
+    log = "user_id,item_id,timestamp,action,shop\nu,b,1,view,x\nu,b,1,buy,x\nu,b,1,buy,y\nu,b,1,buy,y\n"
+    make_folder(tmp_path, {"interactions.csv": log})
+    assert read(tmp_path).notes["duplicate_rows"] == 3  # nobody asked for the two columns
+    raw = read(tmp_path, event_filter={"column": "action", "keep": ["buy", "view"]}, log_columns=["shop"])
+    assert raw.notes["duplicate_rows"] == 1
+    assert sequences(raw) == {"u": ["b", "b", "b"]}
+
+
+@pytest.mark.parametrize("keep", [5, 5.0, True, "x"])
+def test_what_a_filter_keeps_is_compared_by_meaning(tmp_path, keep):
+    """YAML, CSV, JSON and Parquet spell one number in several ways, and so truth values."""
+    spelled = {5: ["5", "5.0", "05"], True: ["true", "True", "true"], "x": ["x", " x", "x "]}[keep]
+    rows = [f"u,b,{time},{kind}\n" for time, kind in enumerate([*spelled, "4", "false", "False", "y"])]
+    make_folder(tmp_path, {"interactions.csv": "user_id,item_id,timestamp,kind\n" + "".join(rows)})
+    assert len(read(tmp_path, event_filter={"column": "kind", "keep": [keep]}).interactions) == 3
 
 
 def test_filters_keep_what_they_say(tmp_path):

@@ -64,6 +64,13 @@ def test_temporal_by_hand():
     assert split.counts["dropped_users"] == 0
 
 
+@pytest.mark.parametrize(("rows", "cuts"), [(10, (7, 9)), (1000, (700, 900)), (36, (26, 33))])
+def test_shares_leave_as_many_rows_as_they_say(rows, cuts):
+    """.2 + .1 is a hair more than .3 in binary."""
+    log = make_log({"a": [0] * (rows // 2), "b": [1] * (rows - rows // 2)}, [range(0, rows - 1, 2), range(1, rows, 2)])
+    assert temporal(log, num_items=2, validation_share=0.2, test_share=0.1).cuts == cuts
+
+
 def test_a_cut_never_divides_one_moment():
     log = make_log({"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 1, 2]}, [[1, 5, 8], [1, 5, 8], [1, 5, 9]])
     split = temporal(log, num_items=3, validation_share=0.3, test_share=0.3)

@@ -148,6 +148,7 @@ def test_our_own_codes_are_joined_by_the_items_beside_them(tmp_path):
         ("x.json", '{"1,2": [{"title": "a"}]}', "the ids of its items, but '1,2' has: {'title': 'a'}"),
         ("x.json", '{"1,-2": "a"}', "separated by commas"),
         ("x.csv", "item_id,l0\na,1\nb,x\n", "line 3 must have a whole number from 0 a level, 1 of them, was: x"),
+        ("x.csv", "\nitem_id,l0\n\na,1\n\nb,x\n", "line 6 must have"),
         ("x.csv", "item_id,l0\na,1,2\n", "line 2"),
         ("x.csv", "item_id,l0\na,1\na,1\n", "'a' stands there several times"),
         ("x.csv", "id,l0\na,1\n", "the columns must be item_id and one a level, with distinct names, was: id, l0"),
@@ -177,6 +178,11 @@ def test_missing_and_broken_files_are_refused(tmp_path):
     (tmp_path / "item_codes.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ArtifactError, match="not a readable safetensors file"):
         read_codes(tmp_path, IDS)
+    packed = bytearray(gzip.compress(b'{"1,2": ["a"]}' * 99))
+    packed[12:20] = bytes(8)
+    (tmp_path / "x.json.gz").write_bytes(packed)
+    with pytest.raises(DataError, match="must be text in UTF-8"):
+        read_codes(tmp_path / "x.json.gz", IDS)
 
 
 def test_exports_that_cannot_be_are_refused(tmp_path):

@@ -193,6 +193,8 @@ def test_numbers_of_which_no_squares_can_be_summed_are_refused(tmp_path):
 def test_parquet_ids_may_be_numbers(tmp_path):
     path = write_parquet(tmp_path / "x.parquet", item_id=[2, 10], vector=[[1.0], [2.0]])
     assert from_file(path, catalog("10", "2")).tolist() == [[2.0], [1.0]]
+    path = write_parquet(tmp_path / "y.parquet", item_id=[2.0, 10.0], vector=[[1.0], [2.0]])  # as pandas makes of them
+    assert from_file(path, catalog("10", "2")).tolist() == [[2.0], [1.0]]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +248,20 @@ def test_broken_and_missing_files_are_refused(tmp_path, suffix):
             from_file(path, ABC)
 
 
+def test_a_damaged_page_and_several_arrays_are_refused(tmp_path):
+    columns = {"item_id": ["a", "b", "c"], "vector": np.random.default_rng(0).random((3, 999)).tolist()}
+    path = write_parquet(tmp_path / "x.parquet", **columns)
+    content = bytearray(path.read_bytes())
+    content[40:4000] = bytes(3960)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="not a readable parquet file"):
+        from_file(path, ABC)
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.savez(file, a=MATRIX, b=MATRIX)
+    with pytest.raises(DataError, match="not a readable .npy file"):
+        from_file(tmp_path / "x.npy", ABC)
+
+
 def test_pickles_several_tensors_and_other_formats_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.array([{}, {}, {}]), allow_pickle=True)
     with pytest.raises(DataError, match="not a readable"):
@@ -288,12 +304,16 @@ def test_who_needs_vectors_that_are_being_computed_waits_for_them(tmp_path):
     np.testing.assert_array_equal(found, [MATRIX])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no note", "no data"])
+@pytest.mark.parametrize("damage", ["truncated", "no note", "note cut", "note of something else", "no data"])
 def test_a_damaged_cache_is_computed_again(tmp_path, damage):
     cached({"k": 1}, tmp_path, lambda: MATRIX)
     (data,), (note,) = tmp_path.glob("*.npy"), tmp_path.glob("*.json")
     if damage == "truncated":
         data.write_bytes(data.read_bytes()[:-4])
+    elif damage == "note cut":
+        note.write_bytes(note.read_bytes()[:-4])
+    elif damage == "note of something else":
+        note.write_text("[]")
     else:
         (note if damage == "no note" else data).unlink()
     np.testing.assert_array_equal(cached({"k": 1}, tmp_path, lambda: MATRIX + 1), MATRIX + 1)
