@@ -312,7 +312,7 @@ def _passes(log: Table, event_filter: Mapping[str, object], keep: frozenset[str 
 
 
 def _labels(log: Table) -> np.ndarray | None:
-    """What else a row says, beside user, item and time, as one number, equal where all of it is: int64; None if nothing.
+    """What else a row says, beside user, item and time: int64, equal where all of it is; None if that is nothing.
 
     A view and a purchase at one moment are two interactions, whatever the column is called that tells them apart.
     """

@@ -258,7 +258,7 @@ def test_a_damaged_page_and_several_arrays_are_refused(tmp_path):
         from_file(path, ABC)
     with (tmp_path / "x.npy").open("wb") as file:
         np.savez(file, a=MATRIX, b=MATRIX)
-    with pytest.raises(DataError, match="not a readable .npy file"):
+    with pytest.raises(DataError, match=r"not a readable \.npy file"):
         from_file(tmp_path / "x.npy", ABC)
 
 
