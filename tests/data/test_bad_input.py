@@ -80,7 +80,10 @@ FILES = {
         r"row 2: the line must be one JSON object",
     ),
     "a list as a key in categories": (
-        {"items.jsonl": '{"item_id": "a", "categories": "[{[]: 1}]"}\n', "interactions.csv": HEAD + "u,b,1\n"},
+        {
+            "items.jsonl": '{"item_id": "a", "title": "", "categories": "[{[]: 1}]"}\n',
+            "interactions.csv": HEAD + "u,b,1\n",
+        },
         "the ids of the two files do not meet",  # the categories are that text
     ),
     "JSON number too long": ({"items.jsonl": '{"item_id": 1%s}\n' % ("0" * 5000)}, "row 1: the line must be one JSON"),
