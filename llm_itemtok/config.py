@@ -18,7 +18,7 @@ import yaml
 
 from llm_itemtok import strict
 from llm_itemtok.errors import RecipeError
-from llm_itemtok.model_settings import Model
+from llm_itemtok.model_settings import ALL_POSITIONS_REASON, LOST_STEPS, Model
 from llm_itemtok.objective_settings import NextTokenObjective, Objective, TokenWeightedObjective
 from llm_itemtok.recipe_file import Dumper, as_plain, defaults_of, read_layers
 from llm_itemtok.settings import (
@@ -47,12 +47,6 @@ from llm_itemtok.settings import (
 )
 from llm_itemtok.strict import Within
 from llm_itemtok.update_settings import AlternateUpdate, BilevelUpdate, FixedUpdate, SelfImproveUpdate, Update
-
-ALL_POSITIONS_REASON = (
-    "`examples.kind: all-positions` needs a decoder-only model: an encoder looks both ways, so within one row it would "
-    "read each target before the model predicts it; use `examples.kind: windows`, which has one row for every target"
-)
-"""Why an encoder–decoder model is refused with it; said where the kind of the model becomes known."""
 
 SYNTHETIC_COLUMNS = ("item_id", "title", "categories", "brand")
 """Columns that the items of `data.source: synthetic` have."""
@@ -422,14 +416,20 @@ def _segment_contradictions(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _weight_contradictions(model: Model, trainer: Mapping[str, Any]) -> Iterator[str]:
+    if model.dtype == "bfloat16" and trainer.get("fp16") is True:
+        yield "`trainer.fp16` needs `model.dtype: float32`; with bfloat16 weights use `trainer.bf16`"
+    if model.adapter == "none" and model.dtype == "bfloat16":
+        yield f"{LOST_STEPS}; `model.dtype` was: bfloat16"
+    if model.quantization == "nf4" and model.dtype != "bfloat16":
+        yield f"`model.quantization: nf4` computes in bfloat16 and needs `model.dtype: bfloat16`, was: {model.dtype}"
+
+
 def _model_contradictions(config: RunConfig) -> Iterator[str]:
     model, scratch = config.model, config.model.scratch
     if not model.name:
         yield "`model.name` must be a Hub id, a folder or `scratch`, was: empty"
-    if model.dtype == "bfloat16" and config.trainer.get("fp16") is True:
-        yield "`trainer.fp16` needs `model.dtype: float32`; with bfloat16 weights use `trainer.bf16`"
-    if model.quantization == "nf4" and model.dtype != "bfloat16":
-        yield f"`model.quantization: nf4` computes in bfloat16 and needs `model.dtype: bfloat16`, was: {model.dtype}"
+    yield from _weight_contradictions(model, config.trainer)
     if model.name != "scratch":
         return
     if scratch.width % scratch.heads and not scratch.head_dim:

@@ -6,6 +6,18 @@ from typing import Annotated, Literal
 from llm_itemtok.settings import Count, CountOrNone, Dropout
 from llm_itemtok.strict import PATH, Only, Unless, Within
 
+ALL_POSITIONS_REASON = (
+    "`examples.kind: all-positions` needs a decoder-only model: an encoder looks both ways, so within one row it would "
+    "read each target before the model predicts it; use `examples.kind: windows`, which has one row for every target"
+)
+"""Why an encoder–decoder model is refused with it; said where the kind of the model becomes known."""
+
+LOST_STEPS = (
+    "`model.adapter: none` trains all weights, and most steps are too small for weights of 16 bits; write "
+    "`model.dtype: float32`, with `trainer.bf16: true` for the arithmetic, or `adapter: lora`"
+)
+"""Why such weights are refused; the type that a model was saved in is known when it is loaded."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:

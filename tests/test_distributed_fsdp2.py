@@ -21,7 +21,17 @@ examples: {history_length: 8, tasks: {next-item: 1.0, title-to-item: 0.2, item-t
 trainer: {max_steps: 20, per_device_train_batch_size: 8, learning_rate: 5.0e-3, logging_steps: 1, use_cpu: true}
 evaluation: {every: 0.5, baselines: [popularity]}
 """
-VARIANTS = {"full": (), "lora": ("model.adapter=lora",)}
+VARIANTS = {
+    "full": (),
+    "lora": ("model.adapter=lora",),
+    # Many a batch has text targets alone in one process, so no effect of histories to compute there.
+    "effects": (
+        "objective={kind: token-weighted, mix: frozen, targets: [{kind: counterfactual}]}",
+        "examples.tasks={next-item: 1.0, title-to-item: 1.0, item-to-title: 3.0}",
+        "examples.kind=windows",
+        "trainer.per_device_train_batch_size=2",
+    ),
+}
 
 
 def lines(folder):
@@ -71,3 +81,20 @@ def test_a_sharded_run_leaves_the_bundle_and_the_metrics_of_a_plain_one_also_whe
     assert lines(sharded) == before
     again = load_file(sharded / "model" / "model.safetensors")
     assert_close(again, weights, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scoring", ["{kind: tokens}", "{kind: recursive, guidance: both, embedding: 8}"])
+def test_in_half_precision_gradients_are_added_up_and_losses_told_in_float32(tmp_path, scoring):
+    """Weights are gathered in bfloat16, also for validation; only rounding may tell the engines apart."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    changes = ("--set", f"scoring={scoring}", "--set", "trainer.bf16=true", "--set", "vocab.init=codebook")
+    for engine in ("ddp", "fsdp2"):
+        run_pair(engine, "itemtok", "run", recipe, "--out", tmp_path / engine, "--until", "evaluate", *changes)
+    ours, theirs = (
+        [line["loss"] for line in lines(tmp_path / engine) if "loss" in line] for engine in ("fsdp2", "ddp")
+    )
+    assert len(ours) == 20
+    assert ours == pytest.approx(theirs, rel=0.02)
+    assert ours != theirs

@@ -17,10 +17,11 @@ from llm_itemtok.data import synthetic
 from llm_itemtok.errors import ArtifactError, CollisionError, DataError, ItemTokError, RecipeError
 from llm_itemtok.evaluation.metrics import metrics_from_ranks
 from llm_itemtok.pipeline import stages
+from llm_itemtok.pipeline.base_model import base_model, most_positions
 from llm_itemtok.pipeline.check import check
 from llm_itemtok.pipeline.evaluate import evaluate_path, table
-from llm_itemtok.pipeline.fit import most_positions
 from llm_itemtok.pipeline.inspect import inspect
+from llm_itemtok.pipeline.prepare import load_data
 from llm_itemtok.pipeline.run import alone_in, run
 from llm_itemtok.pipeline.stages import input_hashes
 from llm_itemtok.recommender import Recommender
@@ -440,6 +441,22 @@ def test_histories_that_do_not_fit_into_the_model_are_refused(tmp_path: Path) ->
         check(config)
     with pytest.raises(RecipeError, match="2,104 positions"):
         run(config, tmp_path / "run")
+
+
+def test_weights_that_could_not_take_small_steps_are_refused_where_all_are_trained(tmp_path: Path) -> None:
+    """Explicitly in the recipe; and by what a folder's model was saved in."""
+    with pytest.raises(RecipeError, match=r"write `model\.dtype: float32`.*; `model\.dtype` was: bfloat16"):
+        recipe(tmp_path, "model.dtype=bfloat16")
+    half = recipe(tmp_path, "model.dtype=bfloat16", "model.adapter=lora")
+    base, _ = base_model(half, load_data(half.data, 0, {}).catalog, tmp_path / "first", print)
+    base.save_pretrained(tmp_path / "first" / "base")
+    text = RECIPE.replace("model: {name: scratch, scratch", "ignored: {name: scratch, scratch")
+    (tmp_path / "tiny.yaml").write_text("\n".join(line for line in text.splitlines() if "ignored" not in line))
+    named = (f"model.name={tmp_path / 'first' / 'base'}", "model.dtype=auto", "model.adapter=none")
+    config = RunConfig.load(tmp_path / "tiny.yaml", named)
+    for refused in (lambda: check(config), lambda: run(config, tmp_path / "run")):
+        with pytest.raises(RecipeError, match=r"write `model\.dtype: float32`.*`model\.dtype: auto` is bfloat16 here"):
+            refused()
 
 
 def test_an_encoder_decoder_of_a_folder_is_refused_with_rows_of_many_targets_and_trains_with_windows(

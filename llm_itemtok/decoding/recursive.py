@@ -80,6 +80,7 @@ class RecursiveDecoder:
         """Logits float32 `[..., V]` after states `[..., D]` (or `[..., 1, D]`) and codewords of the level before."""
         codebooks = self.model.codebooks()
         before = None if codes is None else codebooks[level - 1][codes]
+        states = states.to(codebooks[level].dtype)  # bfloat16 where weights are sharded and trained so
         return (self.recursion.query(level, states, before) @ codebooks[level].T).float()
 
     def score(self, state: Tensor, items: np.ndarray, trie: ItemTrie | None) -> Tensor:

@@ -237,7 +237,7 @@ class RQVAE(ItemTokenizer):
         """Make codes for a catalogue; see `ItemTokenizer.fit`."""
         x_ND = torch.from_numpy(check_vectors(vectors))
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to use up
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
             quantizer = RQVAEQuantizer(
                 levels=self.levels,
                 codebook_size=self.codebook_size,

@@ -69,7 +69,7 @@ class ItemEmbeddings(nn.Module):
         self.register_buffer("known", known.clone())
         self.register_buffer("vectors", None if vectors is None else vectors.float().clone())
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to use up
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.table = nn.Parameter(torch.randn(len(known), dimensions)) if dimensions else None
             self.project = nn.Linear(dimensions, width) if dimensions else None
             self.translate = None if vectors is None else nn.Linear(vectors.shape[1], width)
@@ -100,13 +100,14 @@ class ItemEmbeddings(nn.Module):
         return found if self.vectors is None else found | self.vectors[rows].any(1)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Embeddings float32 `[n, D]` of items, int64 `[n]`; zeros for one that has none."""
+        """Embeddings `[n, D]` of items, int64 `[n]`, in the weights' type; zeros for one that has none."""
         parts = []
         if self.table is not None and self.project is not None:
             parts.append(self.project(self.table[rows]) * self.known[rows].unsqueeze(1))
         if self.vectors is not None and self.translate is not None:
             vectors = self.vectors[rows]
-            parts.append(self.translate((vectors - self.mean) / self.scale) * vectors.any(1, keepdim=True))
+            known = ((vectors - self.mean) / self.scale).to(self.translate.weight.dtype)
+            parts.append(self.translate(known) * vectors.any(1, keepdim=True))
         return torch.stack(parts).sum(0)
 
     @torch.no_grad()

@@ -222,6 +222,8 @@ class ItemTokenModel(nn.Module):
 
     def item_logits(self, hidden: Tensor, level: int | None = None) -> Tensor:
         """Multiply hidden states `[..., D]` with the rows of one level, or of all levels when None: `[..., K]`."""
+        # Beside training always in float32: in bfloat16 a tenth of the neighbours in a list would be equal.
+        hidden = hidden if torch.is_grad_enabled() else hidden.float()
         head = self.rows.head()
         if level is not None:
             start = self.vocab.level_starts[level]
@@ -269,7 +271,7 @@ class ItemTokenModel(nn.Module):
     def _word_log_probs(self, vocab: TextVocab, hidden: Tensor, level: int, normaliser: PlainNormaliser) -> Tensor:
         """As `level_log_probs`, where codewords are existing words; 0 for the codeword of items that have ended."""
         head = output_head(self.lm).weight[vocab.level_ids(level, hidden.device)]
-        logits = self._finished(F.linear(hidden, head)).float()
+        logits = self._finished(F.linear(hidden.float(), head.float()))
         ended = vocab.ended[level]
         if normaliser == "vocab":
             log_probs = logits - self._text_logsumexp(hidden).unsqueeze(-1)
@@ -278,9 +280,7 @@ class ItemTokenModel(nn.Module):
                 logits[..., ended] = -torch.inf
             log_probs = logits.log_softmax(-1)
         else:
-            raise ItemTokError(
-                f"identifiers in existing words are normalised over `vocab` or `children`, was: {normaliser}"
-            )
+            raise ItemTokError(f"items named in words are normalised over `vocab` or `children`, was: {normaliser}")
         if ended is not None:
             log_probs[..., ended] = 0
         return log_probs

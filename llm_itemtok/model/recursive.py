@@ -29,6 +29,7 @@ Shape letters: n items or positions, L levels, K codewords of a level, D model w
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -106,7 +107,7 @@ class Recursion(nn.Module):
         self.mixing: Mixing = mixing
         self.aligns = aligns
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to use up
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.steps = nn.ModuleList(
                 nn.Sequential(nn.Linear(2 * width, hidden), nn.ReLU(), nn.Linear(hidden, width))
                 for _ in range(levels - 1)
@@ -171,16 +172,17 @@ class Recursion(nn.Module):
             codes: int64 `[n, L]`, their codes.
             codebooks: L times `[K, D]`.
         """
-        guidance = self.items(rows)
-        found, logits = guidance.new_zeros(guidance.shape), []
-        before: Tensor | None = None
-        for level, codebook in enumerate(codebooks):
-            scores = self.query(level, guidance, before) @ codebook.T * self.sharpness[level]
-            before = self._assigned(scores, codebook)
-            found = found + before
-            logits.append(scores)
-        vectors = torch.where(self.items.has(rows).unsqueeze(1), found, _spelled(codebooks, codes))
-        return Assigned(vectors * self.gain, logits)
+        with _as_given(codebooks[0]):
+            guidance = self.items(rows)
+            found, logits = guidance.new_zeros(guidance.shape), []
+            before: Tensor | None = None
+            for level, codebook in enumerate(codebooks):
+                scores = self.query(level, guidance, before) @ codebook.T * self.sharpness[level]
+                before = self._assigned(scores, codebook)
+                found = found + before
+                logits.append(scores)
+            vectors = torch.where(self.items.has(rows).unsqueeze(1), found, _spelled(codebooks, codes))
+            return Assigned(vectors * self.gain, logits)
 
     def _assigned(self, scores: Tensor, codebook: Tensor) -> Tensor:
         """The codewords, or mixtures, that scores `[n, K]` choose of a codebook `[K, D]`: `[n, D]`."""
@@ -199,12 +201,19 @@ class Recursion(nn.Module):
             codes: int64 `[n, L]`, of the targets; the last level is not read.
             codebooks: L times `[K, D]`.
         """
-        logits = [states @ codebooks[0].T]
-        for level, codebook in enumerate(codebooks[1:], start=1):
-            # Of targets there are more than codewords: what a codeword tells is computed once.
-            told = self._told(level, codebooks[level - 1])[codes[:, level - 1]]
-            logits.append(self._guided(level, states, told) @ codebook.T)
-        return logits
+        with _as_given(codebooks[0]):
+            states = states.to(codebooks[0].dtype)
+            logits = [states @ codebooks[0].T]
+            for level, codebook in enumerate(codebooks[1:], start=1):
+                # Of targets there are more than codewords: what a codeword tells is computed once.
+                told = self._told(level, codebooks[level - 1])[codes[:, level - 1]]
+                logits.append(self._guided(level, states, told) @ codebook.T)
+            return logits
+
+
+def _as_given(weights: Tensor) -> AbstractContextManager[None]:
+    """Compute in the type of the weights, without autocast, as decoding does: rounded scores choose others."""
+    return torch.autocast(weights.device.type, enabled=False)
 
 
 def _spelled(codebooks: Sequence[Tensor], codes: Tensor) -> Tensor:

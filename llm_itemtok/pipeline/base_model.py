@@ -7,14 +7,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_itemtok import settings
 from llm_itemtok.artifacts import CONTENT, atomic_folder, kept_folder, read_json, sha256_of_arrays, write_json
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.catalog import Catalog
+from llm_itemtok.errors import RecipeError
 from llm_itemtok.model import scratch
 from llm_itemtok.model.load import load_base, load_lm
+from llm_itemtok.model_settings import ALL_POSITIONS_REASON, LOST_STEPS
 from llm_itemtok.pipeline.stages import RESULTS_VERSION
 from llm_itemtok.pipeline.vectors import Log
 
@@ -44,6 +46,36 @@ def base_model(
             write_json(new / "key.json", key)
     dtype = "bfloat16" if model.dtype == "bfloat16" else "float32"
     return load_lm(place, AutoConfig.from_pretrained(place), dtype=dtype), AutoTokenizer.from_pretrained(place)
+
+
+def refuse_model(config: RunConfig, lm: PreTrainedModel, levels: int) -> None:
+    """Raise `RecipeError` if the model cannot take the recipe's examples (their kind or length), or learn as asked."""
+    if lm.config.is_encoder_decoder and config.examples.kind == "all-positions":
+        raise RecipeError(f"{ALL_POSITIONS_REASON}; `model.name: {config.model.name}` is an encoder–decoder")
+    each = 1 if isinstance(config.scoring, settings.RecursiveScoring) else levels
+    needed = 1 + (config.examples.history_length + 1) * each
+    positions = most_positions(lm.config)
+    if positions is not None and needed > positions:
+        raise RecipeError(
+            f"`examples.history_length: {config.examples.history_length}` needs {needed:,} positions at {each} "
+            f"an item, but the model has {positions:,}; shorten the histories or choose another model"
+        )
+    if config.model.adapter == "none" and config.model.dtype == "auto" and lm.dtype != torch.float32:
+        raise RecipeError(f"{LOST_STEPS}; `model.dtype: auto` is {str(lm.dtype)[6:]} here")
+
+
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """Longest row that a model reads as it should; None for T5, which goes by distances.
+
+    LongRoPE (Phi-3-128k, Phi-4-mini) changes all its frequencies when a row of a batch grows beyond the original
+    length, so there a user's scores would depend on who shares the batch: only what is shorter counts.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings", config.original_max_position_embeddings)
+        return int(original)
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return positions
 
 
 def _make_scratch(config: RunConfig, catalog: Catalog, letters: str, place: Path, log: Log) -> None:

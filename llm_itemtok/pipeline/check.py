@@ -30,9 +30,9 @@ from llm_itemtok.model.rows import input_table
 from llm_itemtok.model.scratch import train_tokenizer
 from llm_itemtok.objective_settings import FrequencyTarget, TokenWeightedObjective
 from llm_itemtok.pipeline.alternate import described
-from llm_itemtok.pipeline.base_model import needed_letters, scratch_model
+from llm_itemtok.pipeline.base_model import needed_letters, refuse_model, scratch_model
 from llm_itemtok.pipeline.engines import refuse_engine
-from llm_itemtok.pipeline.fit import count_steps, make_examples, refuse_model, with_lora
+from llm_itemtok.pipeline.fit import count_steps, make_examples, with_lora
 from llm_itemtok.pipeline.prepare import Dataset, load_data, refuse_textless, text_codes
 from llm_itemtok.pipeline.scoring import item_parameters
 from llm_itemtok.pipeline.updates import Schedule, every_steps, quantizer_steps

@@ -17,7 +17,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     EarlyStoppingCallback,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -39,8 +38,8 @@ from llm_itemtok.artifacts import (
 )
 from llm_itemtok.bundle import Generation, items_sha256, refuse_others
 from llm_itemtok.card import redacted
-from llm_itemtok.config import ALL_POSITIONS_REASON, RunConfig
-from llm_itemtok.errors import ArtifactError, DataError, RecipeError
+from llm_itemtok.config import RunConfig
+from llm_itemtok.errors import ArtifactError, DataError
 from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.quantizers import load_quantizer
@@ -49,7 +48,7 @@ from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.model.state import hold_quantizer
 from llm_itemtok.pipeline.alternate import with_alignments
-from llm_itemtok.pipeline.base_model import base_model
+from llm_itemtok.pipeline.base_model import base_model, refuse_model
 from llm_itemtok.pipeline.engines import asks_for_fsdp, on_processors
 from llm_itemtok.pipeline.objective import make_aim, token_figures
 from llm_itemtok.pipeline.prepare import Dataset, Log, item_vectors
@@ -149,34 +148,6 @@ def with_lora(config: RunConfig, lm: PreTrainedModel) -> tuple[PreTrainedModel, 
     )
 
 
-def refuse_model(config: RunConfig, lm: PreTrainedModel, levels: int) -> None:
-    """Raise `RecipeError` if the model cannot take the recipe's examples: their kind, or their length."""
-    if lm.config.is_encoder_decoder and config.examples.kind == "all-positions":
-        raise RecipeError(f"{ALL_POSITIONS_REASON}; `model.name: {config.model.name}` is an encoder–decoder")
-    each = 1 if isinstance(config.scoring, RecursiveScoring) else levels
-    needed = 1 + (config.examples.history_length + 1) * each
-    positions = most_positions(lm.config)
-    if positions is not None and needed > positions:
-        raise RecipeError(
-            f"`examples.history_length: {config.examples.history_length}` needs {needed:,} positions at {each} "
-            f"an item, but the model has {positions:,}; shorten the histories or choose another model"
-        )
-
-
-def most_positions(config: PreTrainedConfig) -> int | None:
-    """Longest row that a model reads as it should; None for T5, which goes by distances.
-
-    LongRoPE (Phi-3-128k, Phi-4-mini) changes all its frequencies when a row of a batch grows beyond the original
-    length, so there a user's scores would depend on who shares the batch: only what is shorter counts.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        original = rope.get("original_max_position_embeddings", config.original_max_position_embeddings)
-        return int(original)
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    return positions
-
-
 def count_steps(arguments: TrainingArguments, num_examples: int) -> tuple[int, int]:
     """Optimiser steps of an epoch, and of the whole training."""
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -205,6 +176,8 @@ def training_arguments(config: RunConfig, folder: Path, num_examples: int) -> Tr
         metric_for_best_model="ndcg@10",
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,  # the count of `evaluation.patience`
+        # What the model holds beside its weights is the same in all processes, and may be a table of all items.
+        ddp_broadcast_buffers=bool(arguments.ddp_broadcast_buffers),
         # Pinning needs an accelerator; without one the library would warn at every epoch.
         dataloader_pin_memory=arguments.dataloader_pin_memory and torch.cuda.is_available(),
     )
@@ -250,7 +223,7 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, begin: Be
     trainer = _trainer(config, data, model, tokenizer, table, folder, arguments, callbacks, log)
     stop_if_finished(trainer.args, last, count_steps(arguments, len(table))[0])
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    log(f"  {trainable:,} trainable parameters, {len(table):,} examples")
+    log(f"  {trainable:,} trainable parameters, {len(table):,} examples{_idle_devices(arguments)}")
     try:
         with limits(arguments, folder):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -285,6 +258,12 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, begin: Be
         figures = {TOKEN_WEIGHTS: token_figures(trainer.objective, table), ITEM_PATHS: path_figures(model)}
         _write_figures(folder, {**figures, RESCORING: shares})
         recommender.save_pretrained(folder / MODEL)
+
+
+def _idle_devices(arguments: TrainingArguments) -> str:
+    """What a line of the log says where GPUs have nothing to do."""
+    idle = torch.cuda.device_count() - 1 if arguments.device.type == "cuda" and arguments.world_size == 1 else 0
+    return f"; {idle} more GPUs are idle, which `accelerate launch` would use" if idle > 0 else ""
 
 
 def _write_figures(folder: Path, figures: dict[str, dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ def make_vocab(config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path,
     """Compute the initial rows of the item tokens; write them to `vocab/`."""
     lm, tokenizer = base_model(config, data.catalog, folder, log)
     vocab = extended(tokenizer, codes, known=config.vocab.init == "base")
-    table = input_table(lm).weight.detach().float()
+    table = input_table(lm).weight.detach().float().cpu()  # a quantised model is on its accelerator by now
     if vocab.num_tokens == 0:
         rows = table[:0]
     elif config.vocab.init == "base":

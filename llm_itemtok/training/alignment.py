@@ -170,7 +170,7 @@ class Adapters(nn.Module):
         super().__init__()
         self.pool: Pool = pool
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to use up
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.sequence, self.preference = nn.Linear(width, codeword), nn.Linear(width, vector)
             for linear in (self.sequence, self.preference):
                 nn.init.normal_(linear.weight, std=0.02)

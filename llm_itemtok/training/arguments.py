@@ -131,6 +131,20 @@ _ALSO: Mapping[str, Any] = {"fsdp": bool | str | None}
 """Types that the library takes beside what its annotation says."""
 
 
+class OneDevice(TrainingArguments):
+    """The library's arguments for processes that train on one device each.
+
+    Where a machine has several GPUs and nobody launched several processes, the library would spread one process over
+    all of them (`nn.DataParallel`): with batches that are larger than the recipe says, and losses that are wrong where
+    parts of a batch belong together.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """Devices that this process trains on."""
+        return min(super().n_gpu, 1)
+
+
 def check_settings(settings: Mapping[str, Any], *, source: str = "recipe") -> None:
     """Check a `trainer` section without building anything, so without touching a device.
 
@@ -201,7 +215,7 @@ def build_arguments(
     check_settings(settings, source=source)
     given = {"report_to": "none", **settings}
     try:
-        arguments = TrainingArguments(
+        arguments = OneDevice(
             output_dir=str(output_dir),
             seed=seed,
             data_seed=seed,

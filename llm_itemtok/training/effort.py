@@ -118,10 +118,9 @@ def training_flops(model: ItemTokenModel, positions: int, context_positions: int
 
 
 def peak_megabytes() -> float:
-    """Most memory this process has held so far: of the accelerator if it has one, else resident; in 2**20 bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resident_peak()
+    """Most memory this process has held so far: of the accelerator if it used one, else resident; in 2**20 bytes."""
+    held = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return held / 2**20 if held else resident_peak()
 
 
 def resident_peak() -> float:

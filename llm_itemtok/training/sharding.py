@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.training.trainer import ItemTokenTrainer
@@ -32,6 +32,11 @@ class ShardedTrainer(ItemTokenTrainer):
         super().__init__(*args, **kwargs)
         assert isinstance(self.model, ItemTokenModel)
         prepare_sharding(self.model)
+        if self.args.bf16:
+            # Accelerate would add up gradients over processes, and hand losses out, in bfloat16; DDP does neither.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Rank the validation cases with all weights at hand; as `ItemTokenTrainer.evaluate`."""

@@ -204,7 +204,9 @@ class TokenWeighted:
     def _without_history(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows of the batch's target items with no history before them: what `ItemTokenModel.forward` calls blank.
 
-        Left out are targets that have none in the batch either, and the other tasks. Each item stands there once.
+        Left out are targets that have none in the batch either, and the other tasks. Each item stands there once; a
+        batch without any target to ask for has a row that no place asks for, because processes that share a sharded
+        model must all call it as often.
         """
         assert self._empty is not None
         items, levels = batch[_ITEMS], batch["levels"]
@@ -213,7 +215,7 @@ class TokenWeighted:
         asked = (items >= 0) & has_history & (batch["tasks"] == TASKS.index("next-item")).unsqueeze(1)
         rows, inverse = items[asked].unique(return_inverse=True)
         if not len(rows):
-            return {}
+            rows = items.new_zeros(1)
         vocab, empty = self._vocab(), torch.from_numpy(self._empty).to(items.device)
         paths = vocab.paths.to(items.device)[rows, :-1].clamp(min=0)
         context: dict[str, Tensor] = {}

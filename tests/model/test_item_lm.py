@@ -425,3 +425,14 @@ def test_a_head_with_a_bias_is_refused():
     lm.set_output_embeddings(torch.nn.Linear(16, GPT2Config().vocab_size, bias=True))
     with pytest.raises(UnsupportedModelError, match="must have no bias, but that of GPT2LMHeadModel has one"):
         refuse_unsupported(lm)
+
+
+def test_logits_of_lists_are_float32_whatever_the_states_are():
+    """In bfloat16 many items of a list would have the same score, and their order would hang on the kernel."""
+    model, _ = tiny_item_model("llama")
+    states = torch.randn(5, model.rows.input_rows.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        found = model.item_logits(states, 1)
+        torch.testing.assert_close(found, states.float() @ model.codebooks()[1].T, rtol=0, atol=1e-6)
+    assert found.dtype == torch.float32
+    assert model.item_logits(states, 1).dtype == torch.bfloat16

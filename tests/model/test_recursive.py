@@ -327,6 +327,24 @@ def test_a_body_in_bfloat16_has_its_network_in_float32():
         torch.testing.assert_close(nll_of(model.float(), exact), expected, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("guidance", ["uid", "both"])
+def test_in_half_precision_an_item_is_read_by_the_codewords_that_decoding_would_choose(guidance):
+    """Rounded scores would choose others now and then, and decoding does not round."""
+    model, _ = recursive_model(guidance=guidance)
+    rows = torch.arange(60)
+    codes, codebooks = model.codes_of(rows), model.codebooks()
+    states = torch.randn(60, codebooks[0].shape[1], generator=torch.Generator().manual_seed(0))
+
+    def both_sides():
+        return model.recursion.item_side(rows, codes, codebooks), model.recursion.user_side(states, codes, codebooks)
+
+    read, told = both_sides()
+    with torch.autocast("cpu", torch.bfloat16):
+        half_read, half_told = both_sides()
+    torch.testing.assert_close(half_read.vectors, read.vectors, rtol=0, atol=0)
+    torch.testing.assert_close(half_told, told, rtol=0, atol=0)
+
+
 def test_codes_that_change_are_followed_at_once():
     """The network keeps its weights; targets, and what items without embedding are read as, are of the new codes."""
     model, tokenizer = recursive_model()

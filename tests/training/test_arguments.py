@@ -23,6 +23,13 @@ def test_the_pipeline_decides_seed_folder_columns_and_validation(tmp_path):
     assert (arguments.eval_strategy, arguments.report_to) == ("no", [])
 
 
+def test_a_process_trains_on_one_device_however_many_the_machine_has(tmp_path):
+    """The library would spread one process over all of them, with batches that nobody asked for."""
+    arguments = build_arguments({"per_device_train_batch_size": 4}, output_dir=tmp_path, seed=0)
+    arguments._n_gpu = 3
+    assert (arguments.n_gpu, arguments.train_batch_size, arguments.eval_batch_size) == (1, 4, 8)
+
+
 def test_trackers_are_the_users_choice(tmp_path):
     assert build_arguments({"report_to": ["none"]}, output_dir=tmp_path, seed=0).report_to == []
     with pytest.raises(RecipeError, match=r"`trainer` cannot be carried out here: nonsense is not supported"):
