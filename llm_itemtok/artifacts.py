@@ -28,6 +28,8 @@ from llm_itemtok.errors import ArtifactError
 
 _TEMPORARY = r"\.[^.].*\.[a-z0-9_]{8}"
 """Names that `tempfile` makes for the functions below."""
+_ASIDE = r"\.(?P<name>[^.].*)\.aside\.[a-z0-9_]{8}"
+"""Those among them of folders that stepped aside for new ones, and whose place may still be empty."""
 CONTENT = "content.json"
 """In a kept folder: the hash of each of its files, written last."""
 FORMAT_VERSION = 1
@@ -55,6 +57,8 @@ PREDICTIONS = "predictions.parquet"
 """Columns user, rank, item, score."""
 RANKS = "ranks.parquet"
 """Columns user, rank: where each test user's target was found, 0 if it was not."""
+CHECKPOINTS = "checkpoints"
+"""Of the training: the best one by validation and the newest."""
 MODEL = "model"
 """The bundle that `Recommender.from_pretrained` loads."""
 REPORT = "report.html"
@@ -258,7 +262,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     Raises:
         OSError: if the folder cannot be made or moved.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # of a link to a folder elsewhere the folder is meant, of `.` the one with a name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -275,26 +279,38 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
+def code_versions(run: Path) -> list[tuple[int, Path]]:
+    """Numbers and folders of the versions of a run's item codes, the first one first; none where there is no run."""
+    named = [(re.fullmatch(r"v(\d+)", path.name), path) for path in (run / CODES).glob("v*")]
+    return sorted((int(name[1]), path) for name, path in named if name)
+
+
 def is_leftover(path: Path) -> bool:
     """Whether a file or folder is one that a killed process had begun to write, by its name."""
     return re.fullmatch(_TEMPORARY, path.name) is not None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes had begun to write in a folder, at any depth; no other may be at work there."""
+    """Delete what killed processes had begun to write in a folder, at any depth; no other may be at work there.
+
+    A folder that had stepped aside for a new one which never came is put back.
+    """
     for path in [path for path in folder.rglob(".*") if is_leftover(path)]:
-        if path.is_dir() and not path.is_symlink():
+        aside = re.fullmatch(_ASIDE, path.name)
+        if aside and not (path.parent / aside["name"]).exists():
+            path.rename(path.parent / aside["name"])
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)  # one may lie in another
         else:
             path.unlink(missing_ok=True)
 
 
 def _swap_in(new: Path, path: Path) -> None:
-    if not path.is_dir() or path.is_symlink():
+    if not path.is_dir():
         os.replace(new, path)
         return
     # A folder that is not empty cannot be replaced in one call: it steps aside first and comes back on failure.
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.aside."))
     os.replace(path, aside)
     try:
         os.replace(new, path)

@@ -23,6 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llm_itemtok import hub
 from llm_itemtok.bundle import Generation
+from llm_itemtok.errors import HubError
 from llm_itemtok.model.item_lm import Reads
 from llm_itemtok.training.next_token import NextToken
 
@@ -151,9 +152,16 @@ def for_repo(text: str, repo: str, licence: str | None = None) -> str:
         text: a card of `card`, or any other.
         repo: `OWNER/NAME`.
         licence: identifier such as `apache-2.0`, for the metadata and the text.
+
+    Raises:
+        HubError: if its metadata, between the first lines of dashes, are no YAML.
     """
     text = _HERE.sub(lambda _: f'HERE = "{repo}"', text)  # not a template: a name may hold what `re` would read
-    made = ModelCard(text)
+    try:
+        made = ModelCard(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise HubError(f"{repo}: the metadata of the card, its first lines, must be YAML: {reason}") from error
     assert isinstance(made.data, ModelCardData)
     if made.data.eval_results:
         made.data.model_name = repo.partition("/")[2]

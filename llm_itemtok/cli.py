@@ -7,6 +7,7 @@ Exit status: 0 done, 1 the run failed, 2 bad usage or bad input (one message on 
 import argparse
 import json
 import os
+import shlex
 import signal
 import stat
 import sys
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except KeyboardInterrupt:
-        print("itemtok: interrupted; `itemtok run … --resume` goes on from the last checkpoint", file=sys.stderr)
+        more = "; `--resume` goes on from the last checkpoint" if options.command is _run else ""
+        print(f"itemtok: interrupted{more}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of standard output went away (such as `| head`): not a fault, and nothing to tell it.
@@ -250,13 +252,13 @@ def _next_steps(folder: Path) -> str:
     """What to do with a finished run, with ids from its own catalogue."""
     from llm_itemtok.artifacts import EXAMPLES, REPORT, read_json
 
-    history = read_json(folder / EXAMPLES)[0]["history"][-3:]
-    ids = ",".join(item["item_id"] for item in history)
+    history = [item["item_id"] for item in read_json(folder / EXAMPLES)[0]["history"]]
+    ids = shlex.quote(",".join([item_id for item_id in history if "," not in item_id][-3:]))
     return (
         "next:\n"
         f"  open {folder / REPORT} in a browser\n"
-        f"  itemtok recommend {folder} --history {ids}\n"
-        f"  itemtok inspect {folder}\n"
+        f"  itemtok recommend {shlex.quote(str(folder))} --history {ids}\n"
+        f"  itemtok inspect {shlex.quote(str(folder))}\n"
         "  for your own data, make a folder with items.csv and interactions.csv (docs/data.md), then\n"
         "  itemtok check RECIPE --set data.path=FOLDER"
     )
@@ -293,7 +295,7 @@ def _recommend(options: argparse.Namespace) -> int:
     from llm_itemtok.serving import BATCH, answer, answer_lines, ids_of
 
     _quiet()
-    if options.history is None and sys.stdin.isatty():
+    if options.history is None and (sys.stdin is None or sys.stdin.isatty()):
         print("itemtok: give a history with --history, or JSON Lines requests on standard input", file=sys.stderr)
         return 2
     given_allow = None if options.allow is None else ids_of(options.allow)  # before the model, which takes its time
@@ -308,7 +310,7 @@ def _recommend(options: argparse.Namespace) -> int:
     if options.history is None:
         # A file is answered in batches; a program at the other end of a pipe gets each reply before its next request.
         whole = sys.stdin.isatty() or stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode)
-        for line in answer_lines(recommender, sys.stdin, options.k, batch=BATCH if whole else 1, **lists):
+        for line in answer_lines(recommender, sys.stdin.buffer, options.k, batch=BATCH if whole else 1, **lists):
             print(line, flush=True)
         return 0
     history, unknown = _known(recommender, given_history, "--history")
@@ -396,7 +398,7 @@ def _reproduce(options: argparse.Namespace) -> int:
         print(plans.dry_run(options.plan, workers=options.workers, **places))
         return 0
     try:
-        if options.rerun:
+        if options.rerun is not None:
             same, text = plans.rerun(options.plan, options.rerun, log=_say_with_time, **places)
             print(text)
             return 0 if same else 1
@@ -444,7 +446,3 @@ def _say(line: str) -> None:
 
 def _say_with_time(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -211,7 +211,7 @@ def _read_lines(path: Path, what: str, notes: list[str]) -> tuple[dict[str, Any]
 
 
 def _read_versions(folder: Path, notes: list[str]) -> tuple[Version, ...]:
-    paths = sorted((folder / artifacts.CODES).glob("v[0-9]*"), key=lambda path: int(path.name[1:]))
+    paths = [path for _, path in artifacts.code_versions(folder)]
     if not paths:
         notes.append(f"Missing: item tokens. There is no {artifacts.CODES}/v0 in the run folder.")
     versions = []

@@ -45,7 +45,7 @@ def answer(
 
 def answer_lines(
     recommender: Answering,
-    lines: Iterable[str],
+    lines: Iterable[str | bytes],
     k: int,
     *,
     allow: Iterable[str] | None = None,
@@ -56,7 +56,7 @@ def answer_lines(
 
     Args:
         recommender: gives the answers.
-        lines: one request a line; blank lines are passed over.
+        lines: one request a line, as text or as bytes in UTF-8; blank lines are passed over.
         k: items a reply.
         allow: items that may come out of any request; of one with a list of its own, those in both. All when None.
         deny: items that must not come out of any request, besides its own list.
@@ -109,16 +109,17 @@ def _answer_all(
         yield json.dumps(reply, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _request(line: str, number: int) -> Request:
+def _request(line: str | bytes, number: int) -> Request:
     """What one line asks for."""
     shape = '{"user": …, "history": [item ids]}, with "allow" or "deny": [item ids] where wanted'
     try:
-        request = json.loads(line)
+        text = line if isinstance(line, str) else line.decode("utf-8-sig" if number == 1 else "utf-8")
+        request = json.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and brackets without end
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
         raise DataError(f"standard input, line {number}: a request must be JSON, {shape}: {reason}") from error
     if not isinstance(request, dict) or not isinstance(request.get("history"), list):
-        raise DataError(f"standard input, line {number}: a request must be {shape}, was: {line.strip()[:80]}")
+        raise DataError(f"standard input, line {number}: a request must be {shape}, was: {text.strip()[:80]}")
     user = request.get("user")
     if isinstance(user, bool | list | dict):
         raise DataError(f"standard input, line {number}: `user` must be text or a number, was: {user!r:.80}")

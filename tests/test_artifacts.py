@@ -150,6 +150,47 @@ def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} == {".hidden", ".run-0.lock", "codes", "v0", "quality.json"}
 
 
+def test_a_kill_between_the_old_folder_and_the_new_one_loses_neither_name_nor_content(tmp_path, monkeypatch):
+    """The old one has stepped aside by then; it comes back with the clean-up."""
+    target = tmp_path / "model"
+    with artifacts.atomic_folder(target) as folder:
+        (folder / "old").write_text("old")
+    moves = []
+
+    def killed(source, place):
+        moves.append(source)
+        if len(moves) > 1:  # the new folder, and then the way back
+            raise KeyboardInterrupt
+        os.rename(source, place)
+
+    monkeypatch.setattr(artifacts.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), artifacts.atomic_folder(target) as folder:
+        (folder / "new").write_text("new")
+    assert not target.exists()
+    artifacts.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (target / "old").read_text() == "old"
+
+
+def test_links_and_the_folder_one_stands_in_are_written_where_they_are(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for number, place in enumerate(("../link", ".")):
+        with artifacts.atomic_folder(place) as folder:
+            (folder / "file").write_text(str(number))
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "elsewhere" / "file").read_text() == str(number)
+        monkeypatch.chdir(tmp_path / "elsewhere")  # the one of before was exchanged
+
+
+def test_versions_of_codes_are_told_by_their_numbers(tmp_path):
+    assert artifacts.code_versions(tmp_path) == []
+    for name in ("v10", "v2", "v0", "v1.bak", "vocab", "v"):
+        (tmp_path / "codes" / name).mkdir(parents=True)
+    assert [number for number, _ in artifacts.code_versions(tmp_path)] == [0, 2, 10]
+
+
 def test_what_is_being_written_is_told_by_its_name(tmp_path):
     with artifacts.atomic_folder(tmp_path / "model") as writing:
         assert artifacts.is_leftover(writing)

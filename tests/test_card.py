@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from llm_itemtok.card import Subject, card, for_repo, redacted
+from llm_itemtok.errors import HubError
 from llm_itemtok.recommender import Recommender
 from tests.test_recommender import adapter, made_of, merged
 from tests.test_report import _metrics
@@ -88,6 +89,11 @@ def test_the_methods_of_the_recipe_are_cited(metrics):
     for paper in ("rajput2023recommender", "arxiv:2203.01941", "arxiv:2106.09685", "arxiv:1808.09781"):
         assert (paper in text) == (paper != "arxiv:1808.09781")
     assert "arxiv" not in merged().card()
+
+
+def test_a_card_whose_metadata_somebody_broke_is_named():
+    with pytest.raises(HubError, match="anna/toys: the metadata of the card, its first lines, must be YAML: while"):
+        for_repo("---\ntags: [a\n---\n# Toys\n", "anna/toys")
 
 
 def test_a_licence_is_told_when_it_is_given_and_never_guessed():

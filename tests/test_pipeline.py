@@ -233,6 +233,7 @@ def test_a_training_that_was_cut_short_is_not_thrown_away_unasked(tmp_path: Path
     book = json.loads((out / "stages.json").read_text())
     del book["train"]
     (out / "stages.json").write_text(json.dumps(book))
+    (out / "checkpoints/finished.json").unlink()
     held = sorted(path.name for path in (out / "checkpoints").iterdir())
     with pytest.raises(ArtifactError, match=r"checkpoints of this very training, up to checkpoint-\d+; .*--resume"):
         run(config, out)
@@ -240,7 +241,7 @@ def test_a_training_that_was_cut_short_is_not_thrown_away_unasked(tmp_path: Path
     lines: list[str] = []
     run(config, out, start="train", until="train", log=lines.append)
     assert not any("resumed" in line for line in lines)
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == held
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == sorted([*held, "finished.json"])
 
 
 def test_a_checkpoint_of_other_data_is_not_resumed(folder: Path, tmp_path: Path) -> None:
@@ -254,6 +255,50 @@ def test_a_checkpoint_of_other_data_is_not_resumed(folder: Path, tmp_path: Path)
     run(RunConfig.load(path), tmp_path / "run", until="train", resume=True, log=lines.append)
     assert any("training starts over" in line for line in lines)
     assert not any("resumed from" in line for line in lines)
+
+
+def test_checkpoints_of_a_training_that_was_cut_short_are_kept_when_its_inputs_change(
+    folder: Path, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {folder}"))
+    run(RunConfig.load(path), out, until="train")
+    book = json.loads((out / "stages.json").read_text())
+    del book["train"]
+    (out / "stages.json").write_text(json.dumps(book))
+    (out / "checkpoints/finished.json").unlink()
+    held = sorted(path.name for path in (out / "checkpoints").iterdir())
+    log = folder / "interactions.csv"
+    whole = log.read_text()
+    log.write_text("\n".join(whole.splitlines()[:-40]) + "\n")
+    for resume in (False, True):
+        with pytest.raises(ArtifactError, match=r"up to checkpoint-\d+, of a training that was cut short.*--from tr"):
+            run(RunConfig.load(path), out, until="train", resume=resume)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == held
+    log.write_text(whole)
+    lines: list[str] = []
+    run(RunConfig.load(path), out, until="train", resume=True, log=lines.append)
+    assert any("resumed from" in line for line in lines)
+
+
+def test_a_later_stage_is_not_begun_on_what_earlier_inputs_made(folder: Path, tmp_path: Path) -> None:
+    """Nor is anything taken for finished that came before a change which was taken back."""
+    path, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {folder}"))
+    run(RunConfig.load(path), out)
+    log = folder / "interactions.csv"
+    whole = log.read_text()
+    log.write_text("\n".join(whole.splitlines()[:-40]) + "\n")
+    with pytest.raises(RecipeError, match="inputs of data, items, vocab, train have changed since; begin with `--from"):
+        run(RunConfig.load(path), out, start="evaluate")
+    (out / "codes" / "v1").mkdir()
+    run(RunConfig.load(path), out, until="items")
+    assert [version.name for version in (out / "codes").iterdir()] == ["v0"]
+    log.write_text(whole)
+    lines: list[str] = []
+    run(RunConfig.load(path), out, log=lines.append)
+    assert not any("done before" in line for line in lines)
+    assert any("resumed from checkpoint-6" in line for line in lines)  # it had come to its end
 
 
 def test_a_bundle_alone_is_tested_on_the_split_it_was_trained_with(folder: Path, tmp_path: Path) -> None:
@@ -374,6 +419,11 @@ def test_a_folder_that_is_no_run_is_never_emptied(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match="found other files"):
             run(recipe(tmp_path), out, fresh=fresh)
     assert (out / "thesis.txt").read_text() == "years of work"
+    (out / "recipe.yaml").write_text(RECIPE)  # of somebody's own, which a run's is not
+    for fresh in (False, True):
+        with pytest.raises(ArtifactError, match="found other files"):
+            run(recipe(tmp_path), out, fresh=fresh)
+    assert (out / "recipe.yaml").read_text() == RECIPE
 
 
 def test_from_a_stage_whose_predecessors_never_ran_is_refused(tmp_path: Path) -> None:
@@ -499,7 +549,10 @@ def test_check_prints_what_it_found_and_writes_nothing(tmp_path: Path) -> None:
 def test_evaluate_measures_a_run_again_to_the_same_numbers(finished: Path, folder: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
     assert evaluate_path(str(finished), None)["test"] == metrics["test"]
-    assert evaluate_path(str(finished / "model"), folder)["test"] == metrics["test"]
+    elsewhere = folder.parent / "日誌 😀"
+    shutil.copytree(folder, elsewhere)
+    assert evaluate_path(str(finished / "model"), elsewhere)["test"] == metrics["test"]
+    assert evaluate_path(str(finished), elsewhere)["test"] == metrics["test"]
 
 
 def test_several_models_are_measured_together(finished: Path) -> None:

@@ -39,6 +39,11 @@ def test_many_requests_are_answered_in_order_and_blank_lines_passed_over():
         assert [item["item_id"] for item in found[number]["items"]] == expected
 
 
+def test_requests_may_be_bytes():
+    request = '{"user": "ä", "history": ["item-3"]}'
+    assert replies([request.encode()]) == replies([("\ufeff" + request).encode()]) == replies([request])
+
+
 def test_no_requests_give_no_replies():
     assert replies([]) == replies(["", "\n"]) == []
 
@@ -133,6 +138,7 @@ def test_half_a_letter_is_answered_like_any_other_text():
         (f'{{"history": {"[" * 100_000}', "line 4: a request must be JSON, .*: maximum recursion depth"),
         ('{"user": {"id": 1}, "history": []}', "line 4: `user` must be text or a number, was: {'id': 1}"),
         ('{"user": true, "history": []}', "line 4: `user` must be text or a number, was: True"),
+        (b'{"user": "\xff", "history": []}', "line 4: a request must be JSON, .*: 'utf-8' codec can't decode"),
     ],
 )
 def test_a_bad_line_is_named_after_the_requests_before_it_are_answered(line, message):

@@ -97,6 +97,7 @@ class Book:
             ranks=ranks.filter(pc.is_in(ranks["recipe_sha256"], pa.array(list(self.records), pa.string()))),
             records={job.sha256: self.records[job.sha256] for job in done},
             not_run=[self._titled(job.cell) for job in self.jobs.values() if job.sha256 not in self.records],
+            plan_path=None if self.loaded.path.match(f"recipes/plans/{plan.name}.yaml") else self.loaded.path.name,
         )
         write_json(results / f"{plan.name}.json", rows)
         sink = pa.BufferOutputStream()

@@ -3,7 +3,6 @@
 import shutil
 import string
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from llm_itemtok.errors import RecipeError
 from llm_itemtok.model import scratch
 from llm_itemtok.model.load import load_base, load_lm
 from llm_itemtok.model_settings import ALL_POSITIONS_REASON, LOST_STEPS
-from llm_itemtok.pipeline.stages import RESULTS_VERSION
+from llm_itemtok.pipeline.stages import scratch_version
 from llm_itemtok.pipeline.vectors import Log
 
 BASE = "base"
@@ -110,18 +109,6 @@ def scratch_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         dropout=sizes.dropout,
         seed=config.seed,
     )
-
-
-def scratch_version() -> str:
-    """What, beside the recipe, decides how a scratch model comes out."""
-    return made_by("torch", "transformers", "sentencepiece")
-
-
-def made_by(*packages: str) -> str:
-    """What decides, beside its inputs, how a thing that is trained comes out, to the last digit."""
-    versions = [f"{name}={version(name)}" for name in packages]
-    machine = f"threads={torch.get_num_threads()} processor={torch.backends.cpu.get_cpu_capability()}"
-    return " ".join([*versions, f"results={RESULTS_VERSION}", machine])
 
 
 def _every_fifth(log: Log, what: str) -> Callable[[int, int, float], None]:

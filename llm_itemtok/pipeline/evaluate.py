@@ -25,6 +25,7 @@ from llm_itemtok.artifacts import (
     TRAINING,
     cache_folder,
     read_json,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -265,7 +266,8 @@ def evaluate_path(
     config = RunConfig.load(recipe) if recipe else None
     if recipe and config and data_folder is not None:
         source = "folder" if config.data.source == "synthetic" else config.data.source
-        config = RunConfig.load(recipe, [f"data.source={source}", f"data.path={json.dumps(str(data_folder))}"])
+        place = json.dumps(str(data_folder), ensure_ascii=False)
+        config = RunConfig.load(recipe, [f"data.source={source}", f"data.path={place}"])
     settings = config.data if config else _bundle_data(recommender, str(data_folder))
     seed = config.seed if config else 0
     segments = config.evaluation.segments if config else {}
@@ -310,9 +312,9 @@ def write_ranks(path: Path, ranking: Ranking, cases: Cases) -> None:
 
 
 def _write_table(path: Path, columns: Mapping[str, pa.Array]) -> None:
-    temporary = path.with_suffix(".partial")
-    pq.write_table(pa.table(columns), temporary)
-    temporary.replace(path)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    write_bytes(path, sink.getvalue().to_pybytes())
 
 
 def write_predictions(path: Path, ranking: Ranking, cases: Cases, item_ids: tuple[str, ...], k: int) -> None:

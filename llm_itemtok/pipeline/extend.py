@@ -33,6 +33,7 @@ from llm_itemtok.artifacts import (
     RECIPE,
     TRACE,
     atomic_folder,
+    code_versions,
     read_json,
     write_json,
 )
@@ -179,8 +180,8 @@ def _version_of(run: Path, codes: ItemCodes) -> Path:
     Raises:
         ArtifactError: if it has others.
     """
-    versions = sorted((run / CODES).glob("v[0-9]*"), key=lambda path: int(path.name[1:]), reverse=True)
-    for version in versions:
+    versions = [path for _, path in code_versions(run)]
+    for version in reversed(versions):
         if ItemCodes.load(version) == codes:
             return version
     raise ArtifactError(

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from llm_itemtok.artifacts import (
+    CHECKPOINTS,
     CODES,
     ITEM_PATHS,
     METRICS_LOG,
@@ -85,7 +86,8 @@ from llm_itemtok.training.limits import limits
 from llm_itemtok.training.sharding import ShardedTrainer, is_sharded
 from llm_itemtok.training.trainer import ItemTokenTrainer
 
-CHECKPOINTS = "checkpoints"
+FINISHED = "finished.json"
+"""Beside the checkpoints of a training that came to its end: its key."""
 Begin = Literal["new", "resume", "again"]
 """A checkpoint of the same inputs is an error, or what training goes on from, or thrown away."""
 PROTOCOL = ("split", "k_core", "deduplicate", "unknown_items", "filter", "validation_share", "test_share")
@@ -232,9 +234,8 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, begin: Be
     if stop.stopped:
         raise Stopped
     state = trainer.state
-    log(
-        f"  best validation NDCG@10 {state.best_metric:.4f} at step {state.best_global_step:,} of {state.global_step:,}"
-    )
+    at = f"step {state.best_global_step:,} of {state.global_step:,}"
+    log(f"  best validation NDCG@10 {state.best_metric:.4f} at {at}")
     if is_sharded(model):
         model, tokenizer, peft_model = _whole(config, data, codes, folder, trainer, log)
     validation, repeats, by_repeats = measure_all(config, model, tokenizer, data.split.validation, log)
@@ -255,9 +256,10 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, begin: Be
         facts = _took(trainer, training_flops(model, effort.positions, effort.context_positions), trainable, shares)
         facts |= by_repeats | ({"repeats": shares["repeats"]} if "repeats" in shares else {})
         write_json(folder / TRAINING, {**facts, "validation": chosen_metrics(shares) or validation})
-        figures = {TOKEN_WEIGHTS: token_figures(trainer.objective, table), ITEM_PATHS: path_figures(model)}
-        _write_figures(folder, {**figures, RESCORING: shares})
+        weights = token_figures(trainer.objective, table)
+        _write_figures(folder, {TOKEN_WEIGHTS: weights, ITEM_PATHS: path_figures(model), RESCORING: shares})
         recommender.save_pretrained(folder / MODEL)
+        write_json(folder / CHECKPOINTS / FINISHED, key)
 
 
 def _idle_devices(arguments: TrainingArguments) -> str:
@@ -304,22 +306,19 @@ def _took(trainer: ItemTokenTrainer, flops: float, trainable: int, shares: Mappi
 
 
 def _last_checkpoint(folder: Path, key: str, begin: Begin, *, sharded: bool, writes: bool, log: Log) -> Path | None:
-    """The checkpoint to go on from, if it was trained on the same inputs; those of others are deleted.
+    """The checkpoint to go on from, if it was trained on the same inputs; those of others that finished are deleted.
 
     Raises:
-        ArtifactError: if there is one of the same inputs that nobody asked to go on from, so that no work is lost by
-            oversight; or one that cannot be gone on from in this way.
+        ArtifactError: if there is one that nobody asked to go on from, or that cannot be gone on from, because its
+            inputs were others or for the way it was made: no work is lost by oversight.
     """
     note = folder / "key.json"
-    processes, newest = PartialState().num_processes, None
-    if PartialState().is_main_process and begin != "again" and note.is_file() and read_json(note) == key:
-        newest = newest_whole(folder, log)
-    complaint = newest and foreign(newest, processes=processes, sharded=sharded)
-    if newest and not complaint and begin == "new":
-        complaint = (
-            f"{folder} holds checkpoints of this very training, up to {newest.name}; go on from there with --resume, "
-            "or begin anew with `--from train`"
-        )
+    newest, complaint = None, None
+    if PartialState().is_main_process and begin != "again" and note.is_file():
+        of = read_json(note)
+        finished = (folder / FINISHED).is_file() and read_json(folder / FINISHED) == of
+        newest = None if finished and of != key else newest_whole(folder, log)
+        complaint = newest and _complaint(newest, "resume" if finished else begin, ours=of == key, sharded=sharded)
     found: list[Any] = [newest, complaint]
     broadcast_object_list(found)  # reading all of it is the work of one process; nobody deletes before it has looked
     newest, complaint = found
@@ -333,6 +332,23 @@ def _last_checkpoint(folder: Path, key: str, begin: Begin, *, sharded: bool, wri
         shutil.rmtree(folder, ignore_errors=True)
         write_json(note, key)
     return None
+
+
+def _complaint(newest: Path, begin: Begin, *, ours: bool, sharded: bool) -> str | None:
+    """Why a run does not go on from its newest checkpoint; None if it does."""
+    if not ours:
+        return (
+            f"{newest.parent} holds checkpoints, up to {newest.name}, of a training that was cut short, with another "
+            "recipe, data, base model or version of this package; put those back to go on with it, or begin anew with "
+            "`--from train`, which deletes them"
+        )
+    complaint = foreign(newest, processes=PartialState().num_processes, sharded=sharded)
+    if begin == "resume" or complaint:
+        return complaint
+    return (
+        f"{newest.parent} holds checkpoints of this very training, up to {newest.name}; go on from there with "
+        "--resume, or begin anew with `--from train`"
+    )
 
 
 def _trainer(

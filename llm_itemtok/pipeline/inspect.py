@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llm_itemtok import report_codes
-from llm_itemtok.artifacts import CODES, ITEMS, MODEL, RECIPE, write_text
+from llm_itemtok.artifacts import ITEMS, MODEL, RECIPE, code_versions, write_text
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import ArtifactError, ItemTokError
 from llm_itemtok.items.codes import FILE_NAME, ItemCodes
@@ -132,8 +132,7 @@ class _Patient:
             ids, codes = read_items_and_codes(path)
             return cls(codes, path, ids=ids)
         path = path.parent if path.is_file() else path
-        versions = (path / CODES).glob("v[0-9]*") if path.is_dir() else []
-        newest_first = sorted(versions, key=lambda folder: int(folder.name[1:]), reverse=True)
+        newest_first = [folder for _, folder in reversed(code_versions(path))]
         for place in (path, *newest_first, path / MODEL):
             if (place / FILE_NAME).is_file():
                 around = (place.resolve(), *place.resolve().parents[:2])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from llm_itemtok.artifacts import (
     CODES,
     QUALITY,
     atomic_folder,
+    code_versions,
     kept_folder,
     sha256_of_arrays,
     write_json,
@@ -49,7 +51,8 @@ from llm_itemtok.items.residual_kmeans import ResidualKMeans
 from llm_itemtok.items.rqvae import RQVAE
 from llm_itemtok.items.text_codes import TextCodes, random_numbers, sequential_numbers
 from llm_itemtok.model.prompts import encode_text
-from llm_itemtok.pipeline.base_model import base_model, made_by
+from llm_itemtok.pipeline.base_model import base_model
+from llm_itemtok.pipeline.stages import made_by
 from llm_itemtok.pipeline.vectors import Log, Sources, needs_vectors, text_sources
 
 DOCTORS_LOG = 2_000_000
@@ -270,6 +273,9 @@ def make_codes(config: RunConfig, data: Dataset, folder: Path, log: Log) -> Item
             figures["reconstruction_error"] = error["before"]
         facts |= {"findings": as_json(findings(resolved, facts)), "not_judged": gaps(resolved, facts)}
         write_json(new / QUALITY, {**figures, "resolved": resolved, "doctor": facts})
+    for number, path in code_versions(folder):
+        if number:  # of codes that were here before these
+            shutil.rmtree(path)
     return unique
 
 

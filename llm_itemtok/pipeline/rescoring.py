@@ -19,8 +19,8 @@ from llm_itemtok.decoding.dense import FILE_NAME, Rescorer
 from llm_itemtok.evaluation.baselines import fingerprint, sasrec_interval, validated
 from llm_itemtok.evaluation.full_ranking import left_out
 from llm_itemtok.evaluation.metrics import metrics_from_ranks, ranks_from_lists
-from llm_itemtok.pipeline.base_model import made_by
 from llm_itemtok.pipeline.prepare import Dataset, Log, progress_lines
+from llm_itemtok.pipeline.stages import made_by
 from llm_itemtok.pipeline.validation import RULES, WAYS
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.settings import SasrecRescoring

@@ -70,7 +70,7 @@ def run(
     with alone_in(folder) if state.is_main_process else nullcontext():
         book = stages.Stages.open(folder, fresh=fresh, writes=state.is_main_process)
         if start is not None:
-            book.require_before(start)
+            book.require_before(start, keys)
         state.wait_for_everyone()
         if state.is_main_process:
             stages.claim(folder, config, fresh=fresh, book=book, keys=keys)
@@ -84,6 +84,7 @@ def run(
                 say(f"{stage}: done before, kept")
                 continue
             say(f"{stage}:")
+            book.forget_from(stage)  # what comes after it was made of something else
             began = time.perf_counter()
             if stage in SHARED or state.is_main_process:
                 _carry_out(stage, config, data, folder, keys[stage], begin, say)
@@ -100,6 +101,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         ArtifactError: if another process holds it.
     """
+    folder = folder.resolve()  # `.` has a name, too
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.parent / f".{folder.name}.lock")  # beside it: `--fresh` exchanges the folder itself
     try:

@@ -18,7 +18,9 @@ import torch
 import yaml
 
 from llm_itemtok.artifacts import (
+    CHECKPOINTS,
     ENVIRONMENT,
+    MODEL,
     RECIPE,
     STAGES,
     atomic_folder,
@@ -29,6 +31,7 @@ from llm_itemtok.artifacts import (
     write_json,
     write_text,
 )
+from llm_itemtok.bundle import CARD, GENERATION
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import ArtifactError, RecipeError
 from llm_itemtok.evaluation.baselines import fingerprint
@@ -85,11 +88,16 @@ class Stages:
         """Say whether a stage was finished with exactly these inputs."""
         return self.finished.get(stage) == key
 
-    def require_before(self, stage: str) -> None:
-        """Raise `RecipeError` if a run is to begin at a stage whose predecessors never ran."""
-        missing = [name for name in STAGE_NAMES[: STAGE_NAMES.index(stage)] if name not in self.finished]
-        if missing:
+    def require_before(self, stage: str, keys: Mapping[str, str]) -> None:
+        """Raise `RecipeError` if a run is to begin at a stage before which not all is finished, with these inputs."""
+        before = STAGE_NAMES[: STAGE_NAMES.index(stage)]
+        if missing := [name for name in before if name not in self.finished]:
             raise RecipeError(f"`--from {stage}` needs the stages before it, but {', '.join(missing)} never ran here")
+        if stale := [name for name in before if not self.done(name, keys[name])]:
+            raise RecipeError(
+                f"`--from {stage}` needs the stages before it, but inputs of {', '.join(stale)} have changed since; "
+                f"begin with `--from {stale[0]}`"
+            )
 
     def mark(self, stage: str, key: str) -> None:
         """Note a stage as finished."""
@@ -163,6 +171,8 @@ def _hash_path(path: Path) -> str:
     if path.is_file():
         return sha256_of_file(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
+    if (path / GENERATION).is_file():  # a bundle, whose card may be edited, and which may be a clone
+        files = [file for file in files if file.name != CARD and not str(file.relative_to(path)).startswith(".")]
     return sha256_of_arrays(*(text for file in files for text in (str(file.relative_to(path)), sha256_of_file(file))))
 
 
@@ -183,15 +193,17 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
     recipe, text = folder / RECIPE, config.to_yaml()
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder}: the run folder must be a folder, found: a file; choose another `--out`")
-    if folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()):
-        if not recipe.exists():
+    there = {path.name for path in folder.iterdir() if not is_leftover(path)} if folder.is_dir() else set()
+    if there - {ENVIRONMENT}:
+        if not {RECIPE, ENVIRONMENT} <= there:
             raise ArtifactError(
                 f"{folder}: the run folder must be new or a run, found other files; choose another `--out`"
             )
         old = recipe.read_text(encoding="utf-8")
         same = all(book.done(stage, keys[stage]) for stage in book.finished)
         moved = same and _without_paths(old) == _without_paths(text)
-        if not fresh and set(book.finished) - {"data"} and old != text and not moved:
+        lost = set(book.finished) - {"data"} or there & {CHECKPOINTS, MODEL}
+        if not fresh and lost and old != text and not moved:
             raise ArtifactError(
                 f"{folder}: this folder holds another run, whose {RECIPE} differs in: {_difference(old, text)}\n"
                 "  choose another `--out`, or start it anew with `--fresh`"
@@ -200,8 +212,8 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
         with atomic_folder(folder):
             pass
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(recipe, text)
     write_json(folder / ENVIRONMENT, environment())
+    write_text(recipe, text)
 
 
 def _without_paths(text: str) -> Any:
@@ -237,6 +249,18 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def scratch_version() -> str:
+    """What, beside the recipe, decides how a scratch model comes out."""
+    return made_by("torch", "transformers", "sentencepiece")
+
+
+def made_by(*packages: str) -> str:
+    """What decides, beside its inputs, how a thing that is trained comes out, to the last digit."""
+    versions = [f"{name}={version(name)}" for name in packages]
+    machine = f"threads={torch.get_num_threads()} processor={torch.backends.cpu.get_cpu_capability()}"
+    return " ".join([*versions, f"results={RESULTS_VERSION}", machine])
 
 
 def commit() -> str:

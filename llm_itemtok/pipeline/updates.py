@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset as ExampleTable
 from transformers import TrainingArguments
 
-from llm_itemtok.artifacts import CODES
+from llm_itemtok.artifacts import code_versions
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.items.base import Quantizer
@@ -284,7 +284,7 @@ def keep_quantizer(folder: Path, model: ItemTokenModel) -> Quantizer | None:
 
 def newest_version(folder: Path) -> Path:
     """The folder of the newest codes of a run, which are those of its model once training has finished."""
-    return max((folder / CODES).glob("v[0-9]*"), key=lambda path: int(path.name[1:]))
+    return code_versions(folder)[-1][1]
 
 
 def keep_versions_until(folder: Path, codes: ItemCodes) -> tuple[ItemCodes, int]:

@@ -19,7 +19,7 @@ from llm_itemtok.items import collaborative, vectors
 from llm_itemtok.items.base import Progress
 from llm_itemtok.items.combine import concatenate
 from llm_itemtok.objective_settings import FrontTarget, TokenWeightedObjective
-from llm_itemtok.pipeline.stages import input_hashes
+from llm_itemtok.pipeline.stages import RESULTS_VERSION, input_hashes, scratch_version
 from llm_itemtok.update_settings import SelfImproveUpdate
 
 Log = Callable[[str], None]
@@ -201,7 +201,7 @@ class Sources:
         key: dict[str, Any] = {"texts": self.catalog.sha256}
         if isinstance(source, settings.TfidfSvdVectors):
             return (
-                key | {"seed": seed, "scikit-learn": version("scikit-learn")},
+                key | {"seed": seed, "scikit-learn": version("scikit-learn"), "results": RESULTS_VERSION},
                 lambda: vectors.tfidf_svd(
                     texts, dimensions=source.dimensions, max_features=source.max_features, seed=seed
                 ),
@@ -225,7 +225,8 @@ class Sources:
             )
 
         model = self.config.to_dict()["model"]
-        return key | {"seed": seed, "model": model, "transformers": version("transformers")}, states
+        by = scratch_version() if model["name"] == "scratch" else f"transformers={version('transformers')}"
+        return key | {"seed": seed, "model": model, "made_by": by, "results": RESULTS_VERSION}, states
 
     def _collaborative(self, source: settings.CollaborativeVectors) -> tuple[dict[str, Any], Vectors]:
         """What the vectors depend on beside the settings of their source, and what makes them."""

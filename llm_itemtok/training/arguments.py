@@ -23,7 +23,7 @@ from llm_itemtok.strict import Checker, Within
 _VALIDATION = (
     "validation ranks the whole catalogue: see `evaluation.every`, `evaluation.patience`, `evaluation.batch_size`"
 )
-_PUSH = "this version pushes nothing; the model folder of a finished run can be uploaded as it is"
+_PUSH = "a training pushes nothing; `itemtok push` does, when it is finished"
 
 CHECKPOINTING = next(
     name

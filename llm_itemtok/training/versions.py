@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm_itemtok.artifacts import CODES, QUALITY, TRACE, UPDATES, atomic_folder, write_json, write_text
+from llm_itemtok.artifacts import CODES, QUALITY, TRACE, UPDATES, atomic_folder, code_versions, write_json, write_text
 from llm_itemtok.items.codes import ItemCodes
 
 FREE, LEFT = "to a code that nobody had", "to a code that another item left"
@@ -57,8 +57,8 @@ class Versions:
 
     def rewind(self, number: int, rounds: int) -> None:
         """Remove versions after `number`, and the lines of all rounds but the first `rounds`."""
-        for path in (self.folder / CODES).glob("v[0-9]*"):
-            if int(path.name[1:]) > number:
+        for there, path in code_versions(self.folder):
+            if there > number:
                 shutil.rmtree(path)
         log = self.folder / UPDATES
         lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []

@@ -78,7 +78,7 @@ def test_trackers_are_the_users_choice(tmp_path):
         ({"seed": 1}, "write `seed` at the top of the recipe"),
         ({"label_smoothing_factor": 0.1}, r"`objective\.label_smoothing`"),
         ({"eval_strategy": "steps"}, r"`evaluation\.every`"),
-        ({"push_to_hub": True}, "this version pushes nothing"),
+        ({"push_to_hub": True}, "a training pushes nothing; `itemtok push` does"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(settings, message):
