@@ -21,6 +21,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, final
 
@@ -174,15 +175,14 @@ class ItemKNN:
             The baseline and its settings: the keys of `GRID`.
         """
         cases, settle = split.validation.head(_TUNING_CASES, seed=0), _popularity(split)
-        most = max(cls.GRID["neighbours"])
-        similar: dict[float, csr_array] = {}
         seen: dict[tuple[Any, ...], float] = {}
 
+        @lru_cache(maxsize=2)  # of the best setting and the one that is tried: of a large catalogue they are large
+        def similar(shrink: float) -> csr_array:
+            return similar_items(split, settle, max(cls.GRID["neighbours"]), shrink)
+
         def make(setting: Mapping[str, Any]) -> ItemKNN:
-            shrink = setting["shrink"]
-            if shrink not in similar:
-                similar[shrink] = similar_items(split, settle, most, shrink)
-            similarity = nearest(similar[shrink], setting["neighbours"])
+            similarity = nearest(similar(setting["shrink"]), setting["neighbours"])
             return cls(similarity, settle, decay=setting["decay"], repeats=setting["repeats"])
 
         def score(setting: Mapping[str, Any]) -> float:

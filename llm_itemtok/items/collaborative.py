@@ -53,14 +53,12 @@ def co_occurrence(items: np.ndarray, offsets: np.ndarray, *, num_items: int, win
     if window < 1:
         raise DataError(f"`window` must be at least 1 step, was: {window}")
     sequence = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    left, right = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-    for distance in range(1, min(window, len(items) - 1) + 1):
+    ahead = csr_array((num_items, num_items))
+    for distance in range(1, min(window, len(items) - 1) + 1):  # one distance after the other: a log may be long
         near = (sequence[distance:] == sequence[:-distance]) & (items[distance:] != items[:-distance])
-        left.append(items[:-distance][near])
-        right.append(items[distance:][near])
-    one, other = np.concatenate(left), np.concatenate(right)
-    rows, columns = np.concatenate([one, other]), np.concatenate([other, one])
-    counts = coo_array((np.ones(len(rows)), (rows, columns)), shape=(num_items, num_items)).tocsr()
+        left, right = (part[near].astype(np.int32) for part in (items[:-distance], items[distance:]))
+        ahead = ahead + coo_array((np.ones(len(left)), (left, right)), shape=ahead.shape).tocsr()
+    counts = csr_array(ahead + ahead.T)
     counts.sum_duplicates()
     return counts
 
