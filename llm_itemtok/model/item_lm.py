@@ -397,10 +397,9 @@ class ItemTokenModel(nn.Module):
         if self.normaliser == "vocab":  # the same words for all: the table, most of the work, is then read once
             levels, groups = levels.masked_fill(levels >= 0, groups[-1]), groups[-1:]
         for level in groups:
-            where = levels == level
-            if where.any():
-                without = None if blank is None else blank[where]
-                nll[where] = self._level_nll(hidden[where], labels[where], level, without)
+            at = (levels == level).nonzero(as_tuple=True)  # places, for which an accelerator is waited for once
+            if len(at[0]):
+                nll[at] = self._level_nll(hidden[at], labels[at], level, None if blank is None else blank[at])
         return nll
 
     def _recursive_nll(self, recursion: Recursion, hidden: Tensor, labels: Tensor, levels: Tensor) -> Tensor:
@@ -408,12 +407,12 @@ class ItemTokenModel(nn.Module):
         shape = (*hidden.shape[:2], self.vocab.num_levels)
         nll = hidden.new_zeros(shape, dtype=torch.float32)
         labels, levels = labels.view(shape), levels.view(shape)
-        where = levels[..., 0] == 0
-        codes = self._codewords(labels[where])
-        nll[where] = self._items_nll(recursion.user_side(hidden[where].float(), codes, self.codebooks()), codes)
-        where = levels[..., 0] == self.vocab.num_levels
-        if where.any():
-            nll[..., 0][where] = self._level_nll(hidden[where], labels[..., 0][where], self.vocab.num_levels)
+        at = (levels[..., 0] == 0).nonzero(as_tuple=True)
+        codes = self._codewords(labels[at])
+        nll[at] = self._items_nll(recursion.user_side(hidden[at].float(), codes, self.codebooks()), codes)
+        at = (levels[..., 0] == self.vocab.num_levels).nonzero(as_tuple=True)
+        if len(at[0]):
+            nll[..., 0][at] = self._level_nll(hidden[at], labels[..., 0][at], self.vocab.num_levels)
         return nll.flatten(1)
 
     def _fill_items(self, nll: Tensor, hidden: Tensor, labels: Tensor, levels: Tensor, blank: Tensor | None) -> None:
