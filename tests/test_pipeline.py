@@ -37,6 +37,7 @@ evaluation: {every: 0.5}
 """
 
 
+IMPROVING = "update: {kind: self-improve, source: random, gate: none, outliers: 0.5, every: {steps: 2}, rounds: 1}\n"
 T5 = ("model.scratch.family=t5", "model.scratch.head_dim=4", "examples.kind=windows")
 
 
@@ -232,8 +233,8 @@ def test_a_training_that_was_cut_short_is_not_thrown_away_unasked(tmp_path: Path
     run(config, out, until="train")
     book = json.loads((out / "stages.json").read_text())
     del book["train"]
+    del book["trained"]
     (out / "stages.json").write_text(json.dumps(book))
-    (out / "checkpoints/finished.json").unlink()
     held = sorted(path.name for path in (out / "checkpoints").iterdir())
     with pytest.raises(ArtifactError, match=r"checkpoints of this very training, up to checkpoint-\d+; .*--resume"):
         run(config, out)
@@ -241,7 +242,7 @@ def test_a_training_that_was_cut_short_is_not_thrown_away_unasked(tmp_path: Path
     lines: list[str] = []
     run(config, out, start="train", until="train", log=lines.append)
     assert not any("resumed" in line for line in lines)
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == sorted([*held, "finished.json"])
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == held
 
 
 def test_a_checkpoint_of_other_data_is_not_resumed(folder: Path, tmp_path: Path) -> None:
@@ -261,20 +262,23 @@ def test_checkpoints_of_a_training_that_was_cut_short_are_kept_when_its_inputs_c
     folder: Path, tmp_path: Path
 ) -> None:
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"
-    path.write_text(RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {folder}"))
+    path.write_text(RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {folder}") + IMPROVING)
     run(RunConfig.load(path), out, until="train")
+    assert (out / "codes/v1").is_dir()
     book = json.loads((out / "stages.json").read_text())
     del book["train"]
+    del book["trained"]
     (out / "stages.json").write_text(json.dumps(book))
-    (out / "checkpoints/finished.json").unlink()
     held = sorted(path.name for path in (out / "checkpoints").iterdir())
+    codes = sorted(path.name for path in (out / "codes").iterdir())
     log = folder / "interactions.csv"
     whole = log.read_text()
     log.write_text("\n".join(whole.splitlines()[:-40]) + "\n")
     for resume in (False, True):
-        with pytest.raises(ArtifactError, match=r"up to checkpoint-\d+, of a training that was cut short.*--from tr"):
+        with pytest.raises(ArtifactError, match=r"checkpoints of a training that was cut short.*--from data"):
             run(RunConfig.load(path), out, until="train", resume=resume)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == held
+    assert sorted(path.name for path in (out / "codes").iterdir()) == codes
     log.write_text(whole)
     lines: list[str] = []
     run(RunConfig.load(path), out, until="train", resume=True, log=lines.append)
@@ -284,21 +288,22 @@ def test_checkpoints_of_a_training_that_was_cut_short_are_kept_when_its_inputs_c
 def test_a_later_stage_is_not_begun_on_what_earlier_inputs_made(folder: Path, tmp_path: Path) -> None:
     """Nor is anything taken for finished that came before a change which was taken back."""
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"
-    path.write_text(RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {folder}"))
+    path.write_text(RECIPE.replace("source: synthetic, items: 60, users: 80", f"path: {folder}") + IMPROVING)
     run(RunConfig.load(path), out)
-    log = folder / "interactions.csv"
-    whole = log.read_text()
-    log.write_text("\n".join(whole.splitlines()[:-40]) + "\n")
+    whole = (folder / "items.jsonl").read_text()
+    titles = [json.loads(line) for line in whole.splitlines()]
+    other = [{**item, "title": titles[-1 - row]["title"]} for row, item in enumerate(titles)]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in other))
     with pytest.raises(RecipeError, match="inputs of data, items, vocab, train have changed since; begin with `--from"):
         run(RunConfig.load(path), out, start="evaluate")
-    (out / "codes" / "v1").mkdir()
+    assert (out / "codes/v1").is_dir()
     run(RunConfig.load(path), out, until="items")
     assert [version.name for version in (out / "codes").iterdir()] == ["v0"]
-    log.write_text(whole)
+    (folder / "items.jsonl").write_text(whole)
     lines: list[str] = []
     run(RunConfig.load(path), out, log=lines.append)
     assert not any("done before" in line for line in lines)
-    assert any("resumed from checkpoint-6" in line for line in lines)  # it had come to its end
+    assert not any("resumed" in line for line in lines)  # its codes are gone
 
 
 def test_a_bundle_alone_is_tested_on_the_split_it_was_trained_with(folder: Path, tmp_path: Path) -> None:
@@ -381,6 +386,35 @@ def test_a_folder_that_happens_to_be_called_scratch_is_not_taken_for_the_model(
     (tmp_path / "scratch/file").write_text("anything")
     monkeypatch.chdir(tmp_path)
     assert input_hashes(recipe(tmp_path)) == {}
+
+
+def test_the_card_of_a_bundle_may_be_edited_while_a_training_goes_on_from_it(finished: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(finished / "model", base)
+    text = "\n".join(line for line in RECIPE.splitlines() if not line.startswith("model:"))
+    (tmp_path / "tiny.yaml").write_text(text)
+    config = RunConfig.load(tmp_path / "tiny.yaml", [f"model.name={base}"])
+    before = input_hashes(config)["model.name"]
+    (base / "README.md").write_text("# Ours")
+    (base / ".cache").mkdir()
+    (base / ".cache" / "download.lock").touch()
+    assert input_hashes(config)["model.name"] == before
+    (base / "items.jsonl").write_text((base / "items.jsonl").read_text().replace("a", "b"))
+    assert input_hashes(config)["model.name"] != before
+
+
+def test_a_run_folder_is_not_emptied_under_who_stands_in_it(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    config = recipe(tmp_path)
+    monkeypatch.chdir(out)
+    with pytest.raises(ArtifactError, match="cannot empty the folder that one stands in"):
+        run(config, ".", fresh=True)
+    lines: list[str] = []
+    run(config, ".", log=lines.append)
+    assert lines == [f"{stage}: done before, kept" for stage in stages.STAGE_NAMES]
 
 
 @pytest.mark.parametrize(

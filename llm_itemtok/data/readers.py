@@ -12,7 +12,7 @@ them by name: then they come along as text, are checked to be there, and change 
 """
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,9 +83,8 @@ def read(
         event_filter: which rows of the log count: `{"column": "rating", "min": 4}` (also `max`; both ends
             count) or `{"column": "event", "keep": ["purchase"]}` (numbers as numbers, all else as text). The column
             may be any of the file.
-        deduplicate: `exact` drops rows equal to an earlier one in all columns that are read: user, item, timestamp,
-            position, rating, event, the filter's and `log_columns`; `first` and `last` keep one interaction of each
-            user and item.
+        deduplicate: `exact` drops rows equal to an earlier one in user, item, timestamp,
+            position, rating, event and the filter's; `first` and `last` keep one interaction of each user and item.
         item_columns: columns that the items file must have; those that are none of ours are kept in the catalogue's
             `extra`. Our name, or the file's where we have none.
         log_columns: the same for the log, all of which are kept in its `extra`.
@@ -178,7 +177,7 @@ def _check_filter(event_filter: Mapping[str, object]) -> frozenset[str | float]:
 def _spellings(value: object) -> tuple[str | float, ...]:
     """What a column may hold where a recipe says `value`."""
     if isinstance(value, bool):
-        return (str(value), str(value).lower())
+        return (str(value), str(value).lower(), str(value).upper())
     return (float(value),) if isinstance(value, int | float) else (values.label(value),)
 
 
@@ -275,7 +274,7 @@ def _interactions(
         used, _ = by_first_row(item_ids, numbers[counts])
         raise _unknown(log, items, catalog, used, unknown_ids, unknown)
     kept = np.flatnonzero(counts & ~unknown)
-    labels = _labels(log)
+    labels = _labels(log, {"rating", "event", event_filter.get("column")})
     more = {name: values.labels(log, name, limit=values.MAX_ID_CHARS) for name in extra}
     interactions = from_log(
         user_ids,
@@ -304,34 +303,35 @@ def _passes(log: Table, event_filter: Mapping[str, object], keep: frozenset[str 
     if column not in log.columns:
         raise fault(log.path, f"the filter's column `{column}` is missing; map it in `data.columns` or drop the filter")
     if keep or "keep" in event_filter:
-        found, codes = _distinct_labels(log, column)
-        return np.array([value in keep or values.number(value) in keep for value in found], dtype=bool)[codes]
+        found, codes = _distinct_texts(log, column)
+        counts = [value in keep or values.label(value) in keep or values.number(value) in keep for value in found]
+        return np.array(counts, dtype=bool)[codes]
     numbers = values.numbers(log, column)
     low, high = (float(str(event_filter.get(name, limit))) for name, limit in (("min", "-inf"), ("max", "inf")))
     return (numbers >= low) & (numbers <= high)
 
 
-def _labels(log: Table) -> np.ndarray | None:
-    """What else a row says, beside user, item and time: int64, equal where all of it is; None if that is nothing.
+def _labels(log: Table, names: Set[object]) -> np.ndarray | None:
+    """What some columns say of each row: int64, equal where all of it is; None if the log has none of them.
 
     A view and a purchase at one moment are two interactions, whatever the column is called that tells them apart.
     """
     labels = None
     for name in log.columns:
-        if name not in ("user_id", "item_id", "timestamp", "position"):
-            found, codes = _distinct_labels(log, name)
+        if name in names - {"timestamp", "position"}:
+            found, codes = _distinct_texts(log, name)
             # Small numbers again after each column, however many there are.
             labels = codes if labels is None else np.unique(labels * len(found) + codes, return_inverse=True)[1]
     return labels
 
 
-def _distinct_labels(log: Table, column: str) -> tuple[list[str], np.ndarray]:
-    """A column by its distinct values as `values.label` says them, and for each row which it has, int64."""
-    column_values = log.columns[column]
-    if isinstance(column_values, ArrowColumn) and not column_values.is_nested:
-        found, codes = distinct(column_values)
-        return by_first_row(list(map(values.label, found)), codes)
-    return distinct(list(map(values.label, column_values)))
+def _distinct_texts(log: Table, column: str) -> tuple[list[str], np.ndarray]:
+    """A column by its distinct values as text, and for each row which it has, int64."""
+    values = log.columns[column]
+    if isinstance(values, ArrowColumn) and not values.is_nested:
+        found, codes = distinct(values)
+        return list(map(str, found)), codes
+    return distinct(list(map(str, values)))
 
 
 def _unknown(

@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_itemtok.artifacts import write_text
+from llm_itemtok.artifacts import ENVIRONMENT, read_json, write_text
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.experiments.pool import Job, Pool
 from llm_itemtok.pipeline.run import IN_USE, alone_in
+from llm_itemtok.pipeline.stages import RESULTS_VERSION
 
 _PROGRESS = re.compile(r"step ([\d,]+) of ([\d,]+): .* about ([\d.]+) min left")
 _STOPPED = 143
@@ -50,7 +51,8 @@ class Worker:
         recipe = pool.folder(job).with_suffix(".yaml")
         log = pool.folder(job).with_suffix(".log")
         write_text(recipe, job.cell.config.to_yaml())
-        command = [sys.executable, "-m", "llm_itemtok", "run", str(recipe), "--out", str(pool.folder(job)), "--resume"]
+        begin = "--fresh" if is_stale(pool.folder(job)) else "--resume"
+        command = [sys.executable, "-m", "llm_itemtok", "run", str(recipe), "--out", str(pool.folder(job)), begin]
         if job.cell.stage == "screen":
             command += ["--until", "train"]
         # One thread each: results depend on their number, and two threads of one run gain less than two runs.
@@ -100,6 +102,12 @@ class Worker:
         with self.log.open("rb") as file:
             file.seek(max(self.log_from, self.log.stat().st_size - _LAST_BYTES))
             return file.read().decode("utf-8", errors="replace")
+
+
+def is_stale(folder: Path) -> bool:
+    """Whether a run folder was begun by code that gives other numbers, so that nothing in it can be gone on from."""
+    begun = folder / ENVIRONMENT
+    return begun.is_file() and read_json(begun)["results"] != RESULTS_VERSION
 
 
 def in_use(job: Job, pool: Pool) -> bool:

@@ -1,17 +1,14 @@
 """The training stage: examples, model and trainer of a recipe; ends with the bundle of the best checkpoint."""
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset as ExampleTable
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -34,13 +31,12 @@ from llm_itemtok.artifacts import (
     RESCORING,
     TOKEN_WEIGHTS,
     TRAINING,
-    read_json,
     write_json,
 )
 from llm_itemtok.bundle import Generation, items_sha256, refuse_others
 from llm_itemtok.card import redacted
 from llm_itemtok.config import RunConfig
-from llm_itemtok.errors import ArtifactError, DataError
+from llm_itemtok.errors import DataError
 from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.quantizers import load_quantizer
@@ -72,13 +68,7 @@ from llm_itemtok.settings import RecursiveScoring
 from llm_itemtok.training import examples
 from llm_itemtok.training.arguments import build_arguments
 from llm_itemtok.training.callbacks import MetricsLog, Progress, StopOnSignal
-from llm_itemtok.training.checkpoints import (
-    WholeCheckpoints,
-    foreign,
-    newest_whole,
-    remove_after,
-    stop_if_finished,
-)
+from llm_itemtok.training.checkpoints import Begin, WholeCheckpoints, last_checkpoint, stop_if_finished
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.effort import training_flops
 from llm_itemtok.training.late_binding import LateBinding
@@ -86,10 +76,6 @@ from llm_itemtok.training.limits import limits
 from llm_itemtok.training.sharding import ShardedTrainer, is_sharded
 from llm_itemtok.training.trainer import ItemTokenTrainer
 
-FINISHED = "finished.json"
-"""Beside the checkpoints of a training that came to its end: its key."""
-Begin = Literal["new", "resume", "again"]
-"""A checkpoint of the same inputs is an error, or what training goes on from, or thrown away."""
 PROTOCOL = ("split", "k_core", "deduplicate", "unknown_items", "filter", "validation_share", "test_share")
 """Settings of `data` that decide what is trained on and tested; a bundle carries them."""
 
@@ -178,14 +164,14 @@ def training_arguments(config: RunConfig, folder: Path, num_examples: int) -> Tr
         metric_for_best_model="ndcg@10",
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,  # the count of `evaluation.patience`
-        # What the model holds beside its weights is the same in all processes, and may be a table of all items.
-        ddp_broadcast_buffers=bool(arguments.ddp_broadcast_buffers),
         # Pinning needs an accelerator; without one the library would warn at every epoch.
         dataloader_pin_memory=arguments.dataloader_pin_memory and torch.cuda.is_available(),
     )
 
 
-def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, begin: Begin, log: Log) -> None:
+def train(
+    config: RunConfig, data: Dataset, folder: Path, *, key: str, trained: str | None, begin: Begin, log: Log
+) -> None:
     """Train, keep the best checkpoint by validation NDCG@10, write the bundle.
 
     Args:
@@ -193,6 +179,7 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, begin: Be
         data: its data.
         folder: the run folder.
         key: hash of everything that training depends on; a checkpoint of other inputs is not resumed.
+        trained: the same of the last training that came to its end here.
         begin: what a checkpoint of the same inputs is for.
         log: called with progress lines.
 
@@ -213,11 +200,7 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, begin: Be
     table = make_examples(config, data)
     arguments = training_arguments(config, folder, len(table))
     sharded, writes = asks_for_fsdp(config.trainer), arguments.should_save
-    last = _last_checkpoint(folder / CHECKPOINTS, key, begin, sharded=sharded, writes=writes, log=log)
-    if last is not None:
-        log(f"  resumed from {last.name}")
-    elif begin == "resume":
-        log("  nothing to resume from: no checkpoint of these inputs; training starts over")
+    last = last_checkpoint(folder / CHECKPOINTS, key, trained, begin, sharded=sharded, writes=writes, log=log)
     stop = StopOnSignal()
     # At least the best checkpoint and the newest, which `--resume` goes on from.
     whole = WholeCheckpoints(keep=config.trainer.get("save_total_limit", 2))
@@ -259,7 +242,6 @@ def train(config: RunConfig, data: Dataset, folder: Path, *, key: str, begin: Be
         weights = token_figures(trainer.objective, table)
         _write_figures(folder, {TOKEN_WEIGHTS: weights, ITEM_PATHS: path_figures(model), RESCORING: shares})
         recommender.save_pretrained(folder / MODEL)
-        write_json(folder / CHECKPOINTS / FINISHED, key)
 
 
 def _idle_devices(arguments: TrainingArguments) -> str:
@@ -303,52 +285,6 @@ def _took(trainer: ItemTokenTrainer, flops: float, trainable: int, shares: Mappi
         "made_by": environment(),
         "curve": [[line["step"], line[key]] for line in state.log_history if key in line],
     }
-
-
-def _last_checkpoint(folder: Path, key: str, begin: Begin, *, sharded: bool, writes: bool, log: Log) -> Path | None:
-    """The checkpoint to go on from, if it was trained on the same inputs; those of others that finished are deleted.
-
-    Raises:
-        ArtifactError: if there is one that nobody asked to go on from, or that cannot be gone on from, because its
-            inputs were others or for the way it was made: no work is lost by oversight.
-    """
-    note = folder / "key.json"
-    newest, complaint = None, None
-    if PartialState().is_main_process and begin != "again" and note.is_file():
-        of = read_json(note)
-        finished = (folder / FINISHED).is_file() and read_json(folder / FINISHED) == of
-        newest = None if finished and of != key else newest_whole(folder, log)
-        complaint = newest and _complaint(newest, "resume" if finished else begin, ours=of == key, sharded=sharded)
-    found: list[Any] = [newest, complaint]
-    broadcast_object_list(found)  # reading all of it is the work of one process; nobody deletes before it has looked
-    newest, complaint = found
-    if complaint:
-        raise ArtifactError(complaint)
-    if newest is not None:
-        if writes:
-            remove_after(folder, newest)
-        return newest
-    if writes:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(note, key)
-    return None
-
-
-def _complaint(newest: Path, begin: Begin, *, ours: bool, sharded: bool) -> str | None:
-    """Why a run does not go on from its newest checkpoint; None if it does."""
-    if not ours:
-        return (
-            f"{newest.parent} holds checkpoints, up to {newest.name}, of a training that was cut short, with another "
-            "recipe, data, base model or version of this package; put those back to go on with it, or begin anew with "
-            "`--from train`, which deletes them"
-        )
-    complaint = foreign(newest, processes=PartialState().num_processes, sharded=sharded)
-    if begin == "resume" or complaint:
-        return complaint
-    return (
-        f"{newest.parent} holds checkpoints of this very training, up to {newest.name}; go on from there with "
-        "--resume, or begin anew with `--from train`"
-    )
 
 
 def _trainer(

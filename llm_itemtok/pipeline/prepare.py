@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_itemtok import settings
 from llm_itemtok.artifacts import (
+    CHECKPOINTS,
     CODES,
     QUALITY,
     atomic_folder,
@@ -27,7 +28,7 @@ from llm_itemtok.data import splits, synthetic
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.interactions import Interactions
 from llm_itemtok.data.readers import RawData, read
-from llm_itemtok.errors import DataError
+from llm_itemtok.errors import ArtifactError, DataError
 from llm_itemtok.items import collisions
 from llm_itemtok.items.base import ItemTokenizer, Quantizer
 from llm_itemtok.items.codes import ItemCodes
@@ -262,6 +263,9 @@ def make_codes(config: RunConfig, data: Dataset, folder: Path, log: Log) -> Item
     else:
         moves = {"sinkhorn": collisions.sinkhorn, "reassign": collisions.reassign, "matching": collisions.matching}
         unique = moves[policy](codes, matrix, quantizer=quantizer)
+    if _codes_before(folder) != unique:
+        for path in (*(path for number, path in code_versions(folder) if number), folder / CHECKPOINTS):
+            shutil.rmtree(path, ignore_errors=True)  # of other codes than these
     with atomic_folder(folder / CODES / "v0") as new:
         unique.save(new)
         if quantizer is not None:
@@ -273,10 +277,15 @@ def make_codes(config: RunConfig, data: Dataset, folder: Path, log: Log) -> Item
             figures["reconstruction_error"] = error["before"]
         facts |= {"findings": as_json(findings(resolved, facts)), "not_judged": gaps(resolved, facts)}
         write_json(new / QUALITY, {**figures, "resolved": resolved, "doctor": facts})
-    for number, path in code_versions(folder):
-        if number:  # of codes that were here before these
-            shutil.rmtree(path)
     return unique
+
+
+def _codes_before(folder: Path) -> ItemCodes | None:
+    """The codes that a run began with until now; None where there are none that can be read."""
+    try:
+        return ItemCodes.load(folder / CODES / "v0")
+    except ArtifactError:
+        return None
 
 
 def _rebuilding(

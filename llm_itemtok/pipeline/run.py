@@ -19,6 +19,7 @@ from llm_itemtok.pipeline import evaluate, fit, prepare, stages, vocabulary
 from llm_itemtok.pipeline.engines import on_processors, refuse_engine
 from llm_itemtok.report import write_report
 from llm_itemtok.training.arguments import check_settings
+from llm_itemtok.training.checkpoints import Begin, refuse_to_forget
 
 IN_USE = "only one process may work in a run folder, and another does now"
 """What a second process is told."""
@@ -52,7 +53,7 @@ def run(
         The run folder.
 
     Raises:
-        ItemTokError: for everything wrong with the recipe, the data or the folder, before anything is trained.
+        ItemTokError: for everything wrong with the recipe, the data or the folder, before anything is done.
         Stopped: on SIGTERM while training, after a checkpoint.
     """
     folder = Path(out)
@@ -78,7 +79,9 @@ def run(
         state.wait_for_everyone()
         if start is not None:
             book.forget_from(start)
-        begin: fit.Begin = "resume" if resume else "new" if start is None else "again"
+        begin: Begin = "resume" if resume else "new" if start is None else "again"
+        if begin != "again" and state.is_main_process:
+            refuse_to_forget(folder, keys["train"], book.trained)
         for stage in stages.STAGE_NAMES[: last + 1]:
             if book.done(stage, keys[stage]):
                 say(f"{stage}: done before, kept")
@@ -87,7 +90,7 @@ def run(
             book.forget_from(stage)  # what comes after it was made of something else
             began = time.perf_counter()
             if stage in SHARED or state.is_main_process:
-                _carry_out(stage, config, data, folder, keys[stage], begin, say)
+                _carry_out(stage, config, data, folder, keys[stage], book.trained, begin, say)
             state.wait_for_everyone()
             book.mark(stage, keys[stage])
             say(f"{stage}: finished in {time.perf_counter() - began:.0f} s")
@@ -127,7 +130,14 @@ def _last_stage(start: str | None, until: str | None) -> int:
 
 
 def _carry_out(
-    stage: str, config: RunConfig, data: prepare.Dataset, folder: Path, key: str, begin: fit.Begin, log: prepare.Log
+    stage: str,
+    config: RunConfig,
+    data: prepare.Dataset,
+    folder: Path,
+    key: str,
+    trained: str | None,
+    begin: Begin,
+    log: prepare.Log,
 ) -> None:
     """Run one stage."""
     if stage == "data":
@@ -137,7 +147,7 @@ def _carry_out(
     elif stage == "vocab":
         vocabulary.make_vocab(config, data, ItemCodes.load(folder / CODES / "v0"), folder, log)
     elif stage == "train":
-        fit.train(config, data, folder, key=key, begin=begin, log=log)
+        fit.train(config, data, folder, key=key, trained=trained, begin=begin, log=log)
     elif stage == "evaluate":
         evaluate.evaluate(config, data, folder, log)
     else:

@@ -45,6 +45,9 @@ Finished stages and checkpoints of another version are not gone on from, and rec
 
 STAGE_NAMES = ("data", "items", "vocab", "train", "evaluate", "report")
 
+_TRAINED = "trained"
+"""In `stages.json` beside the stages: `Stages.trained`."""
+
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "data": ("seed", "data"),
     "items": ("vectors", "tokenizer", "model"),
@@ -71,18 +74,22 @@ class Stages:
     Attributes:
         folder: the run folder.
         finished: stage → key.
+        trained: key of the last training that came to its end, whatever was run again since; None if none did.
         writes: whether this process keeps the book on disk; every process keeps it in mind.
     """
 
     folder: Path
     finished: dict[str, str]
+    trained: str | None
     writes: bool
 
     @classmethod
     def open(cls, folder: Path, *, fresh: bool, writes: bool) -> "Stages":
         """Read the book, or begin one: for a new folder, or a `fresh` one."""
         path = folder / STAGES
-        return cls(folder, read_json(path) if path.exists() and not fresh else {}, writes)
+        finished = read_json(path) if path.exists() and not fresh else {}
+        trained = finished.pop(_TRAINED, finished.get("train"))
+        return cls(folder, finished, trained, writes)
 
     def done(self, stage: str, key: str) -> bool:
         """Say whether a stage was finished with exactly these inputs."""
@@ -102,6 +109,7 @@ class Stages:
     def mark(self, stage: str, key: str) -> None:
         """Note a stage as finished."""
         self.finished[stage] = key
+        self.trained = self.finished.get("train", self.trained)
         self._write()
 
     def forget_from(self, stage: str) -> None:
@@ -112,7 +120,7 @@ class Stages:
 
     def _write(self) -> None:
         if self.writes:
-            write_json(self.folder / STAGES, self.finished)
+            write_json(self.folder / STAGES, {**self.finished, **({_TRAINED: self.trained} if self.trained else {})})
 
 
 def keys(config: RunConfig, data_sha256: str, file_sha256: Mapping[str, str], segments_sha256: str) -> dict[str, str]:
@@ -208,6 +216,8 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
                 f"{folder}: this folder holds another run, whose {RECIPE} differs in: {_difference(old, text)}\n"
                 "  choose another `--out`, or start it anew with `--fresh`"
             )
+    if fresh and Path.cwd().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{folder}: `--fresh` cannot empty the folder that one stands in; start it from elsewhere")
     if fresh:
         with atomic_folder(folder):
             pass

@@ -14,18 +14,24 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llm_itemtok.artifacts import read_json, sha256_of_file, write_json
+from llm_itemtok.artifacts import CHECKPOINTS, read_json, sha256_of_file, write_json
 from llm_itemtok.errors import ArtifactError
 
 CHECKSUMS, TRAINER_STATE = "checksums.json", "trainer_state.json"
 """In a checkpoint: the list of its files; the library's account of the training so far."""
 SHARDED = "pytorch_model_fsdp.bin"
 """In a checkpoint of a training that shards the model: the library's own copy of it."""
+KEY = "key.json"
+"""Beside the checkpoints: the hash of the inputs that they were trained on."""
+Begin = Literal["new", "resume", "again"]
+"""A checkpoint of the same inputs is an error, or what training goes on from, or thrown away."""
 
 
 class WholeCheckpoints(TrainerCallback):
@@ -162,6 +168,81 @@ def _delete_old(folder: Path, keep: int, best: str | None) -> None:
     others = [path for path in by_age if path.name != best]
     for path in others[keep - len(wanted) :]:
         shutil.rmtree(path)
+
+
+def refuse_to_forget(folder: Path, key: str, trained: str | None) -> None:
+    """Raise `ArtifactError` if a run folder holds checkpoints of a training that was cut short and had other inputs.
+
+    Asked before any stage is run, because what comes before a training, such as codes, belongs to its checkpoints.
+
+    Args:
+        folder: the run folder.
+        key: hash of the inputs that a training would have now.
+        trained: the same of the last training that came to its end, whose checkpoints are of no more use.
+    """
+    note = folder / CHECKPOINTS / KEY
+    if not note.is_file() or read_json(note) in (key, trained) or not _checkpoints(note.parent):
+        return
+    raise ArtifactError(
+        f"{note.parent} holds checkpoints of a training that was cut short, with another recipe, data, base model or "
+        "version of this package; put those back to go on with it, or begin anew with `--from data`, which deletes them"
+    )
+
+
+def last_checkpoint(
+    folder: Path,
+    key: str,
+    trained: str | None,
+    begin: Begin,
+    *,
+    sharded: bool,
+    writes: bool,
+    log: Callable[[str], None],
+) -> Path | None:
+    """The checkpoint to go on from, if it was trained on the same inputs; others, of trainings that ended, are deleted.
+
+    All processes ask together.
+
+    Args:
+        folder: of the checkpoints; need not be there.
+        key: hash of everything that training depends on.
+        trained: the same of the last training that came to its end, whose checkpoints only `resume` goes on from.
+        begin: what a checkpoint of the same inputs is for.
+        sharded: whether weights are sharded now.
+        writes: whether this process deletes and writes.
+        log: called with what is gone on from, and with each checkpoint that is passed over.
+
+    Raises:
+        ArtifactError: if there is one of the same inputs that nobody asked to go on from, so that no work is lost by
+            oversight; or one that cannot be gone on from in this way.
+    """
+    note = folder / KEY
+    processes, newest = PartialState().num_processes, None
+    wanted = begin == "resume" or (begin == "new" and key != trained)
+    if PartialState().is_main_process and wanted and note.is_file() and read_json(note) == key:
+        newest = newest_whole(folder, log)
+    complaint = newest and foreign(newest, processes=processes, sharded=sharded)
+    if newest and not complaint and begin == "new":
+        complaint = (
+            f"{folder} holds checkpoints of this very training, up to {newest.name}; go on from there with --resume, "
+            "or begin anew with `--from train`"
+        )
+    found: list[Any] = [newest, complaint]
+    broadcast_object_list(found)  # reading all of it is the work of one process; nobody deletes before it has looked
+    newest, complaint = found
+    if complaint:
+        raise ArtifactError(complaint)
+    if newest is not None:
+        if writes:
+            remove_after(folder, newest)
+        log(f"  resumed from {newest.name}")
+        return newest
+    if begin == "resume":
+        log("  nothing to resume from: no checkpoint of these inputs; training starts over")
+    if writes:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(note, key)
+    return None
 
 
 def _files(checkpoint: Path) -> list[str]:

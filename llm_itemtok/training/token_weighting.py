@@ -37,6 +37,7 @@ from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import TASKS
 from llm_itemtok.training.next_token import MODEL_INPUTS
+from llm_itemtok.training.processes import together
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
 _LEAST_PACE = 1e-6
@@ -205,8 +206,8 @@ class TokenWeighted:
         """Rows of the batch's target items with no history before them: what `ItemTokenModel.forward` calls blank.
 
         Left out are targets that have none in the batch either, and the other tasks. Each item stands there once; a
-        batch without any target to ask for has a row that no place asks for, because processes that share a sharded
-        model must all call it as often.
+        batch without any target to ask for has none; of several processes a row that no place asks for, because where
+        they share a sharded model all must call it as often.
         """
         assert self._empty is not None
         items, levels = batch[_ITEMS], batch["levels"]
@@ -215,6 +216,8 @@ class TokenWeighted:
         asked = (items >= 0) & has_history & (batch["tasks"] == TASKS.index("next-item")).unsqueeze(1)
         rows, inverse = items[asked].unique(return_inverse=True)
         if not len(rows):
+            if not together():
+                return {}
             rows = items.new_zeros(1)
         vocab, empty = self._vocab(), torch.from_numpy(self._empty).to(items.device)
         paths = vocab.paths.to(items.device)[rows, :-1].clamp(min=0)

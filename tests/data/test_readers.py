@@ -143,19 +143,22 @@ def test_only_exact_duplicates_are_dropped_unless_told_otherwise(tmp_path):
     assert sequences(read(tmp_path, deduplicate="last")) == {"u": ["b", "7"]}
 
 
-def test_rows_that_differ_in_any_column_that_is_read_are_no_duplicates(tmp_path):
+def test_rows_that_differ_in_the_column_of_the_filter_are_no_duplicates(tmp_path):
+    """Columns that only segments are made from change nothing of the data."""
     log = "user_id,item_id,timestamp,action,shop\nu,b,1,view,x\nu,b,1,buy,x\nu,b,1,buy,y\nu,b,1,buy,y\n"
     make_folder(tmp_path, {"interactions.csv": log})
     assert read(tmp_path).notes["duplicate_rows"] == 3  # nobody asked for the two columns
     raw = read(tmp_path, event_filter={"column": "action", "keep": ["buy", "view"]}, log_columns=["shop"])
-    assert raw.notes["duplicate_rows"] == 1
-    assert sequences(raw) == {"u": ["b", "b", "b"]}
+    assert raw.notes["duplicate_rows"] == 2
+    assert sequences(raw) == {"u": ["b", "b"]}
+    by_time = read(tmp_path, event_filter={"column": "timestamp", "min": 0})
+    assert by_time.notes["duplicate_rows"] == 3
 
 
-@pytest.mark.parametrize("keep", [5, 5.0, True, "x"])
+@pytest.mark.parametrize("keep", [5, 5.0, True, "x", "5.0"])
 def test_what_a_filter_keeps_is_compared_by_meaning(tmp_path, keep):
     """YAML, CSV, JSON and Parquet spell one number in several ways, and so truth values."""
-    spelled = {5: ["5", "5.0", "05"], True: ["true", "True", "true"], "x": ["x", " x", "x "]}[keep]
+    spelled = {5: ["5", "5.0", "05"], True: ["true", "True", "TRUE"], "x": ["x", " x", "x "], "5.0": ["5.0"] * 3}[keep]
     rows = [f"u,b,{time},{kind}\n" for time, kind in enumerate([*spelled, "4", "false", "False", "y"])]
     make_folder(tmp_path, {"interactions.csv": "user_id,item_id,timestamp,kind\n" + "".join(rows)})
     assert len(read(tmp_path, event_filter={"column": "kind", "keep": [keep]}).interactions) == 3

@@ -14,6 +14,7 @@ from llm_itemtok.evaluation.metrics import metrics_from_ranks
 from llm_itemtok.experiments import pool as module
 from llm_itemtok.experiments.plan import Cell
 from llm_itemtok.experiments.pool import Pool, recipe_hash, row
+from llm_itemtok.experiments.workers import is_stale
 
 METRICS = {"recall@10": 0.5}
 TRAINING = {"steps": 3, "best_step": 2, "targets_seen": 40, "flops": 1e6, "seconds": 1.5, "peak_mb": 200, "curve": []}
@@ -204,3 +205,12 @@ def test_a_record_of_another_form_is_bad_input(tmp_path, data, pool, content):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ArtifactError, match=path.name):
         pool.record(job)
+
+
+def test_a_run_that_code_with_other_numbers_began_is_not_gone_on_with(tmp_path):
+    """Its checkpoints are of other inputs by then, and a worker has nobody to ask."""
+    assert not is_stale(tmp_path)
+    artifacts.write_json(tmp_path / artifacts.ENVIRONMENT, {"results": module.RESULTS_VERSION})
+    assert not is_stale(tmp_path)
+    artifacts.write_json(tmp_path / artifacts.ENVIRONMENT, {"results": module.RESULTS_VERSION - 1})
+    assert is_stale(tmp_path)
