@@ -84,9 +84,15 @@ def test_a_sharded_run_leaves_the_bundle_and_the_metrics_of_a_plain_one_also_whe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scoring", ["{kind: tokens}", "{kind: recursive, guidance: both, embedding: 8}"])
-def test_in_half_precision_gradients_are_added_up_and_losses_told_in_float32(tmp_path, scoring):
-    """Weights are gathered in bfloat16, also for validation; only rounding may tell the engines apart."""
+@pytest.mark.parametrize(
+    ("scoring", "alike"), [("{kind: tokens}", 20), ("{kind: recursive, guidance: both, embedding: 8}", 2)]
+)
+def test_in_half_precision_gradients_are_added_up_and_losses_told_in_float32(tmp_path, scoring, alike):
+    """Weights are gathered in bfloat16, also for validation; only rounding may tell the engines apart.
+
+    A recursive model chooses codewords by rounded weights here and by exact ones under DDP, so after a few steps it is
+    another training: that it trains and validates is what can be asked.
+    """
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(RECIPE, encoding="utf-8")
     changes = ("--set", f"scoring={scoring}", "--set", "trainer.bf16=true", "--set", "vocab.init=codebook")
@@ -96,5 +102,6 @@ def test_in_half_precision_gradients_are_added_up_and_losses_told_in_float32(tmp
         [line["loss"] for line in lines(tmp_path / engine) if "loss" in line] for engine in ("fsdp2", "ddp")
     )
     assert len(ours) == 20
-    assert ours == pytest.approx(theirs, rel=0.02)
+    assert ours[:alike] == pytest.approx(theirs[:alike], rel=0.02)
+    assert ours[-1] < ours[0]
     assert ours != theirs
