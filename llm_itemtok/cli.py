@@ -225,22 +225,18 @@ def _run(options: argparse.Namespace) -> int:
     config = RunConfig.load(options.recipe, options.overrides)
     from llm_itemtok.pipeline.fit import Stopped
     from llm_itemtok.pipeline.run import run
+    from llm_itemtok.training.processes import leave
 
     _quiet()
     out = options.out or Path("runs") / options.recipe.stem
+    how = {"start": options.start, "until": options.until, "resume": options.resume, "fresh": options.fresh}
     try:
-        folder = run(
-            config,
-            out,
-            start=options.start,
-            until=options.until,
-            resume=options.resume,
-            fresh=options.fresh,
-            log=_say,
-        )
+        folder = run(config, out, **how, log=_say)
     except Stopped:
+        leave()
         print("itemtok: stopped after a checkpoint; the same command with --resume goes on from it", file=sys.stderr)
         return STOPPED
+    leave()
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         _say(f"run folder: {folder}")
         if options.until is None:

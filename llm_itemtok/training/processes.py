@@ -58,6 +58,12 @@ def place_among() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if together() else (0, 1)
 
 
+def leave() -> None:
+    """Leave the group of processes, if there is one: left to the interpreter's end, its threads may abort it."""
+    if together():
+        distributed.destroy_process_group()
+
+
 def together() -> bool:
     """Whether other processes work on the same."""
     return distributed.is_available() and distributed.is_initialized()

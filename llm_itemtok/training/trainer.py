@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -85,6 +86,10 @@ class ItemTokenTrainer(Trainer):
         num_items_in_batch: Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         """Sum the objective's terms, and remember each for the next log line."""
+        if isinstance(model, DistributedDataParallel) and self.args.ddp_broadcast_buffers is None:
+            # Codes and item vectors were shared when it was wrapped, and change alike everywhere: a whole catalogue's
+            # would be sent at every step.
+            model.broadcast_buffers = False
         totals = self.objective.denominators(inputs) if num_items_in_batch is None else num_items_in_batch()
         terms = self.objective(model, inputs if self.bind is None else self.bind(inputs), totals)
         if model.training:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import PrinterCallback, ProgressCallback
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llm_itemtok.artifacts import write_json
 from llm_itemtok.model.item_lm import ItemTokenModel
@@ -94,12 +95,27 @@ def weights(trainer: ItemTokenTrainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
 
 
+class SentBuffers(TrainerCallback):
+    """Remembers at each step's end whether buffers are sent to the other processes; empty in one process."""
+
+    def __init__(self) -> None:
+        self.trainer: ItemTokenTrainer | None = None
+        self.sent: list[bool] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if isinstance(self.trainer.model_wrapped, DistributedDataParallel):
+            self.sent.append(self.trainer.model_wrapped.broadcast_buffers)
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
     cut = {"batch": int(sys.argv[2]), "accumulation": int(sys.argv[3])}
-    run = make_trainer(target, **cut, steps=3, every=2, tied=False, family=sys.argv[4])
+    watch = SentBuffers()
+    run = make_trainer(target, **cut, steps=3, every=2, tied=False, family=sys.argv[4], callbacks=[watch])
+    watch.trainer = run
     run.train()
     if run.args.should_save:
         save_file(weights(run), target / "weights.safetensors")
         write_json(target / "effort.json", {"targets": run.effort.targets})
+        write_json(target / "sent.json", watch.sent)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from llm_itemtok.artifacts import read_json
 from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.training.arguments import CHECKPOINTING
 from llm_itemtok.training.callbacks import StopOnSignal, read_log
@@ -223,5 +224,6 @@ def test_two_processes_train_as_one(tmp_path, family):
     assert_close(load_file(two / "weights.safetensors"), load_file(one / "weights.safetensors"), atol=1e-7, rtol=1e-5)
     assert (two / "effort.json").read_text() == (one / "effort.json").read_text()
     assert len(training_lines(two)) == 3
+    assert read_json(two / "sent.json") == [False] * 3  # each process has the buffers, and they change alike
     for ours, theirs in zip(without_times(two), without_times(one), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
