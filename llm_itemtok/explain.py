@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from llm_itemtok import strict
 from llm_itemtok.config import RunConfig
 from llm_itemtok.recipe_file import as_plain
+from llm_itemtok.training.arguments import explain_setting
 
 
 def explain(dotted: str = "") -> str:
@@ -44,8 +45,8 @@ def _explain_leaf(
     dotted: str, path: tuple[str, ...], below: Sequence[str], owners: Sequence[type], entries: Sequence[type]
 ) -> str:
     """Explain a setting that is no section, `below` being what was asked for under it."""
-    if below and dotted.startswith("trainer."):
-        return f"{dotted}: passed to transformers.TrainingArguments under this name; see its documentation."
+    if path == ("trainer",) and below:
+        return explain_setting(below[0])
     if below:
         strict.Checker("explain").fail_unknown((*path, below[0]), ())
     fields = "\n".join(dict.fromkeys(_explain_field(dotted, owner, path[-1]) for owner in owners))

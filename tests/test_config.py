@@ -3,11 +3,13 @@ import re
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from llm_itemtok import settings, strict
 from llm_itemtok.config import RunConfig, _contradictions
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.explain import _field_docs, explain
+from llm_itemtok.training.arguments import OWNED
 from llm_itemtok.update_settings import SelfImproveUpdate
 
 SYNTHETIC = "data: {source: synthetic}\n"
@@ -405,7 +407,31 @@ def test_explain_prints_the_text_under_the_field_once():
     )
     assert "Attention heads a block." in explain("model.scratch.heads")
     assert "only with source: synthetic" in explain("data.items")
-    assert "transformers.TrainingArguments" in explain("trainer.learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("learning_rate", "(a number at least 0; default 5e-05)"),
+        ("dataloader_num_workers", "(a whole number at least 0; default 0)"),
+        ("train_sampling_strategy", 'one of random, sequential, group_by_length, batch_rebalance; default "random"'),
+        ("include_for_metrics", "not for the recipe to set"),
+        ("learning_rte", "did you mean `trainer.learning_rate`"),
+        ("warmup_ratio", "write `trainer.warmup_steps`"),
+    ],
+)
+def test_settings_of_the_library_are_explained_by_what_it_says_of_them(name, text):
+    try:
+        said = explain(f"trainer.{name}")
+        assert said.startswith(f"  trainer.{name}: ")
+    except RecipeError as error:
+        said = str(error)
+    assert text in said
+
+
+def test_every_setting_of_the_library_is_explained_or_refused():
+    for name in set(TrainingArguments.__dataclass_fields__) - set(OWNED):
+        assert "; default " in explain(f"trainer.{name}")
 
 
 def test_entries_of_a_mapping_are_explained_under_any_name():

@@ -9,6 +9,8 @@ Validation is not the library's: `evaluation` in the recipe ranks the whole cata
 NDCG@10 and stops early, hence `eval_*`, `load_best_model_at_end` and their kin are refused here.
 """
 
+import dataclasses
+import json
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from llm_itemtok.errors import RecipeError
-from llm_itemtok.strict import Checker, Within
+from llm_itemtok.strict import Checker, Within, type_name
 
 _VALIDATION = (
     "validation ranks the whole catalogue: see `evaluation.every`, `evaluation.patience`, `evaluation.batch_size`"
@@ -145,6 +147,21 @@ class OneDevice(TrainingArguments):
         return min(super().n_gpu, 1)
 
 
+def explain_setting(name: str) -> str:
+    """Say what a setting of the `trainer` section means, what it takes and what it is by default, as the library does.
+
+    Raises:
+        RecipeError: if there is no such setting, or the pipeline decides it; the message names `trainer.x`.
+    """
+    _check_name(name, Checker("explain"))
+    field = TrainingArguments.__dataclass_fields__[name]
+    annotation = typing.get_type_hints(TrainingArguments, include_extras=True)[name]
+    takes = f"one of {', '.join(field.metadata['choices'])}" if "choices" in field.metadata else type_name(annotation)
+    default = json.dumps(field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
+    given = f"{takes}{f' {RANGES[name]}' if name in RANGES else ''}; default {default}"
+    return f"  trainer.{name}: {field.metadata.get('help', 'see transformers.TrainingArguments.')}\n      ({given})"
+
+
 def check_settings(settings: Mapping[str, Any], *, source: str = "recipe") -> None:
     """Check a `trainer` section without building anything, so without touching a device.
 
@@ -160,13 +177,8 @@ def check_settings(settings: Mapping[str, Any], *, source: str = "recipe") -> No
     annotations = typing.get_type_hints(TrainingArguments, include_extras=True)
     fields = TrainingArguments.__dataclass_fields__
     for name, value in settings.items():
+        _check_name(name, checker)
         path = ("trainer", name)
-        if name in OWNED:
-            checker.fail(path, f"is not for the recipe to set; {OWNED[name]}")
-        if name not in fields:
-            if name in REMOVED:
-                checker.fail(path, f"is not a setting of the installed transformers; {REMOVED[name]}")
-            checker.fail_unknown(path, set(fields) - set(OWNED))
         checked = checker.value(_ALSO.get(name, annotations[name]), value, path)
         choices = fields[name].metadata.get("choices")
         if choices and isinstance(value, str) and value not in choices:
@@ -174,6 +186,18 @@ def check_settings(settings: Mapping[str, Any], *, source: str = "recipe") -> No
         if name in RANGES and checked is not None:
             checker.value(Annotated[float, RANGES[name]], value, path)
     _check_together(settings, checker)
+
+
+def _check_name(name: str, checker: Checker) -> None:
+    """Refuse what is no setting, or none for a recipe."""
+    path, fields = ("trainer", name), TrainingArguments.__dataclass_fields__
+    if name in OWNED:
+        checker.fail(path, f"is not for the recipe to set; {OWNED[name]}")
+    if name in fields:
+        return
+    if name in REMOVED:
+        checker.fail(path, f"is not a setting of the installed transformers; {REMOVED[name]}")
+    checker.fail_unknown(path, set(fields) - set(OWNED))
 
 
 def _check_together(settings: Mapping[str, Any], checker: Checker) -> None:
