@@ -25,7 +25,7 @@ from llm_itemtok import hub
 from llm_itemtok.bundle import Generation
 from llm_itemtok.errors import HubError
 from llm_itemtok.model.item_lm import Reads
-from llm_itemtok.training.next_token import NextToken
+from llm_itemtok.papers import cited
 
 _TAGS = ("recommendation", "generative-retrieval", "semantic-ids", "llm-itemtok")
 _HERE = re.compile(r'^HERE = ".*"$', re.MULTILINE)
@@ -140,7 +140,7 @@ def card(subject: Subject, metrics: Mapping[str, Any] | None = None, recipe: Map
         *(() if metrics is None else (_measured(metrics), _data(metrics), _item_tokens(metrics))),
         *(() if recipe is None else (_made(recipe),)),
         f"## Licence\n\nOf the model: {_NO_LICENCE}. Those of the base model and of the item data hold too.\n",
-        _citations(recipe or {}),
+        _citation(recipe or {}),
     ]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
@@ -405,35 +405,6 @@ With {versions}, by this recipe (of local paths, the last name):
 """
 
 
-_PAPERS = {
-    ("tokenizer", "kind", "rqvae"): ("2203.01941", 2022, "Autoregressive Image Generation using Residual Quantization"),
-    ("tokenizer", "kind", "hierarchical"): (
-        "2305.06569", 2023, "How to Index Item IDs for Recommendation Foundation Models"
-    ),
-    ("tokenizer", "estimator", "rotation"): (
-        "2410.06424", 2024, "Restructuring Vector Quantization with the Rotation Trick"
-    ),
-    ("tokenizer", "collisions", "sinkhorn"): (
-        "2311.09049", 2023, "Adapting Large Language Models by Integrating Collaborative Semantics for Recommendation"
-    ),
-    ("rescoring", "kind", "sasrec"): (
-        "2411.18814", 2024, "Unifying Generative and Dense Retrieval for Sequential Recommendation"
-    ),
-    ("vectors", "source", "sasrec"): ("1808.09781", 2018, "Self-Attentive Sequential Recommendation"),
-    ("scoring", "kind", "recursive"): (
-        "2602.20704", 2026, "IntRR: A Framework for Integrating SID Redistribution and Length Reduction"
-    ),
-    ("model", "adapter", "lora"): ("2106.09685", 2021, "LoRA: Low-Rank Adaptation of Large Language Models"),
-}  # fmt: skip
-"""Section, setting and its value → arXiv number, year and title of the method's paper."""
-
-
-def _citations(recipe: Mapping[str, Any]) -> str:
-    """BibTeX of the objective and of the methods that the recipe names."""
-    entries = [NextToken.citation]
-    for (section, name, value), (number, year, title) in _PAPERS.items():
-        if recipe.get(section, {}).get(name) == value:
-            fields = {"title": title, "eprint": number, "archivePrefix": "arXiv", "year": str(year)}
-            lines = ",\n".join(f"  {field:<13} = {{{text}}}" for field, text in fields.items())
-            entries.append(f"@misc{{arxiv:{number},\n{lines}\n}}")
-    return "## Citation\n\nOf the methods used:\n\n```bibtex\n" + "\n\n".join(entries) + "\n```\n"
+def _citation(recipe: Mapping[str, Any]) -> str:
+    entries = "\n\n".join(paper.bibtex() for paper in cited(recipe))
+    return f"## Citation\n\nOf the methods used:\n\n```bibtex\n{entries}\n```\n"

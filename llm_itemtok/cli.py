@@ -225,7 +225,7 @@ def _run(options: argparse.Namespace) -> int:
     config = RunConfig.load(options.recipe, options.overrides)
     from llm_itemtok.pipeline.fit import Stopped
     from llm_itemtok.pipeline.run import run
-    from llm_itemtok.training.processes import leave
+    from llm_itemtok.processes import leave
 
     _quiet()
     out = options.out or Path("runs") / options.recipe.stem

@@ -1,16 +1,13 @@
 """A recipe: loading, what contradicts what, and its resolved form.
 
 `RunConfig` holds the sections of `settings.py`, read through `recipe_file.py` and checked by `strict.py`. It never
-changes and holds nothing derived. Beside `pipeline.py` and `cli.py` no module reads it: components take plain
+changes and holds nothing derived. `pipeline`, `experiments`, `explain` and `cli` read it; components take plain
 arguments. `trainer` is passed through and checked by `training/arguments.py`, because it needs transformers.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -123,11 +120,6 @@ class RunConfig:
             return {f"vectors.parts.{place}": part for place, part in enumerate(self.vectors.parts)}
         return {"vectors": self.vectors}
 
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of the resolved recipe, seed included, with local paths as written."""
-        return self.recipe_sha256({})
-
     def portable(self, path_hashes: Mapping[str, str]) -> dict[str, Any]:
         """The resolved recipe as plain values that do not depend on where inputs lie on a machine.
 
@@ -144,14 +136,6 @@ class RunConfig:
             assert isinstance(place[name], str), f"{dotted} is not a path of this recipe"
             place[name] = f"sha256:{content}"
         return plain
-
-    def recipe_sha256(self, path_hashes: Mapping[str, str]) -> str:
-        """Hash of the portable recipe, seed included.
-
-        Returns:
-            64 hexadecimal digits; the order of keys in the recipe does not matter.
-        """
-        return hashlib.sha256(json.dumps(self.portable(path_hashes), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _contradictions(config: RunConfig) -> Iterator[str]:

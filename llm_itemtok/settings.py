@@ -6,7 +6,7 @@ one class a kind, so an option that does not apply to a kind cannot be written f
 (`Only`, `Unless`) stands before it.
 
 Held is only what somebody gave, and defaults; what follows from them (capacities, steps, cache folders) is derived by
-`pipeline.py`. Settings that contradict each other are `config.py`'s.
+`pipeline`. Settings that contradict each other are `config.py`'s.
 """
 
 from collections.abc import Mapping

@@ -8,8 +8,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from llm_itemtok import strict
 from llm_itemtok.card import Subject, card, for_repo, redacted
+from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import HubError
+from llm_itemtok.papers import PAPERS, cited
 from llm_itemtok.recommender import Recommender
 from tests.test_recommender import adapter, made_of, merged
 from tests.test_report import _metrics
@@ -86,9 +89,23 @@ def test_a_relative_folder_is_a_place_too(tmp_path, monkeypatch):
 
 def test_the_methods_of_the_recipe_are_cited(metrics):
     text = merged().card(metrics, RECIPE)
-    for paper in ("rajput2023recommender", "arxiv:2203.01941", "arxiv:2106.09685", "arxiv:1808.09781"):
-        assert (paper in text) == (paper != "arxiv:1808.09781")
-    assert "arxiv" not in merged().card()
+    for paper in ("arxiv:2305.05065", "arxiv:2203.01941", "arxiv:2106.09685", "arxiv:1808.09781"):
+        assert paper in text
+    assert "arxiv:2412.17171" not in text
+    assert merged().card().count("@misc") == 1  # a bundle of no recipe is of item tokens all the same
+
+
+@pytest.mark.parametrize("place", PAPERS)
+def test_every_paper_is_cited_for_a_value_that_a_recipe_can_have(place):
+    section, name, value = place
+    kinds = map(strict.annotations_of, strict.sections_in(strict.annotations_of(RunConfig)[section]))
+    assert any(value in strict.choices_of(kind[name]) for kind in kinds if name in kind)
+    assert [paper.number for paper in cited({section: {name: value}})] == ["2305.05065", PAPERS[place].number]
+
+
+def test_the_five_systems_have_their_papers():
+    kinds = {kind for section, name, kind in PAPERS if section in ("objective", "scoring", "update")}
+    assert kinds == {"token-weighted", "recursive", "self-improve", "bilevel", "alternate"}
 
 
 def test_a_card_whose_metadata_somebody_broke_is_named():

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
 
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import Beams, beam_search
@@ -25,6 +24,7 @@ from llm_itemtok.evaluation.metrics import ranks_from_lists
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.likelihood import Normaliser
 from llm_itemtok.model.prompts import Prompts
+from llm_itemtok.processes import added_up, dealt, place_among
 from llm_itemtok.vocab.trie import ItemTrie
 
 Search = Callable[[Sequence[np.ndarray], Sequence[np.ndarray] | None], Beams]
@@ -142,15 +142,14 @@ def best_lists(
     order = np.argsort([len(history) for history in histories], kind="stable")
     items = np.zeros((len(cases), width), dtype=np.int64)
     scores = np.zeros((len(cases), width), dtype=np.float32)
-    place, processes = (distributed.get_rank(), distributed.get_world_size()) if _together() else (0, 1)
-    for start in range(place * batch_size, len(order), processes * batch_size):
-        chosen = order[start : start + batch_size]
+    _, processes = place_among()
+    for number, chosen in enumerate(dealt(order, batch_size), start=1):
         of_batch = [histories[case] for case in chosen]
         beams = search(of_batch, left_out(of_batch, cases.targets[chosen], mask_seen=mask_seen, repeats=repeats))
         items[chosen], scores[chosen] = beams.items, beams.scores
         if progress is not None:
-            progress(min(start + (processes - place) * batch_size, len(order)), len(order))
-    return _added_up(items, device), _added_up(scores, device)
+            progress(min(number * processes * batch_size, len(order)), len(order))
+    return added_up(items, device), added_up(scores, device)
 
 
 def left_out(
@@ -172,20 +171,6 @@ def left_out(
     if not mask_seen:
         return None
     return [history[history != target] for history, target in zip(histories, targets, strict=True)]
-
-
-def _together() -> bool:
-    """Whether other processes work on the same."""
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _added_up(part: np.ndarray, device: torch.device) -> np.ndarray:
-    """Sum of the arrays of all processes, which is exact, since but one of them is not zero at any place."""
-    if not _together() or not len(part):
-        return part
-    whole = torch.from_numpy(part).to(device)
-    distributed.all_reduce(whole)
-    return whole.cpu().numpy()
 
 
 @contextmanager

@@ -167,7 +167,14 @@ class Pool:
 
 
 def recipe_hash(recipe: Any) -> str:
-    """SHA-256 of a portable recipe as it stands in a record, keys sorted; equal to `RunConfig.recipe_sha256`."""
+    """SHA-256 of a portable recipe, seed included; the order of its keys does not matter.
+
+    Args:
+        recipe: of `RunConfig.portable`, or as it stands in a record.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 

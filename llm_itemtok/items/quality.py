@@ -1,4 +1,4 @@
-"""How good item codes are: numbers for every level, a table, and a verdict in words, by the rules of `doctor`.
+"""How good item codes are: numbers for every level, a table, and a verdict in words, by the rules of `findings`.
 
 Decisions:
 - Computed from the table (and vectors and quantizer where given), never from training logs: codes from anywhere are

@@ -162,7 +162,7 @@ def add_lora(
     Args:
         lm: the base model.
         rank: of the adapters.
-        alpha: their output is multiplied by `alpha / rank`,
+        alpha: their output is multiplied by `alpha / rank`.
         dropout: on their input.
         rslora: multiply by `alpha / sqrt(rank)` instead.
         seed: of the initial weights.
@@ -217,7 +217,7 @@ def with_item_tokens(
         tokenizer: gets the item tokens added.
         codes: the items' codes.
         initial_rows: maps the vocabulary and the base table `[V, D]` to rows `[T, D]` (`vocab.init`).
-        normaliser: see `model.item_lm`.
+        normaliser: see `model.likelihood`.
         label_smoothing: in `[0, 1)`.
         input_dropout: share of each input embedding dropped while training.
         output_dropout: share of each final state dropped while training.

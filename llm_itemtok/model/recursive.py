@@ -68,13 +68,6 @@ class Recursion(nn.Module):
         aligns: whether the model should tell how likely the item side finds each item's code.
     """
 
-    citation = """@misc{wang2026intrr,
-  title         = {IntRR: A Framework for Integrating SID Redistribution and Length Reduction},
-  author        = {Wang, Z. and Xu, L. and Deng, W. and Yan, H. and Liu, K. and Chu, X.},
-  year          = {2026},
-  eprint        = {2602.20704},
-  archivePrefix = {arXiv}
-}"""
     unit: Tensor
     gain: Tensor
     sharpness: Tensor

@@ -1,1 +1,1 @@
-"""A recipe carried out, stage by stage: the only reader of `RunConfig`."""
+"""A recipe carried out, stage by stage: here what `RunConfig` holds becomes arguments of components."""

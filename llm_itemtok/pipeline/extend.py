@@ -114,7 +114,7 @@ def extend(
     """
     folder = bundle.locate(model, None)
     run = folder.parent if folder.name == MODEL and (folder.parent / RECIPE).is_file() else None
-    _refuse_place(model, folder, run, out)
+    _refuse_place(model, folder, out)
     # From the beginning: two at once would begin with the same codes, and the items of one of them would be lost.
     with nullcontext() if run is None or out is not None else alone_in(run):
         return _extend(folder, run, items, vectors, out, log)
@@ -146,13 +146,10 @@ def _extend(folder: Path, run: Path | None, items: Path, vectors: Path | None, o
     return Extended(place, name, old, len(new), int(found.displaced.sum()))
 
 
-def _refuse_place(model: str | Path, folder: Path, run: Path | None, out: Path | None) -> None:
+def _refuse_place(model: str | Path, folder: Path, out: Path | None) -> None:
     """Raise `ArtifactError` if something else than a bundle would be overwritten, or a download changed."""
     if out is not None:
-        if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not (out / bundle.GENERATION).is_file():
-            raise ArtifactError(
-                f"{out}: an extended bundle must go into a new folder or replace a bundle, found: other files"
-            )
+        bundle.refuse_others(out, "an extended bundle")
         return
     if not Path(model).exists():
         raise ArtifactError(f"{model}: the copy of a Hub repository must stay as it is; name a folder with `--out`")

@@ -234,7 +234,7 @@ def train(
             keep_versions_until(folder, codes)  # later ones are of items that `extend` gave to a model before this one
         effort = trainer.effort
         quantizer = keep_quantizer(folder, model)
-        alone = bundle(config, data, model, tokenizer, peft_model, quantizer, repeats=repeats)
+        alone = make_recommender(config, data, model, tokenizer, peft_model, quantizer, repeats=repeats)
         recommender, shares = with_rescoring(config, data, alone, log)
         facts = _took(trainer, training_flops(model, effort.positions, effort.context_positions), trainable, shares)
         facts |= by_repeats | ({"repeats": shares["repeats"]} if "repeats" in shares else {})
@@ -336,7 +336,7 @@ def _trainer(
     return trainer
 
 
-def bundle(
+def make_recommender(
     config: RunConfig,
     data: Dataset,
     model: ItemTokenModel,

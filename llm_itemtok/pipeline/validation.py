@@ -14,7 +14,7 @@ from llm_itemtok.evaluation.metrics import metrics_from_ranks
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.likelihood import Normaliser
 from llm_itemtok.model.prompts import Prompts
-from llm_itemtok.training.processes import added_up, dealt
+from llm_itemtok.processes import added_up, dealt
 from llm_itemtok.update_settings import SelfImproveUpdate
 from llm_itemtok.vocab.item_vocab import ItemVocab
 from llm_itemtok.vocab.trie import ItemTrie

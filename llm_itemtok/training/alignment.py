@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from llm_itemtok.items.base import Quantizer
+from llm_itemtok.processes import together
 from llm_itemtok.training.examples import TASKS
 from llm_itemtok.training.objective import Heard, Objective
-from llm_itemtok.training.processes import together
 
 Variant = Literal["paper", "release"]
 Pool = Literal["mean", "last"]
@@ -240,13 +240,6 @@ class WithAlignments:
         objective: the recommender's own.
         active: whether the alignments count at the present step; `alternate` says when.
     """
-
-    citation = """@inproceedings{liu2025generative,
-  title     = {Generative Recommender with End-to-End Learnable Item Tokenization},
-  author    = {Liu, Enze and Zheng, Bowen and Ling, Cheng and Hu, Lantao and Li, Han and Zhao, Wayne Xin},
-  booktitle = {Proceedings of the 48th International ACM SIGIR Conference},
-  year      = {2025}
-}"""
 
     def __init__(self, objective: Objective, alignments: Alignments, quantizer: Quantizer, vectors: Tensor) -> None:
         """Add to `objective`.

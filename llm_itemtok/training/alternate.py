@@ -48,10 +48,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from llm_itemtok.items.base import Quantizer, check_vectors
 from llm_itemtok.items.recode import recode
 from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.processes import added_up, dealt
 from llm_itemtok.training.alignment import PREFERENCE, SEQUENCE, Alignments, WithAlignments, first_of_each, pairs
 from llm_itemtok.training.examples import TASKS
 from llm_itemtok.training.late_binding import LateBinding
-from llm_itemtok.training.processes import added_up, dealt
 from llm_itemtok.training.quantizer_optimizer import QuantizerOptimizer
 from llm_itemtok.training.updates import Moment, Proposal
 
@@ -140,8 +140,6 @@ class Material:
 class Alternate:
     """The `Method` of updates; its model has `quantizer`, and `beside` for the alignments."""
 
-    citation = WithAlignments.citation
-
     def __init__(
         self,
         turns: Turns,
@@ -176,7 +174,7 @@ class Alternate:
 
     # ------------------------------------------------------------------------------------------------ the schedule
 
-    def due(self, step: int, epoch: float) -> bool:
+    def due(self, step: int) -> bool:
         """Where a cycle begins, as long as cycles last."""
         return step < self.end and self.turns.due(step)
 

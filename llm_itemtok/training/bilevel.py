@@ -48,10 +48,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llm_itemtok.items.recode import recode
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.state import QUANTIZER
+from llm_itemtok.processes import place_among, summed_up
 from llm_itemtok.training.gradients import SURGERIES, Surgery, conflict
 from llm_itemtok.training.late_binding import LateBinding
 from llm_itemtok.training.objective import Objective
-from llm_itemtok.training.processes import place_among, summed_up
 from llm_itemtok.training.quantizer_optimizer import QuantizerOptimizer
 from llm_itemtok.training.updates import Moment, Proposal
 
@@ -156,7 +156,7 @@ class Bilevel:
             model.quantizer, learning_rate=upper.learning_rate, weight_decay=upper.weight_decay
         )
 
-    def due(self, step: int, epoch: float) -> bool:
+    def due(self, step: int) -> bool:
         """After every so many steps."""
         return step > 0 and step % self.every == 0
 

@@ -17,9 +17,9 @@ from datasets import Dataset as ExampleTable
 from torch import Tensor
 
 from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.processes import added_up, dealt
 from llm_itemtok.training.examples import TASKS
 from llm_itemtok.training.late_binding import LateBinding
-from llm_itemtok.training.processes import added_up, dealt
 
 _UNIT = 2.0**32
 

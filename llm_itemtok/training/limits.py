@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from llm_itemtok.errors import ItemTokError, TrainingError
+from llm_itemtok.processes import together
 from llm_itemtok.training.arguments import CHECKPOINTING
-from llm_itemtok.training.processes import together
 
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
 """What torch says of memory that is not to be had, where it has no error class of its own for it."""

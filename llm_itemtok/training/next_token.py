@@ -22,13 +22,6 @@ MODEL_INPUTS = ("input_ids", "labels", "levels", "context_ids", "context_seen")
 class NextToken:
     """The `Objective` with one term per task, all over the same denominator."""
 
-    citation = """@inproceedings{rajput2023recommender,
-  title     = {Recommender Systems with Generative Retrieval},
-  author    = {Rajput, Shashank and Mehta, Nikhil and Singh, Anima and Keshavan, Raghunandan and others},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2023}
-}"""
-
     def __init__(self, tasks: Sequence[str]) -> None:
         """Minimise over these tasks; the same on every process, whatever its batches happen to hold."""
         self.tasks = tuple(tasks)

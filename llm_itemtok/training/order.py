@@ -22,8 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llm_itemtok.artifacts import write_bytes
+from llm_itemtok.processes import of_main, place_among
 from llm_itemtok.training.examples import TASKS
-from llm_itemtok.training.processes import of_main, place_among
 
 BLANK: dict[str, Any] = {"task": TASKS.index("next-item"), "items": [0], "first": 0, "weight": 0.0}
 """An example that reads nothing, and whose target does not count."""

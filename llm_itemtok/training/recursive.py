@@ -16,7 +16,6 @@ from typing import final
 
 from torch import Tensor, nn
 
-from llm_itemtok.model.recursive import Recursion
 from llm_itemtok.training.objective import Heard, Objective
 
 
@@ -28,8 +27,6 @@ class Aligned:
         objective: `L_rec`.
         weight: of the alignment.
     """
-
-    citation = Recursion.citation
 
     def __init__(self, objective: Objective, weight: float) -> None:
         """Add to `objective`; the model's recursion must tell its alignment."""

@@ -47,9 +47,9 @@ from llm_itemtok.items.requantise import LevelMixtures
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.likelihood import PlainNormaliser
 from llm_itemtok.model.prompts import Prompts
+from llm_itemtok.processes import added_up, dealt
 from llm_itemtok.training.item_states import predicting_states, shrunk
 from llm_itemtok.training.late_binding import LateBinding
-from llm_itemtok.training.processes import added_up, dealt
 from llm_itemtok.training.updates import Moment, Proposal
 
 ROUNDING = 1e-4
@@ -70,7 +70,7 @@ class Search:
         usage_penalty: see `decoding.level_beams.usage_penalties`; 0 leaves it out.
         contexts: see `item_states.predicting_states`.
         vectors_weight: of the item vectors beside the states; 0 leaves them out.
-        whiten: of states and item vectors (`items.vectors.whitened`); 0 takes them as they are.
+        whiten: of states and item vectors (`items.combine.whitened`); 0 takes them as they are.
         shrinkage: see `item_states.shrunk`; only beside item vectors.
         steps: of Lloyd's algorithm on the codebooks.
         outliers: share of the items that may move, the most conflicting ones; None lets all.
@@ -124,21 +124,13 @@ class Material:
 class SelfImprove:
     """The `Method` of updates that asks the model."""
 
-    citation = """@misc{chen2024enhancing,
-  title         = {Enhancing Item Tokenization for Generative Recommendation through Self-Improvement},
-  author        = {Chen, Runjin and Ju, Mingxuan and Shah, Neil and others},
-  year          = {2024},
-  eprint        = {2412.17171},
-  archivePrefix = {arXiv}
-}"""
-
     def __init__(self, every: int, search: Search, material: Material) -> None:
         """Update after every `every` optimiser steps."""
         self.every = every
         self.search = search
         self.material = material
 
-    def due(self, step: int, epoch: float) -> bool:
+    def due(self, step: int) -> bool:
         """Every so many steps, not before the first ones."""
         return step > 0 and step % self.every == 0
 
@@ -325,7 +317,7 @@ class RandomMoves:
         """Move a share of the items after every `every` optimiser steps."""
         self.every, self.share, self.seed = every, share, seed
 
-    def due(self, step: int, epoch: float) -> bool:
+    def due(self, step: int) -> bool:
         """Every so many steps, not before the first ones."""
         return step > 0 and step % self.every == 0
 

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.processes import together
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import TASKS
 from llm_itemtok.training.next_token import MODEL_INPUTS
-from llm_itemtok.training.processes import together
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
 _LEAST_PACE = 1e-6
@@ -102,14 +102,6 @@ class TokenWeighted:
         step: optimiser steps before this one.
         mix: the log-weights that the model must hold as its `mix`; None where nothing is learned.
     """
-
-    citation = """@misc{chiu2026token,
-  title         = {Token-Weighted Multi-Target Learning for Generative Recommenders with Curriculum Learning},
-  author        = {Chiu, Wei-Ning and Wang, Chuan-Ju and Cheng, Pu-Jen},
-  year          = {2026},
-  eprint        = {2601.17787},
-  archivePrefix = {arXiv}
-}"""
 
     def __init__(
         self,

@@ -11,10 +11,10 @@ go back to what they were, bit for bit, while the schedule and the count of step
 accepted at once; such rounds may come often, so their codes become a version where the next checkpoint is written, many
 rounds' changes in one. After `patience` rounds in a row that changed nothing, or were refused, there are no more.
 
-Written for three users. Self-improvement (SIIT) proposes every so many epochs and has a gate. A method that trains a
-quantizer by gradients of its own every M steps (BLOGER) does so in `propose`, and has no gate; one that alternates with
-the recommender (ETEGRec) proposes where epochs end. What they train belongs to the one composite module, so that
-snapshots and checkpoints hold it.
+Written for three users, all of which go by steps. Self-improvement (SIIT) proposes rarely and has a gate. A method that
+trains a quantizer by gradients of its own every M steps (BLOGER) does so in `propose`, and has no gate; one that
+alternates with the recommender (ETEGRec) proposes where a cycle begins. What they train belongs to the one composite
+module, so that snapshots and checkpoints hold it.
 
 Decisions:
 - A checkpoint of a trial is never the best one, and its validation is no step towards stopping early: what may be
@@ -45,8 +45,8 @@ from llm_itemtok.artifacts import read_json, write_bytes, write_json
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.item_lm import ItemTokenModel
+from llm_itemtok.processes import of_main
 from llm_itemtok.training.fresh_rows import refresh_rows
-from llm_itemtok.training.processes import of_main
 from llm_itemtok.training.snapshot import Snapshot
 from llm_itemtok.training.versions import Moves, Versions, usage_of
 
@@ -92,8 +92,8 @@ class Proposal:
 class Method(Protocol):
     """A way to update item tokens."""
 
-    def due(self, step: int, epoch: float) -> bool:
-        """Whether item tokens may change now; asked between any two steps, on all processes."""
+    def due(self, step: int) -> bool:
+        """Whether item tokens may change after so many steps; asked between any two of them, on all processes."""
         ...
 
     def propose(self, moment: Moment) -> Proposal | None:
@@ -248,7 +248,7 @@ class Updates(TrainerCallback):
     ) -> None:
         """Begin a round, if it is time."""
         assert optimizer is not None
-        if self._may_begin(state) and self.method.due(state.global_step, float(state.epoch or 0.0)):
+        if self._may_begin(state) and self.method.due(state.global_step):
             self._begin(Moment(self._model, optimizer, state.global_step, float(state.epoch or 0.0)), state)
 
     def on_step_end(

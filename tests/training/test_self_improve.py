@@ -212,7 +212,7 @@ def test_random_moves_move_just_as_many_to_free_codes():
     proposal = method.propose(moment(model))
     assert ItemCodes(proposal.table, codes.sizes).is_injective
     assert (proposal.table != codes.table).any(axis=1).sum() == 15
-    assert [step for step in range(7) if method.due(step, 0.0)] == [2, 4, 6]
+    assert [step for step in range(7) if method.due(step)] == [2, 4, 6]
 
 
 @pytest.mark.slow

@@ -205,10 +205,6 @@ def test_no_round_begins_that_cannot_end(tmp_path):
     assert not trainer.updates.on_trial
 
 
-def without_codes_of_now(folder):
-    return [line for line in without_times(folder) if "train_runtime" not in line]
-
-
 def test_a_training_killed_in_the_middle_of_a_pass_goes_on_as_if_nothing_had_been(tmp_path):
     settings = {"steps": 12, "every": 3, "dropout": 0.2, "train_sampling_strategy": "random", **ADAM}
     straight = make_updating(tmp_path / "straight", Shuffle(4, 0.1), OPEN, **settings)

@@ -43,7 +43,7 @@ class Shuffle:
     def __init__(self, every: int, share: float = 1.0) -> None:
         self.every, self.share = every, share
 
-    def due(self, step: int, epoch: float) -> bool:
+    def due(self, step: int) -> bool:
         return step > 0 and step % self.every == 0
 
     def propose(self, moment: Moment) -> Proposal:
@@ -72,7 +72,7 @@ class Rebuild:
         self.optimizer: QuantizerOptimizer | None = None
         self.begun: dict | None = None
 
-    def due(self, step: int, epoch: float) -> bool:
+    def due(self, step: int) -> bool:
         return step > 0 and step % self.every == 0
 
     def propose(self, moment: Moment) -> Proposal | None:

@@ -1,4 +1,4 @@
-"""Work that the processes of a training share, with the result of one process alone.
+"""Work that the processes of a run share, with the result of one process alone.
 
 The work is cut into fixed batches, which are dealt like cards: process p of P takes batches p, p + P, ... What is
 computed together decides the last digits, so batches must not depend on the number of processes. Each process fills its
