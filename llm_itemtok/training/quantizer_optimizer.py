@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from llm_itemtok.errors import TrainingError
 from llm_itemtok.items.base import Quantizer
 from llm_itemtok.training.snapshot import flat_state, load_flat_state
 
@@ -61,7 +62,17 @@ class QuantizerOptimizer:
         Args:
             gradients: the same on all processes.
             scale: of the learning rate in this step.
+
+        Raises:
+            TrainingError: if a gradient is no finite number: every item would read the same codeword from then on.
         """
+        finite = [gradient.isfinite().all() for gradient in gradients if gradient is not None]
+        if finite and not torch.stack(finite).all():
+            raise TrainingError(
+                "gradients of the quantizer must stay finite, found: infinity or NaN; lower `update.learning_rate` or "
+                "the weights of the terms of `update`, or look for numbers out of range in the item vectors. "
+                "Checkpoints are of before"
+            )
         for group in self._adam.param_groups:
             group["lr"] = scale * self._rate
         for parameter, gradient in zip(self.parameters, gradients, strict=True):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from llm_itemtok.errors import ArtifactError
+from llm_itemtok.errors import ArtifactError, TrainingError
 from llm_itemtok.model.state import hold_quantizer
 from llm_itemtok.training.quantizer_optimizer import QuantizerOptimizer
 from llm_itemtok.training.snapshot import Snapshot
@@ -48,6 +48,18 @@ def test_a_training_killed_between_steps_of_the_quantizer_goes_on_as_if_nothing_
     (checkpoint / METHOD_FILE).unlink()
     with pytest.raises(ArtifactError, match="must hold what its method keeps"):
         updating(folder, **settings).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_is_refused_and_nothing_moves(broken):
+    quantizer, _, _ = tiny_quantizer()
+    optimizer = QuantizerOptimizer(quantizer, learning_rate=0.01)
+    before = copy.deepcopy(quantizer.state_dict())
+    gradients = [torch.ones_like(parameter) for parameter in optimizer.parameters]
+    gradients[-1].view(-1)[0] = broken
+    with pytest.raises(TrainingError, match=r"must stay finite, found: infinity or NaN; lower `update\.learning_rate`"):
+        optimizer.step(gradients)
+    assert_close(quantizer.state_dict(), before, atol=0, rtol=0)
 
 
 def test_a_step_is_as_long_as_its_scale_says():
