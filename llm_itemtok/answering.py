@@ -91,10 +91,10 @@ class Answering(abc.ABC):
         """Find the most probable items.
 
         Args:
-            histories: B arrays of item rows, int64, oldest first, of any lengths.
+            histories: B arrays of catalogue rows, int64, oldest first, of any lengths.
             beam: beams kept.
-            allowed: one array of item rows a history, or None where all may come out.
-            excluded: one array of item rows a history that must not come out, or None.
+            allowed: one array of catalogue rows a history, or None where all may come out.
+            excluded: one array of catalogue rows a history that must not come out, or None.
         """
 
     @abc.abstractmethod
@@ -103,7 +103,7 @@ class Answering(abc.ABC):
 
         Args:
             histories: as in `search`.
-            items: B arrays of item rows.
+            items: B arrays of catalogue rows.
 
         Returns:
             B float32 arrays of log-probabilities, beside `items`.
@@ -257,7 +257,7 @@ def best_scored(candidates: Sequence[np.ndarray], scores: Sequence[np.ndarray], 
     """The best of some items.
 
     Args:
-        candidates: B arrays of item rows, int64, ascending, each once; of equal scores the lower row comes first.
+        candidates: B arrays of catalogue rows, int64, ascending, each once; of equal scores the lower row comes first.
         scores: B float arrays beside them.
         width: length of the lists.
 

@@ -25,8 +25,8 @@ from llm_itemtok.artifacts import ITEMS, atomic_folder, sha256_of_arrays, write_
 from llm_itemtok.bundle import CARD, GENERATION, Generation
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import Beams, beam_search
+from llm_itemtok.decoding.choice import decoder_for
 from llm_itemtok.decoding.dense import Both, Rescorer, best_known
-from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.scoring import score_items
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.evaluation.full_ranking import Ranking, rank_cases

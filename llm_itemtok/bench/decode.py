@@ -27,7 +27,7 @@ from llm_itemtok.bench.measure import (
 )
 from llm_itemtok.bench.usual import DictTrie, generate_items, one_prefill
 from llm_itemtok.decoding.beams import beam_search
-from llm_itemtok.decoding.replicated import decoder_for
+from llm_itemtok.decoding.choice import decoder_for
 from llm_itemtok.model.likelihood import Normaliser
 from llm_itemtok.vocab.trie import ItemTrie
 
@@ -50,7 +50,7 @@ class Decoding:
         self.first_ids = [vocab.first_id + start for start in vocab.level_starts]
 
     def usual(self) -> np.ndarray:
-        """Rank with `generate`; item rows `[B, K]`."""
+        """Rank with `generate`; catalogue rows `[B, K]`."""
         found, _ = generate_items(self.plain, self.dict_trie, self.prompts, beam=BEAM, levels=self.paths.shape[1])
         rows = {tuple(path): row for row, path in enumerate(self.paths.tolist())}
         return np.array([[rows[tuple(path)] for path in user] for user in found.tolist()])

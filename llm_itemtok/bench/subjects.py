@@ -173,7 +173,7 @@ def floor_gflop(shape: Shape, *, users: int, tokens: int, beam: int, levels: tup
 
 
 def sequences(users: int, num_items: int, *, longest: int = 20, seed: int = 0) -> list[np.ndarray]:
-    """Users' item rows, as long as in Amazon's Beauty log: 5 or more, few long ones, mean about 9."""
+    """Users' catalogue rows, as long as in Amazon's Beauty log: 5 or more, few long ones, mean about 9."""
     rng = np.random.default_rng(seed)
     lengths = np.minimum(4 + rng.geometric(1 / 5.1, size=users), longest)
     return [rng.integers(0, num_items, size=length) for length in lengths]

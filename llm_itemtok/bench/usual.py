@@ -83,7 +83,7 @@ def one_prefill(
         beam: K.
 
     Returns:
-        Item rows int64 `[B, K]`, best first.
+        Catalogue rows int64 `[B, K]`, best first.
     """
     users = len(prompts)
     cache = DynamicCache()
@@ -114,7 +114,7 @@ class Windows:
     """One training example per target: its history in front, a loss on its own tokens alone."""
 
     def __init__(self, paths: Tensor, sequences: Sequence[np.ndarray], *, start: int, history_length: int) -> None:
-        """Cut sequences of item rows into examples of token ids; `paths` is int64 `[N, L]`, `start` begins a prompt."""
+        """Cut sequences of catalogue rows into examples of token ids: `paths` `[N, L]`; prompts begin with `start`."""
         self.levels = paths.shape[1]
         self.examples: list[Tensor] = []
         for sequence in sequences:

@@ -39,7 +39,7 @@ class Beams:
     """Ranked items of B users.
 
     Attributes:
-        items: int64 `[B, K]`, item rows, best first; -1 where fewer than K items are left.
+        items: int64 `[B, K]`, catalogue rows, best first; -1 where fewer than K items are left.
         scores: float32 `[B, K]`, log-probability of the item under the stated normaliser; -inf where there is none.
     """
 
@@ -67,15 +67,16 @@ def beam_search(
         beam: beams kept at every level; at least 1. With no more allowed items than beams the search is exact.
         normaliser: as in training, or `children`: renormalised over the legal children of each prefix, whatever a user
             is allowed.
-        allowed: item rows that may come out, one array per user, None where all may; nothing comes out of an empty one.
-        excluded: item rows that may not come out, such as items already seen, one array per user or None. Counts for
-            more than `allowed`. As many others come out as there are, up to `beam`.
+        allowed: catalogue rows that may come out, one array per user, None where all may; nothing comes out of an
+            empty one.
+        excluded: catalogue rows that may not come out, such as items already seen, one array per user or None. Counts
+            for more than `allowed`. As many others come out as there are, up to `beam`.
 
     Returns:
         Lists of `beam` items, or of the whole catalogue where that has fewer.
 
     Raises:
-        DataError: if `beam` is below 1, or a list is not of item rows of the catalogue.
+        DataError: if `beam` is below 1, or a list is not of catalogue rows of the catalogue.
     """
     if beam < 1:
         raise DataError(f"`beam` must be at least 1, was: {beam}")
@@ -229,7 +230,7 @@ def _read_lists(
 def _tidy(
     name: str, lists: Sequence[np.ndarray | None] | None, users: int, num_items: int
 ) -> Sequence[np.ndarray | None]:
-    """Check lists of item rows and sort them, each row once; an array that is given twice is read once."""
+    """Check lists of catalogue rows and sort them, each row once; an array that is given twice is read once."""
     if lists is None:
         return [None] * users
     if len(lists) != users:
@@ -238,11 +239,13 @@ def _tidy(
     for rows in lists:
         if rows is not None and id(rows) not in tidy:
             if len(rows) and not np.issubdtype(np.asarray(rows).dtype, np.integer):
-                raise DataError(f"`{name}` must hold item rows, whole numbers, was: {np.asarray(rows).dtype}")
+                raise DataError(f"`{name}` must hold catalogue rows, whole numbers, was: {np.asarray(rows).dtype}")
             ordered = np.sort(np.asarray(rows, dtype=np.int64))  # `np.unique` takes 15 times as long for a million
             tidy[id(rows)] = ordered = ordered[np.diff(ordered, prepend=np.iinfo(np.int64).min) != 0]
             if len(ordered) and (ordered[0] < 0 or ordered[-1] >= num_items):
-                raise DataError(f"`{name}` must hold item rows in [0, {num_items}), was: {ordered[0]} to {ordered[-1]}")
+                raise DataError(
+                    f"`{name}` must hold catalogue rows in [0, {num_items}), was: {ordered[0]} to {ordered[-1]}"
+                )
     return [None if rows is None else tidy[id(rows)] for rows in lists]
 
 
@@ -259,7 +262,7 @@ def _that_count(banned: np.ndarray | None, listed: np.ndarray | None) -> np.ndar
 
 
 def _file(trie: ItemTrie, lists: Sequence[np.ndarray]) -> _Listed:
-    """Turn tidy item rows into leaves that are looked up in one sorted array, the same array of two users once."""
+    """Turn tidy catalogue rows into leaves that are looked up in one sorted array, the same array of two users once."""
     distinct = {id(rows): rows for rows in lists}
     numbers = {each: number for number, each in enumerate(distinct)}
     owners = np.repeat(np.arange(len(distinct)), [len(rows) for rows in distinct.values()])

@@ -48,7 +48,7 @@ class Rescorer:
         """Score all items that it knows.
 
         Args:
-            histories: B arrays of item rows, oldest first; rows that it does not know are passed over.
+            histories: B arrays of catalogue rows, oldest first; rows that it does not know are passed over.
 
         Returns:
             float32 `[B, M]`, natural logarithms; each row's exponentials add up to 1.
@@ -110,11 +110,11 @@ def best_known(
     Args:
         dense_BM: as `Rescorer.log_probs` gives them.
         width: how many of each history at most.
-        allowed: one array of item rows a history, or None where all may come out.
-        excluded: one array of item rows a history that must not come out, or None.
+        allowed: one array of catalogue rows a history, or None where all may come out.
+        excluded: one array of catalogue rows a history that must not come out, or None.
 
     Returns:
-        B arrays of item rows, int64, in no order.
+        B arrays of catalogue rows, int64, in no order.
     """
     scores_BM = dense_BM.copy()
     B, M = scores_BM.shape
@@ -133,7 +133,7 @@ class Both(NamedTuple):
     """Items of some histories, scored by the language model and by the dense one."""
 
     items: Sequence[np.ndarray]
-    """B arrays of item rows, int64."""
+    """B arrays of catalogue rows, int64."""
     own: Sequence[np.ndarray]
     """B float32 arrays beside them: log-probabilities of the language model."""
     dense_BM: NDArray[np.float32]

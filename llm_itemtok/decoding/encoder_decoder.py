@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from llm_itemtok.decoding.masks import additive
-from llm_itemtok.decoding.tree import TreeDecoder, TreeState, copied, padded
+from llm_itemtok.decoding.padding import padded
+from llm_itemtok.decoding.tree import TreeDecoder, TreeState, copied
 
 
 @dataclass

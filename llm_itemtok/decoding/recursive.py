@@ -1,6 +1,6 @@
 """Beams inside the recursive network: the backbone reads a history once, whatever the number of levels and beams.
 
-The third implementation of the decoding interface (`BeamDecoder`). A beam is its last codeword and nothing else: the
+An implementation of the decoding interface (`BeamDecoder`). A beam is its last codeword and nothing else: the
 network goes by the codeword of the level before and by the backbone's state (`model/recursive.py`). So there is no
 cache to extend, parents do not matter, and what can be scored at a level has no more forms than the level before has
 codewords, however many items there are.
@@ -88,7 +88,7 @@ class RecursiveDecoder:
 
         Args:
             state: `[D]`.
-            items: int64 `[n]`, item rows.
+            items: int64 `[n]`, catalogue rows.
             trie: to normalise over the children of each prefix; None to normalise over the level.
 
         Returns:

@@ -12,7 +12,6 @@ Shape letters: B users, K beams, S prompt positions, D model width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +19,6 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from llm_itemtok.decoding.encoder_decoder import EncoderDecoderTree
-from llm_itemtok.decoding.recursive import RecursiveDecoder
-from llm_itemtok.decoding.tree import BeamDecoder, TreeDecoder, takes_tree_masks
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.likelihood import PlainNormaliser
 
@@ -98,16 +94,6 @@ class ReplicatedDecoder:
             use_cache=True,
         ).last_hidden_state
         return self.model.level_log_probs(hidden.view(num_users, num_beams, -1), level, normaliser)
-
-
-def decoder_for(model: ItemTokenModel) -> BeamDecoder[Any]:
-    """The fastest decoder that is right for a model, which should be in evaluation mode; its `name` says which."""
-    if model.recursion is not None:
-        return RecursiveDecoder(model)
-    if model.answer_start is not None:
-        # The one attention of the library that ignores such masks, FlashAttention, is not there for T5.
-        return EncoderDecoderTree(model)
-    return TreeDecoder(model) if takes_tree_masks(model) else ReplicatedDecoder(model)
 
 
 def _follow(state: ReplicatedState, parents: Tensor, history: int) -> None:

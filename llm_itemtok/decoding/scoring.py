@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from llm_itemtok.decoding.blocks import Blocks, cut, join
+from llm_itemtok.decoding.choice import decoder_for
 from llm_itemtok.decoding.recursive import RecursiveDecoder
-from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.tree import TreeDecoder, TreeState
 from llm_itemtok.errors import DataError, ItemTokError
 from llm_itemtok.model.item_lm import ItemTokenModel
@@ -55,7 +55,7 @@ def score_items(
         trie: of the model's current codes, on the model's device; read for the normaliser `children` only, which
             counts the children of the whole catalogue.
         prompts: B arrays of token ids.
-        items: B arrays of item rows, of any lengths; an item may come more than once.
+        items: B arrays of catalogue rows, of any lengths; an item may come more than once.
         normaliser: as in `beam_search`.
         nodes_per_pass: positions fed at a time, at least 1. Memory beside the model and the scores is that of this many
             positions (or of one prompt, or of one path, if that is longer) with a level's log-probabilities for each,
@@ -91,7 +91,7 @@ def score_catalog(
     """Score every item after each prompt; as `score_items` with all items for each.
 
     Returns:
-        float32 `[B, num_items]`, by item row: 4 bytes a user and item.
+        float32 `[B, num_items]`, by catalogue row: 4 bytes a user and item.
     """
     scores = np.empty((len(prompts), trie.num_items), dtype=np.float32)
     everything = np.arange(trie.num_items)

@@ -19,7 +19,7 @@ import torch
 
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import Beams, beam_search
-from llm_itemtok.decoding.replicated import decoder_for
+from llm_itemtok.decoding.choice import decoder_for
 from llm_itemtok.evaluation.metrics import ranks_from_lists
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.likelihood import Normaliser
@@ -28,7 +28,7 @@ from llm_itemtok.processes import added_up, dealt, place_among
 from llm_itemtok.vocab.trie import ItemTrie
 
 Search = Callable[[Sequence[np.ndarray], Sequence[np.ndarray] | None], Beams]
-"""Finds the best items after each of some histories (arrays of item rows), none of those that are excluded."""
+"""Finds the best items after each of some histories (arrays of catalogue rows), none of those that are excluded."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Ranking:
     """The lists of all cases, in the order of the cases.
 
     Attributes:
-        items: int64 `[C, K]`, item rows, best first, -1 where a list is shorter.
+        items: int64 `[C, K]`, catalogue rows, best first, -1 where a list is shorter.
         scores: float32 `[C, K]`, log-probabilities under the decoding normaliser, or means of them over several models.
         ranks: float64 `[C]`, rank of each target, 0 where it is not in the list.
         model_seconds: how long this process was inside the model, body and head; None where several models answer, and
             on an accelerator, which works on while the process goes ahead, so that only waiting for it would tell.
-        decoder: how the beams of a user were decoded: `tree` or `encoder-decoder tree` in one row, or `replicated`;
-            of several models each way once, joined by `+`.
+        decoder: how the beams of a user were decoded: `tree` or `encoder-decoder tree` in one row, `replicated`, or
+            `recursive`; of several models each way once, joined by `+`.
     """
 
     items: np.ndarray
@@ -158,13 +158,13 @@ def left_out(
     """Items that must not come out after each history, when a model is measured.
 
     Args:
-        histories: B arrays of item rows.
+        histories: B arrays of catalogue rows.
         targets: int64 `[B]`.
         mask_seen: as in `rank_cases`.
         repeats: the same; it goes before, for who knows that nobody returns knows it of the target, too.
 
     Returns:
-        B arrays of item rows; None where everything may come out.
+        B arrays of catalogue rows; None where everything may come out.
     """
     if not repeats:
         return list(histories)

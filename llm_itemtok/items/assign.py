@@ -128,7 +128,7 @@ def _check(codes: ItemCodes, candidates: Candidates) -> None:
         return
     if rows.min() < 0 or rows.max() >= codes.num_items or (table < 0).any() or (table >= codes.sizes).any():
         raise DataError(
-            f"candidates must be of item rows in [0, {codes.num_items}) with codewords below {codes.sizes}, found "
+            f"candidates must be of catalogue rows in [0, {codes.num_items}) with codewords below {codes.sizes}, found "
             f"others: rows {rows.min()} to {rows.max()}, codewords {table.min(0)} to {table.max(0)}"
         )
     if not (np.isfinite(candidates.log_likelihoods).all() and np.isfinite(candidates.keep[rows]).all()):

@@ -181,7 +181,7 @@ class ItemCodes:
             depth: length of the prefixes, in `[0, L]`.
 
         Returns:
-            rows: int64 `[N]`, every item row once; rows of one prefix ascend.
+            rows: int64 `[N]`, every catalogue row once; rows of one prefix ascend.
             first: bool `[N]`, whether the prefix differs from the one before it in this order.
 
         Raises:

@@ -26,7 +26,7 @@ from llm_itemtok.errors import CollisionError, DataError
 from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.free_codes import FreeCodes, Shared, latent_space, squared_errors
-from llm_itemtok.items.spread import spread
+from llm_itemtok.items.sinkhorn import sinkhorn_choices
 
 MAX_ROUNDS = 20
 """Rounds of `sinkhorn` before what still collides goes to the nearest free code; as many as LC-Rec has."""
@@ -140,7 +140,7 @@ def sinkhorn(codes: ItemCodes, vectors: np.ndarray | None, quantizer: Quantizer 
     free = shared.available.copy()
     table, left, rounds = codes.table.copy(), np.arange(len(shared.rows)), 0
     while len(left) and rounds < MAX_ROUNDS:
-        words = spread(shared.distances[left], shared.prefixes[left], free)
+        words = sinkhorn_choices(shared.distances[left], shared.prefixes[left], free)
         wanting = np.flatnonzero(words >= 0)
         if not len(wanting):
             break

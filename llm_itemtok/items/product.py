@@ -30,7 +30,7 @@ from llm_itemtok.errors import DataError
 from llm_itemtok.items.base import ItemTokenizer, Quantizer, check_codebook_shape, check_vectors
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.kmeans import kmeans
-from llm_itemtok.items.residual_kmeans import principal_components, spread
+from llm_itemtok.items.principal import principal_components, root_mean_square
 
 Rotation = Literal["none", "pca", "opq"]
 
@@ -162,7 +162,7 @@ class ProductKMeans(ItemTokenizer):
             turn = dealt_components(centred, num_components, self.levels)
         if self.rotation == "opq":
             turn = turn @ self._best_turn(centred @ turn)
-        quantizer.scale.fill_(spread(vectors))
+        quantizer.scale.fill_(root_mean_square(vectors))
         quantizer.mean.copy_(torch.from_numpy(vectors.mean(axis=0)))
         quantizer.turn.copy_(torch.from_numpy(turn))
         latent = quantizer.to_latent(torch.from_numpy(vectors)).numpy()

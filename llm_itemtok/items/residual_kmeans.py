@@ -32,6 +32,7 @@ from llm_itemtok.items.balanced_kmeans import BalancedClusters, balanced_kmeans
 from llm_itemtok.items.base import ItemTokenizer, Quantizer, check_codebook_shape, check_vectors
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.kmeans import Clusters, kmeans, take_away
+from llm_itemtok.items.principal import principal_components, root_mean_square
 from llm_itemtok.items.streaming import draw_rows, read_rows
 
 
@@ -177,7 +178,7 @@ class ResidualKMeans(ItemTokenizer):
             latent_dimensions=num_components,
             balanced=self.balance,
         )
-        quantizer.scale.fill_(spread(vectors))
+        quantizer.scale.fill_(root_mean_square(vectors))
         if num_components:
             quantizer.mean.copy_(torch.from_numpy(vectors.mean(axis=0)))
             quantizer.components.copy_(torch.from_numpy(principal_components(vectors, num_components)))
@@ -196,25 +197,3 @@ class ResidualKMeans(ItemTokenizer):
             quantizer.codebooks.data[level] = torch.from_numpy(found.centres)
             take_away(residual, found.centres, found.labels)
         return quantizer.eval()
-
-
-def principal_components(vectors: np.ndarray, num: int) -> np.ndarray:
-    """Directions of largest variance, largest first.
-
-    Args:
-        vectors: float32 `[N, D]`.
-        num: number of directions, H, at most D.
-
-    Returns:
-        float32 `[D, H]`, orthonormal columns; of the two signs, the one that makes the largest entry positive.
-    """
-    covariance = np.cov(vectors, rowvar=False, bias=True, dtype=np.float64).reshape(vectors.shape[1], -1)
-    directions = np.linalg.eigh(covariance)[1][:, ::-1][:, :num]
-    largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=0)[None], axis=0)
-    return (directions * np.sign(largest)).astype(np.float32)
-
-
-def spread(vectors: np.ndarray) -> float:
-    """Root mean square of the centred vectors, 1 when they are all the same: the unit of reconstruction losses."""
-    centred = vectors - vectors.mean(axis=0)
-    return float(np.sqrt(np.square(centred, out=centred).mean())) or 1.0

@@ -35,7 +35,7 @@ from llm_itemtok.items.codebooks import revive, start_codebooks
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.estimators import Estimator, gumbel, rotation, straight_through
 from llm_itemtok.items.letter import LetterTerms
-from llm_itemtok.items.residual_kmeans import spread
+from llm_itemtok.items.principal import root_mean_square
 from llm_itemtok.items.stopping import Look, StopRule, Watch
 
 EstimatorName = Literal["straight-through", "rotation", "gumbel"]
@@ -247,7 +247,7 @@ class RQVAE(ItemTokenizer):
             )
             terms = self._terms(len(x_ND))
         quantizer.mean.copy_(x_ND.mean(dim=0))
-        quantizer.scale.fill_(spread(x_ND.numpy()))
+        quantizer.scale.fill_(root_mean_square(x_ND.numpy()))
         shuffle = torch.Generator().manual_seed(self.seed)
         self._used_LK.zero_()
         self._steps = 0

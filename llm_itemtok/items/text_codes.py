@@ -153,7 +153,7 @@ def sequential_numbers(train_items: np.ndarray, *, num_items: int, seed: int) ->
     """Number items as they first come up in training, user by user; those that do not, at random behind them.
 
     Args:
-        train_items: item rows of all training sequences, one user's after the other's, each in time order.
+        train_items: catalogue rows of all training sequences, one user's after the other's, each in time order.
         num_items: of the catalogue.
         seed: for items that training does not have.
 

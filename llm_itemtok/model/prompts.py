@@ -54,7 +54,7 @@ class Prompts:
         Args:
             tokenizer: with the item tokens.
             vocab: the current item tokens.
-            texts: one per item row, for text tasks only.
+            texts: one per catalogue row, for text tasks only.
             answer_start: `ItemTokenModel.answer_start`: None for a decoder-only model.
             reads: `ItemTokenModel.reads`.
 
@@ -86,11 +86,11 @@ class Prompts:
         return cls(tokenizer, vocab or model.vocab, texts, answer_start=model.answer_start, reads=model.reads)
 
     def history(self, items: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Ids int64 of a history of item rows: `read`, begun or ended as the model takes it."""
+        """Ids int64 of a history of catalogue rows: `read`, begun or ended as the model takes it."""
         return self._prompt(self.read(items))
 
     def read(self, items: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Ids int64 of item rows as the model reads them, one item after the other."""
+        """Ids int64 of catalogue rows as the model reads them, one item after the other."""
         if self.reads == "tokens":
             return self.paths(items)
         rows = np.asarray(items, dtype=np.int64)
@@ -101,7 +101,7 @@ class Prompts:
         return paths.reshape(-1)
 
     def paths(self, items: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Token ids int64 of item rows, one path after the other: `num_levels` an item, or fewer where it ends."""
+        """Token ids int64 of catalogue rows, one path after the other: `num_levels` an item, or fewer where it ends."""
         rows = np.asarray(items, dtype=np.int64)
         paths: np.ndarray = self._paths[rows]
         return paths.reshape(-1) if self._lengths is None else paths[self._counted(rows)]

@@ -13,7 +13,7 @@ from llm_itemtok.items.streaming import read_blocks
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.pipeline.objective import Aim
 from llm_itemtok.training.alignment import Adapters, Alignments, WithAlignments
-from llm_itemtok.training.alternate import Alternate, Material, TakeTurns, Tuning, Turns
+from llm_itemtok.training.alternate import Alternate, TakeTurns, Tuning, TurnMaterial, Turns
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.late_binding import LateBinding
 from llm_itemtok.training.token_weighting import WithTargetItems
@@ -115,7 +115,7 @@ def alternate(
             ),
         )
     ]
-    material = Material(table, _naming_targets(aim), binding, check_vectors(vectors))
+    material = TurnMaterial(table, _naming_targets(aim), binding, check_vectors(vectors))
     model.beside = Adapters(
         model.rows.input_rows.shape[1],
         codeword=model.quantizer.codebooks.shape[2],

@@ -27,11 +27,10 @@ from llm_itemtok.pipeline.alternate import alternate
 from llm_itemtok.pipeline.objective import Aim
 from llm_itemtok.pipeline.prepare import Dataset, Log, doctor_facts
 from llm_itemtok.pipeline.vectors import improves_by_vectors
-from llm_itemtok.training.bilevel import Bilevel, UpperLevel
-from llm_itemtok.training.bilevel import Material as UpperMaterial
+from llm_itemtok.training.bilevel import Bilevel, UpperLevel, UpperMaterial
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.late_binding import LateBinding
-from llm_itemtok.training.self_improve import Material, RandomMoves, Search, SelfImprove
+from llm_itemtok.training.self_improve import RandomMoves, Search, SearchMaterial, SelfImprove
 from llm_itemtok.training.updates import Method, Rules, Updates
 from llm_itemtok.training.versions import Versions
 from llm_itemtok.update_settings import AlternateUpdate, BilevelUpdate, Every, FixedUpdate, SelfImproveUpdate
@@ -165,7 +164,7 @@ def _self_improve(
     if update.source == "random":
         return RandomMoves(schedule.every, update.outliers, seed=config.seed), rules
     titles = data.catalog.titles
-    material = Material(
+    material = SearchMaterial(
         prompts=around.prompts,
         text_rows=np.array([row for row, title in enumerate(titles) if title], dtype=np.int64),
         table=around.table,

@@ -209,7 +209,7 @@ def pairs(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Histories and targets in a batch of `WithTargetItems`.
 
     Returns:
-        Rows, positions and item rows, int64 `[P]` each, row by row.
+        Rows, positions and catalogue rows, int64 `[P]` each, row by row.
     """
     items = batch["target_items"]
     where = (batch["levels"] == 0) & (items >= 0) & (batch["tasks"] == TASKS.index("next-item")).unsqueeze(1)

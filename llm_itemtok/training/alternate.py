@@ -120,7 +120,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Material:
+class TurnMaterial:
     """What the quantizer's turn reads beside the model.
 
     Attributes:
@@ -145,7 +145,7 @@ class Alternate:
         turns: Turns,
         tuning: Tuning,
         alignments: Alignments,
-        material: Material,
+        material: TurnMaterial,
         *,
         teaching: Alignments | None = None,
     ) -> None:

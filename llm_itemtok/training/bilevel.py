@@ -95,7 +95,7 @@ class UpperLevel:
 
 
 @dataclass(frozen=True)
-class Material:
+class UpperMaterial:
     """What the upper level reads beside the model.
 
     Attributes:
@@ -138,7 +138,7 @@ class _Found:
 class Bilevel:
     """The method; see the module."""
 
-    def __init__(self, every: int, upper: UpperLevel, material: Material, model: ItemTokenModel) -> None:
+    def __init__(self, every: int, upper: UpperLevel, material: UpperMaterial, model: ItemTokenModel) -> None:
         """Prepare.
 
         Args:

@@ -1,4 +1,4 @@
-"""Examples of item rows → a batch of token ids, labels, levels and weights.
+"""Examples of catalogue rows → a batch of token ids, labels, levels and weights.
 
 Rendering happens here, from the current `Prompts`, so a batch always speaks the newest item tokens: exchange `prompts`
 after an update and nothing else is stale. Labels are already shifted: position `j` predicts `labels[j]`.

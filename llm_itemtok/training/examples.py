@@ -1,7 +1,7 @@
-"""Training examples: item rows, never token ids.
+"""Training examples: catalogue rows, never token ids.
 
-An example names a task, the item rows it is about, and which of them are targets. The collator renders token ids from
-the current `ItemVocab`, so a new version of the item tokens re-renders nothing on disk.
+An example names a task, the catalogue rows it is about, and which of them are targets. The collator renders token ids
+from the current `ItemVocab`, so a new version of the item tokens re-renders nothing on disk.
 
 `all-positions` puts a user's items in one row with a loss at every item: one forward pass gives the same
 log-probabilities as one example per target, at a fraction of the cost. A history longer than a row is cut into chunks

@@ -61,7 +61,7 @@ class LateBinding:
         return bound
 
     def items(self, token_ids: Tensor) -> Tensor:
-        """The item row int64 of each placeholder; -1 for other token ids."""
+        """The catalogue row int64 of each placeholder; -1 for other token ids."""
         return torch.where(token_ids >= self.first, (token_ids - self.first) // self._num_levels, -1)
 
     def _bound(self, token_ids: Tensor) -> Tensor:

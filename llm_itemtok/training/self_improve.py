@@ -36,8 +36,8 @@ import torch
 from datasets import Dataset as ExampleTable
 from torch import Tensor
 
+from llm_itemtok.decoding.choice import decoder_for
 from llm_itemtok.decoding.level_beams import level_beams, usage_penalties
-from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.errors import ItemTokError
 from llm_itemtok.items.assign import Candidates, assign
 from llm_itemtok.items.assign import Method as AssignMethod
@@ -100,7 +100,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Material:
+class SearchMaterial:
     """What sources read beside the model.
 
     Attributes:
@@ -124,7 +124,7 @@ class Material:
 class SelfImprove:
     """The `Method` of updates that asks the model."""
 
-    def __init__(self, every: int, search: Search, material: Material) -> None:
+    def __init__(self, every: int, search: Search, material: SearchMaterial) -> None:
         """Update after every `every` optimiser steps."""
         self.every = every
         self.search = search
@@ -241,7 +241,7 @@ class _Embeddings:
         self._vectors, self._mixtures, self._each = vectors, mixtures, each
 
     @classmethod
-    def learnt(cls, model: ItemTokenModel, material: Material, search: Search, step: int) -> "_Embeddings":
+    def learnt(cls, model: ItemTokenModel, material: SearchMaterial, search: Search, step: int) -> "_Embeddings":
         states, counts = predicting_states(
             model,
             material.table,
@@ -275,7 +275,7 @@ class _Embeddings:
 class _Generate:
     """Codes that the model writes when it reads titles."""
 
-    def __init__(self, model: ItemTokenModel, material: Material, search: Search) -> None:
+    def __init__(self, model: ItemTokenModel, material: SearchMaterial, search: Search) -> None:
         if model.normaliser == "children":
             raise ItemTokError("codes that no item has cannot be told by a model of the normaliser `children`")
         self._normaliser: PlainNormaliser = model.normaliser

@@ -227,8 +227,8 @@ class TokenWeighted:
 class WithTargetItems:
     """A collator that also says which item each label belongs to.
 
-    Adds `target_items`, int64 `[B, S]`: item rows, -1 for tokens of text and where there is no target. Rows are what
-    weights hang on: token ids change with the codes, rows never.
+    Adds `target_items`, int64 `[B, S]`: catalogue rows, -1 for tokens of text and where there is no target. Rows are
+    what weights hang on: token ids change with the codes, rows never.
     """
 
     def __init__(self, collator: Collator) -> None:

@@ -32,7 +32,7 @@ class ItemTrie:
             `[starts[level][n], starts[level][n + 1])`. Depth 0 has one node, the root.
         child_codes: per level, uint8, int16 or int32 `[nodes at depth level + 1]`: the codeword that leads to each
             child.
-        leaf_items: int32 `[num_items]`: the item row of each leaf; int64 beyond 2**31 items, and so are `starts`.
+        leaf_items: int32 `[num_items]`: the catalogue row of each leaf; int64 beyond 2**31 items, and so are `starts`.
         max_children: per level, the widest node.
         ended: per level, bool `[nodes at depth level + 1]`: whether the item of a node has no more words; None where
             every item has a codeword of its own at every level.
@@ -89,7 +89,7 @@ class ItemTrie:
 
     @property
     def item_leaves(self) -> Tensor:
-        """The leaf of each item row, int32 `[num_items]`; made when first asked for."""
+        """The leaf of each catalogue row, int32 `[num_items]`; made when first asked for."""
         if self._item_leaves is None:
             leaves = torch.empty_like(self.leaf_items)
             leaves[self.leaf_items.long()] = torch.arange(self.num_items, dtype=leaves.dtype, device=self.device)
@@ -160,11 +160,11 @@ class ItemTrie:
         return first, after
 
     def items(self, leaves: Tensor) -> Tensor:
-        """Item rows int64 `[...]` of leaves int64 `[...]`, which must be valid."""
+        """Catalogue rows int64 `[...]` of leaves int64 `[...]`, which must be valid."""
         return self.leaf_items[leaves].long()
 
     def leaves(self, items: Tensor) -> Tensor:
-        """Leaves int64 `[...]` of item rows int64 `[...]`, which must be valid."""
+        """Leaves int64 `[...]` of catalogue rows int64 `[...]`, which must be valid."""
         return self.item_leaves[items].long()
 
     def accepts(self, path: tuple[int, ...]) -> bool:

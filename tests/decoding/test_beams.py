@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_itemtok.decoding.beams import Beams, beam_search
-from llm_itemtok.decoding.replicated import decoder_for
+from llm_itemtok.decoding.choice import decoder_for
 from llm_itemtok.decoding.scoring import score_items
 from llm_itemtok.decoding.tree import TreeDecoder, TreeState
 from llm_itemtok.errors import DataError
@@ -283,8 +283,8 @@ def test_no_beam_is_spent_where_no_legal_path_is_left(lists: dict, widths: list[
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        ({"allowed": [np.array([0, 60])]}, r"`allowed` must hold item rows in \[0, 60\), was: 0 to 60"),
-        ({"excluded": [np.array([-1])]}, r"`excluded` must hold item rows in \[0, 60\), was: -1 to -1"),
+        ({"allowed": [np.array([0, 60])]}, r"`allowed` must hold catalogue rows in \[0, 60\), was: 0 to 60"),
+        ({"excluded": [np.array([-1])]}, r"`excluded` must hold catalogue rows in \[0, 60\), was: -1 to -1"),
         ({"allowed": [None, None]}, "`allowed` must have one list per prompt, 1, was: 2"),
         ({"excluded": []}, "`excluded` must have one list per prompt, 1, was: 0"),
     ],
@@ -319,8 +319,14 @@ def test_children_log_probabilities_of_the_whole_catalogue_sum_to_one() -> None:
     ("settings_", "message"),
     [
         ({"beam": 0}, "`beam` must be at least 1, was: 0"),
-        ({"beam": 5, "allowed": [np.array([True, False])]}, "`allowed` must hold item rows, whole numbers, was: bool"),
-        ({"beam": 5, "excluded": [np.array([1.7])]}, "`excluded` must hold item rows, whole numbers, was: float64"),
+        (
+            {"beam": 5, "allowed": [np.array([True, False])]},
+            "must hold catalogue rows, whole numbers, was: bool",
+        ),
+        (
+            {"beam": 5, "excluded": [np.array([1.7])]},
+            "`excluded` must hold catalogue rows, .* was: float64",
+        ),
     ],
 )
 def test_what_is_no_beam_and_no_list_is_refused(settings_: dict, message: str) -> None:

@@ -12,7 +12,8 @@ from transformers.masking_utils import flash_attention_mask
 
 from llm_itemtok.decoding import tree
 from llm_itemtok.decoding.beams import beam_search
-from llm_itemtok.decoding.replicated import ReplicatedDecoder, decoder_for
+from llm_itemtok.decoding.choice import decoder_for
+from llm_itemtok.decoding.replicated import ReplicatedDecoder
 from llm_itemtok.decoding.tree import TreeDecoder, takes_tree_masks
 from llm_itemtok.model.export import fold_rows
 from llm_itemtok.model.item_lm import ItemTokenModel

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from llm_itemtok.decoding.choice import decoder_for
 from llm_itemtok.decoding.level_beams import level_beams, usage_penalties
-from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.scoring import score_items
 from llm_itemtok.errors import DataError
 from llm_itemtok.items.codes import ItemCodes

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from llm_itemtok.decoding.beams import beam_search
+from llm_itemtok.decoding.choice import decoder_for
 from llm_itemtok.decoding.level_beams import level_beams
 from llm_itemtok.decoding.recursive import RecursiveDecoder
-from llm_itemtok.decoding.replicated import decoder_for
 from llm_itemtok.decoding.scoring import score_catalog, score_items
 from llm_itemtok.errors import ItemTokError
 from llm_itemtok.items.codes import ItemCodes

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from llm_itemtok.decoding.beams import beam_search
 from llm_itemtok.decoding.blocks import cut
-from llm_itemtok.decoding.replicated import ReplicatedDecoder, decoder_for
+from llm_itemtok.decoding.choice import decoder_for
+from llm_itemtok.decoding.replicated import ReplicatedDecoder
 from llm_itemtok.decoding.scoring import score_catalog, score_items
 from llm_itemtok.errors import ItemTokError
 from llm_itemtok.model.item_lm import ItemTokenModel

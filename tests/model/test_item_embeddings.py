@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from llm_itemtok.decoding.beams import beam_search
-from llm_itemtok.decoding.replicated import ReplicatedDecoder, decoder_for
+from llm_itemtok.decoding.choice import decoder_for
+from llm_itemtok.decoding.replicated import ReplicatedDecoder
 from llm_itemtok.decoding.scoring import score_catalog
 from llm_itemtok.model.item_embeddings import ItemEmbeddings
 from llm_itemtok.training.collator import Collator

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from llm_itemtok.model.state import hold_quantizer
 from llm_itemtok.training.alignment import Adapters, Alignments, WithAlignments
-from llm_itemtok.training.alternate import Alternate, Material, TakeTurns, Tuning, Turns
+from llm_itemtok.training.alternate import Alternate, TakeTurns, Tuning, TurnMaterial, Turns
 from llm_itemtok.training.token_weighting import WithTargetItems
 from llm_itemtok.training.trainer import ItemTokenTrainer
 from llm_itemtok.training.updates import Rules
@@ -54,7 +54,7 @@ def make_alternating(
     model.beside = Adapters(16, codeword=quantizer.codebooks.shape[2], vector=vectors.shape[1], seed=1)
     trainer.data_collator.num_levels = codes.num_levels
     trainer.data_collator = WithTargetItems(trainer.data_collator)
-    material = Material(trainer.train_dataset, trainer.data_collator, trainer.bind, vectors)
+    material = TurnMaterial(trainer.train_dataset, trainer.data_collator, trainer.bind, vectors)
     method = Alternate(turns, tuning, alignments, material)
     if killed_at is not None:
         kill_at(method, killed_at)

@@ -12,7 +12,7 @@ from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.model.soft_inputs import SoftInputs
 from llm_itemtok.model.state import hold_quantizer
-from llm_itemtok.training.bilevel import Bilevel, Material, UpperLevel
+from llm_itemtok.training.bilevel import Bilevel, UpperLevel, UpperMaterial
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import build
 from llm_itemtok.training.late_binding import LateBinding
@@ -51,7 +51,7 @@ def make_bilevel(
     kind = "windows" if family in ENCODER_DECODERS else "all-positions"
     table = build(sequences, kind=kind, history_length=8, tasks={"next-item": 1.0}, text_rows=np.arange(1, 9))
     objective = NextToken(["next-item"])
-    material = Material(table, Collator(prompts, model.vocab.num_levels), binding, objective, vectors)
+    material = UpperMaterial(table, Collator(prompts, model.vocab.num_levels), binding, objective, vectors)
     return model, Bilevel(every, upper, material, model)
 
 
@@ -62,7 +62,7 @@ def make_training(
     model, vectors = soft_model(family)
     trainer = make_updating(folder, None, OPEN, model=model, family=family, every=every_save, **settings)
     trainer.bind = LateBinding(model, names=True)
-    material = Material(trainer.train_dataset, trainer.data_collator, trainer.bind, trainer.objective, vectors)
+    material = UpperMaterial(trainer.train_dataset, trainer.data_collator, trainer.bind, trainer.objective, vectors)
     trainer.updates.method = Bilevel(every, upper, material, model)
     return trainer
 

@@ -14,7 +14,7 @@ from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import build
 from llm_itemtok.training.late_binding import LateBinding
 from llm_itemtok.training.recursive import Aligned
-from llm_itemtok.training.self_improve import Material, Search, SelfImprove
+from llm_itemtok.training.self_improve import Search, SearchMaterial, SelfImprove
 from llm_itemtok.training.trainer import ItemTokenTrainer
 from llm_itemtok.training.updates import Moment
 from tests.recursive import named_model, recursive_model
@@ -60,7 +60,7 @@ def make_self_improving(kind: str, family: str, search: Search) -> tuple[ItemTok
         tasks={"next-item": 1.0, "title-to-item": 0.3},
         text_rows=text_rows,
     )
-    return model, SelfImprove(2, search, Material(prompts, text_rows, table, Collator(prompts, 3), binding))
+    return model, SelfImprove(2, search, SearchMaterial(prompts, text_rows, table, Collator(prompts, 3), binding))
 
 
 if __name__ == "__main__":

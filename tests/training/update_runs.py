@@ -23,7 +23,7 @@ from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import build
 from llm_itemtok.training.late_binding import LateBinding
 from llm_itemtok.training.quantizer_optimizer import QuantizerOptimizer
-from llm_itemtok.training.self_improve import Material, Search, SelfImprove
+from llm_itemtok.training.self_improve import Search, SearchMaterial, SelfImprove
 from llm_itemtok.training.trainer import ItemTokenTrainer
 from llm_itemtok.training.updates import Method, Moment, Proposal, Rules, Updates
 from llm_itemtok.training.versions import Versions
@@ -184,7 +184,7 @@ def make_self_improving(
     table = build(sequences, kind=kind, history_length=9, tasks=tasks, text_rows=text_rows)
     vectors = rng.normal(size=(codes.num_items, 5)).astype(np.float32)
     collate = Collator(prompts, codes.num_levels)
-    return model, SelfImprove(every, search, Material(prompts, text_rows, table, collate, binding, vectors))
+    return model, SelfImprove(every, search, SearchMaterial(prompts, text_rows, table, collate, binding, vectors))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ ITERATIONS = 50
 _BLOCK = 4_000_000  # numbers of a batch, which bounds the memory to a few times 32 MB
 
 
-def spread(distances: np.ndarray, prefixes: np.ndarray, free: np.ndarray) -> np.ndarray:
+def sinkhorn_choices(distances: np.ndarray, prefixes: np.ndarray, free: np.ndarray) -> np.ndarray:
     """Choose a codeword for each item.
 
     Args:
