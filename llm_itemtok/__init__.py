@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llm_itemtok.data.catalog import Catalog
     from llm_itemtok.data.interactions import Interactions
     from llm_itemtok.ensemble import Ensemble
-    from llm_itemtok.evaluation.full_ranking import rank_cases as evaluate
+    from llm_itemtok.evaluation.full_ranking import rank_cases
     from llm_itemtok.items.base import ItemTokenizer
     from llm_itemtok.items.codes import ItemCodes
     from llm_itemtok.pipeline.run import run
@@ -40,7 +40,7 @@ _PLACES = {
     "Objective": ("training.objective", "Objective"),
     "Recommender": ("recommender", "Recommender"),
     "RunConfig": ("config", "RunConfig"),
-    "evaluate": ("evaluation.full_ranking", "rank_cases"),
+    "rank_cases": ("evaluation.full_ranking", "rank_cases"),
     "run": ("pipeline.run", "run"),
 }
 
@@ -56,7 +56,7 @@ __all__ = [
     "Objective",
     "Recommender",
     "RunConfig",
-    "evaluate",
+    "rank_cases",
     "run",
 ]
 

@@ -215,7 +215,7 @@ class ItemKNN:
 
 def validated(scorer: Scorer, cases: Cases, mask_seen: bool, repeats: bool = True) -> float:
     """Say how good a scorer is: NDCG@10, and a thousandth of the NDCG without a cutoff, for where hits are few."""
-    ranks = rank_cases(scorer, cases, mask_seen, repeats)
+    ranks = rank_targets(scorer, cases, mask_seen, repeats)
     return metrics_from_ranks(ranks)["ndcg@10"] + 1e-3 * float(np.mean(1 / np.log2(ranks + 1)))
 
 
@@ -313,7 +313,7 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 
 
-def rank_cases(
+def rank_targets(
     scorer: Scorer, cases: Cases, mask_seen: bool, repeats: bool = True, batch: int = 512
 ) -> NDArray[np.float64]:
     """Rank the target of each case among all items of the catalogue.
@@ -364,7 +364,7 @@ def evaluate_baselines(
         names: keys of `BASELINES`, in the order of the result.
         split: whose training part the baselines are fitted on, and whose validation cases they are tuned on.
         cases: what they are measured on, as a rule `split.test`.
-        mask_seen: as in `rank_cases`.
+        mask_seen: as in `rank_targets`.
         seed: of the bootstrap. Baselines do not depend on it.
         repeats: False where the model leaves out items of the history. Baselines then may, too: what validates better.
         device: where the baselines that are networks are trained and ranked.
@@ -422,7 +422,7 @@ def _measured(
             repeats = judge(scorer, split.validation.head(_TUNING_CASES, seed=0))[1]
             settings = {**settings, "repeats": settings.get("repeats", True) and repeats}
         test, validation = (
-            rank_cases(scorer, part, candidates.mask_seen, repeats) for part in (cases, split.validation)
+            rank_targets(scorer, part, candidates.mask_seen, repeats) for part in (cases, split.validation)
         )
         return Measured(test, validation, settings, round(time.perf_counter() - started, 3))
 

@@ -347,13 +347,13 @@ class ItemTokenModel(nn.Module):
             unlikely the item side of a recursive network finds the code of the item read there, mean over the levels.
         """
         named = self.named(input_ids, context_ids)
-        hidden, context = self._states(input_ids, context_ids, context_seen, named)
+        hidden, context = self.states(input_ids, context_ids, context_seen, named)
         nll = self._nll(hidden, labels, levels)
         if blank_ids is not None and blank_places is not None:
             if blank_context is not None:
                 blank_context = blank_context.expand(len(blank_ids), -1)
             seen = None if blank_context is None else torch.ones_like(blank_context)
-            blank = self._states(blank_ids, blank_context, seen)[0].flatten(0, 1)[blank_places.clamp(min=0)]
+            blank = self.states(blank_ids, blank_context, seen)[0].flatten(0, 1)[blank_places.clamp(min=0)]
             levels = levels.masked_fill(blank_places < 0, -1)
             nll = torch.stack([nll, self._nll(hidden, labels, levels, blank)])
         told: dict[str, Tensor] = {}
@@ -365,10 +365,10 @@ class ItemTokenModel(nn.Module):
             told |= self.beside(hidden, context, context_seen, **beside)
         return (nll, told) if told else nll
 
-    def _states(
+    def states(
         self, input_ids: Tensor, context_ids: Tensor | None, context_seen: Tensor | None, named: Named | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Final states `[B, S, D]` while training, and before them those of an encoder `[B, C, D]`, if there is one."""
+        """Final states `[B, S, D]`, and before them those of an encoder `[B, C, D]`, if there is one; see `forward`."""
         context: dict[str, Tensor] = {}
         if context_ids is not None and context_seen is not None:
             context = {

@@ -14,9 +14,8 @@ from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.pipeline.objective import Aim
 from llm_itemtok.training.alignment import Adapters, Alignments, WithAlignments
 from llm_itemtok.training.alternate import Alternate, TakeTurns, Tuning, TurnMaterial, Turns
-from llm_itemtok.training.collator import Collator
+from llm_itemtok.training.collator import Collator, WithTargetItems
 from llm_itemtok.training.late_binding import LateBinding
-from llm_itemtok.training.token_weighting import WithTargetItems
 from llm_itemtok.training.updates import Rules, Updates
 from llm_itemtok.update_settings import AlternateUpdate
 

@@ -19,12 +19,12 @@ from llm_itemtok.pipeline.vectors import weighs_by_vectors
 from llm_itemtok.settings import RecursiveScoring
 from llm_itemtok.training import token_weights
 from llm_itemtok.training.alignment import WithAlignments
-from llm_itemtok.training.collator import Collator
-from llm_itemtok.training.examples import TASKS
+from llm_itemtok.training.collator import Collator, WithTargetItems
+from llm_itemtok.training.examples import NextItems
 from llm_itemtok.training.next_token import NextToken
 from llm_itemtok.training.objective import Objective
 from llm_itemtok.training.recursive import Aligned
-from llm_itemtok.training.token_weighting import FollowSteps, Target, TokenWeighted, WithTargetItems, figures
+from llm_itemtok.training.token_weighting import FollowSteps, Target, TokenWeighted, figures
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,8 @@ def target_counts(table: ExampleTable, num_items: int) -> np.ndarray:
         table: examples, as `training.examples.build` makes them.
         num_items: N.
     """
-    columns = table.with_format("arrow")[:]
-    items = columns["items"].combine_chunks()
-    lengths = np.asarray(items.value_lengths())
-    places = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    is_target = places >= np.repeat(columns["first"].to_numpy(), lengths)
-    is_target &= np.repeat(columns["task"].to_numpy() == TASKS.index("next-item"), lengths)
-    rows = items.flatten().to_numpy(zero_copy_only=False)[is_target]
-    return np.bincount(rows, minlength=num_items).astype(np.float64)
+    examples = NextItems(table)
+    return np.bincount(examples.targets(examples.rows), minlength=num_items).astype(np.float64)
 
 
 def _target(chosen: settings.Target, counts: np.ndarray, vectors: np.ndarray | None) -> Target:

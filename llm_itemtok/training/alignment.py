@@ -41,6 +41,7 @@ from torch import Tensor, distributed, nn
 
 from llm_itemtok.items.base import Quantizer
 from llm_itemtok.processes import together
+from llm_itemtok.training.collator import TARGET_ITEMS
 from llm_itemtok.training.examples import TASKS
 from llm_itemtok.training.objective import Heard, Objective
 
@@ -211,7 +212,7 @@ def pairs(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Rows, positions and catalogue rows, int64 `[P]` each, row by row.
     """
-    items = batch["target_items"]
+    items = batch[TARGET_ITEMS]
     where = (batch["levels"] == 0) & (items >= 0) & (batch["tasks"] == TASKS.index("next-item")).unsqueeze(1)
     where &= batch["loss_weights"] > 0  # a blank row has a target that does not count
     if "context_ids" not in batch:

@@ -50,7 +50,7 @@ from llm_itemtok.items.recode import recode
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.processes import added_up, dealt
 from llm_itemtok.training.alignment import PREFERENCE, SEQUENCE, Alignments, WithAlignments, first_of_each, pairs
-from llm_itemtok.training.examples import TASKS
+from llm_itemtok.training.examples import NextItems
 from llm_itemtok.training.late_binding import LateBinding
 from llm_itemtok.training.quantizer_optimizer import QuantizerOptimizer
 from llm_itemtok.training.updates import Moment, Proposal
@@ -163,7 +163,7 @@ class Alternate:
         self.alignments = alignments
         self.teaching = teaching or alignments
         self._binding, self._collate = material.binding, material.collate
-        self._examples = _Examples(material.table)
+        self._examples = NextItems(material.table)
         self.vectors = material.vectors
         self._there = torch.from_numpy(check_vectors(material.vectors))
         self._best, self._without, self._end = -math.inf, 0, math.inf
@@ -359,60 +359,15 @@ class TakeTurns(TrainerCallback):
             self.method.measured(state.global_step, metrics["eval_ndcg@10"])
 
 
-class _Examples:
-    """Training examples of the task `next-item`, without a look at each."""
-
-    def __init__(self, table: ExampleTable) -> None:
-        columns = table.with_format("arrow")[:]
-        items = columns["items"].combine_chunks()
-        lengths = np.asarray(items.value_lengths())
-        self._ends = np.cumsum(lengths)
-        self._begins = self._ends - lengths
-        self._first = columns["first"].to_numpy()
-        self._items = items.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-        self.rows = np.flatnonzero(columns["task"].to_numpy() == TASKS.index("next-item"))
-
-    def example(self, row: int) -> dict[str, Any]:
-        """As the table has it."""
-        items = self._items[self._begins[row] : self._ends[row]]
-        return {"task": TASKS.index("next-item"), "items": items, "first": int(self._first[row]), "weight": 1.0}
-
-    def by_length(self, rows: np.ndarray) -> np.ndarray:
-        """Where short ones stand among these rows `[n]`, and then longer ones: int64 `[n]`."""
-        return np.argsort((self._ends - self._begins)[rows], kind="stable")
-
-    def targets(self, rows: np.ndarray) -> np.ndarray:
-        """All targets of some examples, one example after the other."""
-        return self._from(rows, self._first[rows])
-
-    def pairs(self, rows: np.ndarray, *, alone: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Targets that have a history, in the order of `alignment.pairs`, and how many each example has.
-
-        Args:
-            rows: of the examples.
-            alone: whether a row may begin with a target, which then has none: of decoder-only models.
-        """
-        first = np.maximum(self._first[rows], int(alone))
-        return self._from(rows, first), (self._ends - self._begins)[rows] - first
-
-    def _from(self, rows: np.ndarray, first: np.ndarray) -> np.ndarray:
-        begins, counts = self._begins[rows] + first, (self._ends - self._begins)[rows] - first
-        places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self._items[np.repeat(begins, counts) + places]
-
-
 def _told(model: ItemTokenModel, batch: Mapping[str, Tensor]) -> Tensor:
     """z^E and h^D side by side of the pairs of a batch, float32 `[P, H + V]`."""
     rows, places, _ = pairs(batch)
-    ids, context = batch["input_ids"], None
-    body: dict[str, Any] = {}
-    if "context_ids" in batch:
-        context = model.read(batch["context_ids"], batch["context_seen"])
-        body = {"encoder_hidden_states": context, "encoder_attention_mask": batch["context_seen"]}
+    ids, context_ids, seen = batch["input_ids"], batch.get("context_ids"), batch.get("context_seen")
+    if context_ids is not None:
         ids = ids[:, :1]  # only the first state is asked for
-    states = model.hidden(ids, use_cache=False, **body).last_hidden_state
+    states, context = model.states(ids, context_ids, seen)
     assert model.beside is not None
-    told = model.beside(states, context, batch.get("context_seen"), rows=rows, places=places)
+    told = model.beside(states, context, seen, rows=rows, places=places)
     return torch.cat([told["sequence"], told["preference"]], dim=1)
 
 

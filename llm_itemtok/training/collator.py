@@ -18,6 +18,9 @@ from torch import Tensor
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.training.examples import TASKS
 
+TARGET_ITEMS = "target_items"
+"""What `WithTargetItems` adds to a batch."""
+
 
 class Collator:
     """Render and pad examples.
@@ -105,3 +108,28 @@ class Collator:
         labels, levels = np.zeros((len(words), each), dtype=np.int64), np.full((len(words), each), -1)
         labels[:, 0], levels[:, 0] = words, self.num_levels
         return prompt, words, labels.reshape(-1), levels.reshape(-1)
+
+
+class WithTargetItems:
+    """A collator that also says which item each label belongs to.
+
+    Adds `target_items`, int64 `[B, S]`: catalogue rows, -1 for tokens of text and where there is no target. Rows are
+    what weights hang on: token ids change with the codes, rows never.
+    """
+
+    def __init__(self, collator: Collator) -> None:
+        """Add to the batches of `collator`."""
+        self.collator = collator
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Render a batch, as `Collator` does."""
+        batch = self.collator(examples)
+        levels = batch["levels"]
+        held = (levels >= 0) & (levels < self.collator.num_levels)
+        text = TASKS.index("item-to-title")
+        targets = [np.asarray(part["items"])[part["first"] :] for part in examples if part["task"] != text]
+        rows = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *targets]).astype(np.int64))
+        items = torch.full_like(levels, -1)
+        # Row by row, an item's tokens stand together, and its first has level 0.
+        items[held] = rows[(levels[held] == 0).cumsum(0) - 1]
+        return batch | {TARGET_ITEMS: items}

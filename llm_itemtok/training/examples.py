@@ -13,7 +13,7 @@ would be read before it is predicted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -117,3 +117,54 @@ def chunks(sequence: np.ndarray, history_length: int) -> Iterator[tuple[np.ndarr
         if stop == len(sequence):
             return
         start, first = stop - overlap, overlap
+
+
+class NextItems:
+    """The examples of the task `next-item` in a table, without a look at each.
+
+    Attributes:
+        rows: int64 `[R]`, where they stand in the table of E examples.
+        items: int64, the items of all examples of the table, one example after the other.
+        begins: int64 `[E]`, where each example's begin among `items`.
+        ends: int64 `[E]`, and where they end.
+        first: int64 `[E]`, index of the first target among an example's own.
+    """
+
+    def __init__(self, table: Dataset) -> None:
+        """Read the columns of a table that `build` made."""
+        columns = table.with_format("arrow")[:]
+        items = columns["items"].combine_chunks()
+        lengths = np.asarray(items.value_lengths())
+        self.items = items.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+        self.ends = np.cumsum(lengths)
+        self.begins = self.ends - lengths
+        self.first = columns["first"].to_numpy()
+        self.rows = np.flatnonzero(columns["task"].to_numpy() == TASKS.index("next-item"))
+
+    def example(self, row: int) -> dict[str, Any]:
+        """As the table has it, with a weight of 1."""
+        items = self.items[self.begins[row] : self.ends[row]]
+        return {"task": TASKS.index("next-item"), "items": items, "first": int(self.first[row]), "weight": 1.0}
+
+    def by_length(self, rows: np.ndarray) -> np.ndarray:
+        """Where short ones stand among these rows `[n]`, and then longer ones: int64 `[n]`."""
+        return np.argsort((self.ends - self.begins)[rows], kind="stable")
+
+    def targets(self, rows: np.ndarray) -> np.ndarray:
+        """All targets of some examples, int64, one example after the other."""
+        return self._from(rows, self.first[rows])
+
+    def pairs(self, rows: np.ndarray, *, alone: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Targets that have a history, in the order of `alignment.pairs`, and how many each example has.
+
+        Args:
+            rows: of the examples.
+            alone: whether a row may begin with a target, which then has none: of decoder-only models.
+        """
+        first = np.maximum(self.first[rows], int(alone))
+        return self._from(rows, first), (self.ends - self.begins)[rows] - first
+
+    def _from(self, rows: np.ndarray, first: np.ndarray) -> np.ndarray:
+        begins, counts = self.begins[rows] + first, (self.ends - self.begins)[rows] - first
+        places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.items[np.repeat(begins, counts) + places]

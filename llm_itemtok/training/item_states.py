@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.processes import added_up, dealt
-from llm_itemtok.training.examples import TASKS
+from llm_itemtok.training.examples import NextItems
 from llm_itemtok.training.late_binding import LateBinding
 
 _UNIT = 2.0**32
@@ -60,7 +60,8 @@ def predicting_states(
         first = batch["levels"] == 0
         items = binding.items(batch["labels"])[first]
         first = first.unflatten(1, (batch["input_ids"].shape[1], -1))[..., 0]  # a position may have several labels
-        states = _states(model, {name: value.to(model.device) for name, value in binding(batch).items()})
+        bound = {name: value.to(model.device) for name, value in binding(batch).items()}
+        states, _ = model.states(bound["input_ids"], bound.get("context_ids"), bound.get("context_seen"))
         units = torch.nn.functional.normalize(states[first.to(states.device)].float(), dim=-1)
         sums.index_add_(0, items, (units.cpu().double() * _UNIT).round().long())
         counts += torch.bincount(items, minlength=num_items)
@@ -83,26 +84,12 @@ def shrunk(states: np.ndarray, counts: np.ndarray, prior: float) -> np.ndarray:
     return states * (counts / np.maximum(counts + prior, 1)).astype(np.float32)[:, None]
 
 
-def _states(model: ItemTokenModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """Final states `[B, S, D]`."""
-    context: dict[str, Any] = {}
-    if "context_ids" in batch:
-        seen = batch["context_seen"]
-        context = {"encoder_hidden_states": model.read(batch["context_ids"], seen), "encoder_attention_mask": seen}
-    states: Tensor = model.hidden(batch["input_ids"], use_cache=False, **context).last_hidden_state
-    return states
-
-
 def _chosen(table: ExampleTable, contexts: int, seed: int) -> np.ndarray:
     """Rows of the examples to read, int64, short ones first."""
-    columns = table.with_format("arrow")[:]
-    items = columns["items"].combine_chunks()
-    lengths = np.asarray(items.value_lengths())
-    ends = np.cumsum(lengths)
-    begins = ends - lengths + columns["first"].to_numpy()
-    rows = np.flatnonzero(columns["task"].to_numpy() == TASKS.index("next-item"))
+    examples = NextItems(table)
+    rows = examples.rows
     if contexts:
-        flat = items.flatten().to_numpy(zero_copy_only=False).tolist()
+        flat, begins, ends = examples.items.tolist(), examples.begins + examples.first, examples.ends
         read = [0] * (max(flat) + 1)
         chosen = []
         for row in np.random.default_rng(seed).permutation(rows).tolist():
@@ -112,4 +99,4 @@ def _chosen(table: ExampleTable, contexts: int, seed: int) -> np.ndarray:
                 for item in targets:
                     read[item] += 1
         rows = np.sort(np.array(chosen, dtype=np.int64))
-    return rows[np.argsort(lengths[rows], kind="stable")]
+    return rows[examples.by_length(rows)]

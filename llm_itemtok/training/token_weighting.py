@@ -35,13 +35,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.processes import together
-from llm_itemtok.training.collator import Collator
+from llm_itemtok.training.collator import TARGET_ITEMS
 from llm_itemtok.training.examples import TASKS
 from llm_itemtok.training.next_token import MODEL_INPUTS
 from llm_itemtok.vocab.item_vocab import ItemVocab
 
 _LEAST_PACE = 1e-6
-_ITEMS = "target_items"
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ class TokenWeighted:
 
     def _weights(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Weight of each label for each target, float32 `[K, B, S]`: 1 times its task's for text, 0 for no target."""
-        items, levels = batch[_ITEMS], batch["levels"]
+        items, levels = batch[TARGET_ITEMS], batch["levels"]
         self._tables = self.tables().to(items.device)
         of_item = items >= 0
         tokens = self._tables[:, items.clamp(min=0), levels.clamp(0, self._tables.shape[2] - 1)]
@@ -202,7 +201,7 @@ class TokenWeighted:
         they share a sharded model all must call it as often.
         """
         assert self._empty is not None
-        items, levels = batch[_ITEMS], batch["levels"]
+        items, levels = batch[TARGET_ITEMS], batch["levels"]
         places = torch.arange(items.shape[1], device=items.device)
         has_history = (places > levels) | (self._answer_start is not None)
         asked = (items >= 0) & has_history & (batch["tasks"] == TASKS.index("next-item")).unsqueeze(1)
@@ -222,31 +221,6 @@ class TokenWeighted:
         found = torch.full_like(items, -1)
         found[asked] = inverse * ids.shape[1] + len(start) - 1 + levels[asked]
         return {"blank_ids": ids, "blank_places": found, **context}
-
-
-class WithTargetItems:
-    """A collator that also says which item each label belongs to.
-
-    Adds `target_items`, int64 `[B, S]`: catalogue rows, -1 for tokens of text and where there is no target. Rows are
-    what weights hang on: token ids change with the codes, rows never.
-    """
-
-    def __init__(self, collator: Collator) -> None:
-        """Add to the batches of `collator`."""
-        self.collator = collator
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Render a batch, as `Collator` does."""
-        batch = self.collator(examples)
-        levels = batch["levels"]
-        held = (levels >= 0) & (levels < self.collator.num_levels)
-        text = TASKS.index("item-to-title")
-        targets = [np.asarray(part["items"])[part["first"] :] for part in examples if part["task"] != text]
-        rows = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *targets]).astype(np.int64))
-        items = torch.full_like(levels, -1)
-        # Row by row, an item's tokens stand together, and its first has level 0.
-        items[held] = rows[(levels[held] == 0).cumsum(0) - 1]
-        return batch | {_ITEMS: items}
 
 
 class FollowSteps(TrainerCallback):

@@ -19,7 +19,7 @@ from llm_itemtok.evaluation.baselines import (
     Popularity,
     evaluate_baselines,
     fingerprint,
-    rank_cases,
+    rank_targets,
     validated,
 )
 from llm_itemtok.evaluation.metrics import METRIC_KEYS, metrics_from_ranks
@@ -90,7 +90,7 @@ def test_a_bare_chain_that_does_not_know_the_last_item_ranks_in_the_middle():
     """All five items are tied at 0: rank 1 + 4/2."""
     markov = Markov.fit(make_split([[0, 1]]), settle_by_popularity=False)
 
-    assert rank_cases(markov, make_cases([[4]], [2]), mask_seen=False).tolist() == [3.0]
+    assert rank_targets(markov, make_cases([[4]], [2]), mask_seen=False).tolist() == [3.0]
 
 
 def test_popularity_settles_ties_of_the_chain_and_nothing_else():
@@ -98,7 +98,7 @@ def test_popularity_settles_ties_of_the_chain_and_nothing_else():
     train = [[0, 1], [0, 1], [0, 2], [0, 3], *[[3]] * 9]
     markov = Markov.fit(make_split(train))
 
-    ranks = rank_cases(markov, make_cases([[0]] * 5, [1, 3, 2, 0, 4]), mask_seen=False)
+    ranks = rank_targets(markov, make_cases([[0]] * 5, [1, 3, 2, 0, 4]), mask_seen=False)
 
     assert ranks.tolist() == [1, 2, 3, 4, 5]
 
@@ -107,9 +107,9 @@ def test_a_chain_that_does_not_know_the_last_item_falls_back_to_popularity():
     split = make_split([[0, 1], [1, 2]])
     cases = make_cases([[4], []] * 5, np.repeat(range(5), 2))
 
-    ranks = rank_cases(Markov.fit(split), cases, mask_seen=False)
+    ranks = rank_targets(Markov.fit(split), cases, mask_seen=False)
 
-    assert ranks.tolist() == rank_cases(Popularity.fit(split), cases, mask_seen=False).tolist()
+    assert ranks.tolist() == rank_targets(Popularity.fit(split), cases, mask_seen=False).tolist()
 
 
 def test_masking_the_seen_moves_the_target_up_and_never_hides_it():
@@ -117,8 +117,8 @@ def test_masking_the_seen_moves_the_target_up_and_never_hides_it():
     popularity = Popularity(np.array([3, 2, 1, 0, 0]))
     cases = make_cases([[0, 1], [2]], [2, 2])
 
-    assert rank_cases(popularity, cases, mask_seen=False).tolist() == [3.0, 3.0]
-    assert rank_cases(popularity, cases, mask_seen=True).tolist() == [1.0, 3.0]
+    assert rank_targets(popularity, cases, mask_seen=False).tolist() == [3.0, 3.0]
+    assert rank_targets(popularity, cases, mask_seen=True).tolist() == [1.0, 3.0]
 
 
 def test_the_batch_does_not_change_ranks():
@@ -126,14 +126,14 @@ def test_the_batch_does_not_change_ranks():
     markov = Markov.fit(make_split([rng.integers(0, 30, size=20) for _ in range(20)], num_items=30))
     cases = make_cases([rng.integers(0, 30, size=rng.integers(0, 6)) for _ in range(23)], rng.integers(0, 30, size=23))
 
-    whole = rank_cases(markov, cases, mask_seen=True)
+    whole = rank_targets(markov, cases, mask_seen=True)
 
-    assert whole.tolist() == rank_cases(markov, cases, mask_seen=True, batch=4).tolist()
+    assert whole.tolist() == rank_targets(markov, cases, mask_seen=True, batch=4).tolist()
     assert len(set(whole)) > 5
 
 
 def test_no_cases_have_no_ranks():
-    assert rank_cases(Popularity(np.ones(3)), make_cases([], []), mask_seen=True).shape == (0,)
+    assert rank_targets(Popularity(np.ones(3)), make_cases([], []), mask_seen=True).shape == (0,)
 
 
 def test_likeness_is_the_cosine_of_the_sets_of_users():
@@ -183,9 +183,9 @@ def test_neighbours_without_a_say_leave_it_to_popularity():
     split = make_split([[0, 1], [1, 2]])
     cases = make_cases([[4], []] * 5, np.repeat(range(5), 2))
 
-    ranks = rank_cases(ItemKNN.fit(split), cases, mask_seen=False)
+    ranks = rank_targets(ItemKNN.fit(split), cases, mask_seen=False)
 
-    assert ranks.tolist() == rank_cases(Popularity.fit(split), cases, mask_seen=False).tolist()
+    assert ranks.tolist() == rank_targets(Popularity.fit(split), cases, mask_seen=False).tolist()
 
 
 def test_without_repeats_all_others_stand_before_the_history():
@@ -356,7 +356,7 @@ def test_where_the_model_may_leave_out_the_history_a_baseline_does_if_that_valid
     assert "repeats" not in ours[True]["markov"]["settings"]
     assert ours[False]["markov"]["settings"] == {"repeats": again}
     better = max(
-        (rank_cases(Markov.fit(split), split.test, False, repeats) for repeats in (True, False)),
+        (rank_targets(Markov.fit(split), split.test, False, repeats) for repeats in (True, False)),
         key=lambda ranks: -ranks.mean(),
     )
     assert ours[False]["markov"]["test"] == metrics_from_ranks(better)
@@ -366,9 +366,9 @@ def test_where_the_model_may_leave_out_the_history_a_baseline_does_if_that_valid
 def test_without_repeats_a_target_of_the_history_stands_behind_all_others():
     cases = make_cases([[0, 1], [0, 1]], [1, 2])
     popularity = Popularity(np.array([5, 9, 1, 1, 0]))
-    assert rank_cases(popularity, cases, mask_seen=False).tolist() == [1, 3.5]
-    assert rank_cases(popularity, cases, mask_seen=False, repeats=False).tolist() == [4.5, 1.5]
-    assert rank_cases(popularity, cases, mask_seen=True).tolist() == [1, 1.5]
+    assert rank_targets(popularity, cases, mask_seen=False).tolist() == [1, 3.5]
+    assert rank_targets(popularity, cases, mask_seen=False, repeats=False).tolist() == [4.5, 1.5]
+    assert rank_targets(popularity, cases, mask_seen=True).tolist() == [1, 1.5]
 
 
 # What is kept

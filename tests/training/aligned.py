@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from llm_itemtok.items.rqvae import RQVAEQuantizer
 from llm_itemtok.training.alignment import Adapters, Alignments, Pool, WithAlignments
-from llm_itemtok.training.token_weighting import WithTargetItems
+from llm_itemtok.training.collator import WithTargetItems
 from llm_itemtok.training.trainer import ItemTokenTrainer
 from tests.training.runs import make_trainer, weights
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from llm_itemtok.model.state import hold_quantizer
 from llm_itemtok.training.alignment import Adapters, Alignments, WithAlignments
 from llm_itemtok.training.alternate import Alternate, TakeTurns, Tuning, TurnMaterial, Turns
-from llm_itemtok.training.token_weighting import WithTargetItems
+from llm_itemtok.training.collator import WithTargetItems
 from llm_itemtok.training.trainer import ItemTokenTrainer
 from llm_itemtok.training.updates import Rules
 from tests.tiny import tiny_item_model

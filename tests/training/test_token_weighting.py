@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_itemtok.training.collator import Collator
+from llm_itemtok.training.collator import Collator, WithTargetItems
 from llm_itemtok.training.examples import TASKS as ALL_TASKS
 from llm_itemtok.training.next_token import MODEL_INPUTS
-from llm_itemtok.training.token_weighting import Target, TokenWeighted, WithTargetItems, figures, log_pace
+from llm_itemtok.training.token_weighting import Target, TokenWeighted, figures, log_pace
 from llm_itemtok.training.updates import Rules
 from tests.process_pairs import run_alone_and_in_pair
 from tests.tiny import KINDS, states, tiny_codes, tiny_item_model, tiny_prompts

@@ -7,7 +7,8 @@ import numpy as np
 from safetensors.torch import save_file
 
 from llm_itemtok.training import token_weights
-from llm_itemtok.training.token_weighting import FollowSteps, Target, TokenWeighted, WithTargetItems
+from llm_itemtok.training.collator import WithTargetItems
+from llm_itemtok.training.token_weighting import FollowSteps, Target, TokenWeighted
 from llm_itemtok.training.trainer import ItemTokenTrainer
 from tests.training.runs import TASKS, make_trainer, weights
 
