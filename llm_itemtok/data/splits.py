@@ -20,6 +20,9 @@ import numpy as np
 from llm_itemtok.data.interactions import Interactions, offsets_of
 from llm_itemtok.errors import DataError
 
+HEAD_SHARE = 0.2
+"""Share of the catalogue's items, by training interactions, that make up the head."""
+
 MIN_INTERACTIONS = 3
 """What leave-last-out needs of a user: one item each to train on, to validate on and to test on."""
 
@@ -325,3 +328,17 @@ def check_leaks(split: Split, interactions: Interactions) -> None:
     if split.cuts is not None and interactions.timestamps is not None:
         before = np.bincount(interactions.owners[interactions.timestamps < split.cuts[0]], minlength=len(trained))
         _require(trained == before, interactions.user_ids, "training is exactly what lies before the first cut")
+
+
+def head_items(item_counts: np.ndarray) -> np.ndarray:
+    """The items that people interact with most, `HEAD_SHARE` of the catalogue as far as they have interactions at all.
+
+    Args:
+        item_counts: int64 `[N]`, training interactions of each item; of equal counts, catalogue order decides.
+
+    Returns:
+        bool `[N]`.
+    """
+    head = np.zeros(len(item_counts), dtype=bool)
+    head[np.argsort(-item_counts, kind="stable")[: int(np.ceil(HEAD_SHARE * len(item_counts)))]] = True
+    return head & (item_counts > 0)

@@ -22,11 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_itemtok.data.interactions import Interactions
-from llm_itemtok.data.splits import Cases
+from llm_itemtok.data.splits import Cases, head_items
 from llm_itemtok.evaluation.metrics import metrics_from_ranks
-
-HEAD_SHARE = 0.2
-"""Share of the catalogue's items, by training interactions, that make up the head."""
 
 HISTORY_BANDS: tuple[tuple[int, int | None], ...] = ((0, 0), (1, 5), (6, 10), (11, 20), (21, None))
 """First and last history length of each band; None is no upper end. Length 0 is only listed where it occurs."""
@@ -47,10 +44,7 @@ def segment_masks(cases: Cases, item_counts: NDArray[np.int64]) -> dict[str, NDA
         there are cases without any history also `history 0`, and where there are ties in time also
         `same-time step` and `other step`.
     """
-    head = np.zeros(len(item_counts), dtype=bool)
-    most_first = np.argsort(-item_counts, kind="stable")  # equal counts: catalogue order decides
-    head[most_first[: int(np.ceil(HEAD_SHARE * len(item_counts)))]] = True
-    head &= item_counts > 0
+    head = head_items(item_counts)
     masks = {
         "head": head[cases.targets],
         "tail": ~head[cases.targets],

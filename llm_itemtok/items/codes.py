@@ -112,6 +112,12 @@ class ItemCodes:
         return self._table.shape[1]
 
     @property
+    def num_describing_levels(self) -> int:
+        """Levels that describe items: all, but for one that only counts those of a shared code (an extra level)."""
+        counts = self.provenance.get("collisions", {}).get("policy") == "extra-level"
+        return self.num_levels - int(counts)
+
+    @property
     def capacity(self) -> int:
         """Number of codes the levels can spell, the product of `sizes` (exact, may exceed 64 bits)."""
         capacity = 1

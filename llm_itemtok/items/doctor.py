@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 
 from llm_itemtok.data.categories import telling_place
+from llm_itemtok.data.splits import head_items
 from llm_itemtok.items.codes import ItemCodes
-
-HEAD_SHARE = 0.2
-"""Share of the items, by training interactions, that are the head; as in the segments of an evaluation."""
 
 SHUFFLES = 5
 """Random orders of the categories that chance purity is the mean of."""
@@ -63,8 +61,7 @@ def examine(
 
 def judged_depths(codes: ItemCodes) -> range:
     """Lengths of prefix, from 1, that say something: before a level that only counts, and while items share them."""
-    policy = codes.provenance.get("collisions", {})
-    last = policy["levels_before"] if policy.get("policy") == "extra-level" else codes.num_levels
+    last = codes.num_describing_levels
     shared = [depth for depth in range(1, last + 1) if len(codes.prefix_counts(depth)[1]) < codes.num_items]
     return range(1, max(shared, default=0) + 1)
 
@@ -139,10 +136,8 @@ def head_and_tail(codes: ItemCodes, item_counts: np.ndarray) -> dict[str, Any]:
         `sample`, as many items as the head has, drawn from all, and over `interactions`; with `fullest`, the share of
         the interactions that go to its most frequent codeword.
     """
-    order = np.argsort(-item_counts, kind="stable")
-    head = order[: int(np.ceil(HEAD_SHARE * codes.num_items))]
-    head = head[item_counts[head] > 0]
-    tail = np.setdiff1d(order, head)
+    of_head = head_items(item_counts)
+    head, tail = np.flatnonzero(of_head), np.flatnonzero(~of_head)
     sample = np.random.default_rng(0).choice(codes.num_items, len(head), replace=False)
     levels = []
     for name, column in zip(codes.names, codes.table.T, strict=True):

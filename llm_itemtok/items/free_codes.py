@@ -17,6 +17,16 @@ from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.residual import estimate_codebooks, squared_distances, sum_of_codewords
 
 
+def refuse_unfit(codes: ItemCodes, quantizer: Quantizer) -> None:
+    """Raise `DataError` unless codes have the quantizer's levels, and perhaps one more that counts."""
+    levels = quantizer.num_levels
+    if codes.num_levels - levels not in (0, 1) or codes.sizes[:levels] != (quantizer.num_codewords,) * levels:
+        raise DataError(
+            f"codes and quantizer must have the same levels, but for one that counts, was: {codes.sizes} and "
+            f"{(quantizer.num_codewords,) * levels}; were files mixed from two runs?"
+        )
+
+
 def latent_space(codes: ItemCodes, vectors: np.ndarray, quantizer: Quantizer | None) -> tuple[np.ndarray, np.ndarray]:
     """Items float32 `[N, H]` and codebooks float32 `[L, K, H]` in the space in which codes are read off.
 

@@ -22,8 +22,8 @@ import torch
 from llm_itemtok.errors import CollisionError, DataError
 from llm_itemtok.items.base import Quantizer, check_vectors
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.free_codes import FreeCodes, squared_errors, with_room
-from llm_itemtok.items.residual import estimate_codebooks, nearest_codes
+from llm_itemtok.items.free_codes import FreeCodes, refuse_unfit, squared_errors, with_room
+from llm_itemtok.items.residual import estimate_codebooks, nearest_codes, used_codewords
 
 
 class Newcomers(NamedTuple):
@@ -105,12 +105,8 @@ def _too_late(codes: ItemCodes, table: np.ndarray, errors: np.ndarray) -> np.nda
 
 def _by_quantizer(codes: ItemCodes, vectors: np.ndarray, quantizer: Quantizer) -> _Readings:
     """Codes that a quantizer gives, and its codebooks, with one of nothing for a level that it does not know."""
+    refuse_unfit(codes, quantizer)
     levels, counted = quantizer.num_levels, codes.num_levels - quantizer.num_levels
-    if counted not in (0, 1) or codes.sizes[:levels] != (quantizer.num_codewords,) * levels:
-        raise DataError(
-            f"codes and quantizer must have the same levels, but for one that counts, was: {codes.sizes} and "
-            f"{(quantizer.num_codewords,) * levels}; were files mixed from two runs?"
-        )
     width = quantizer.settings()["dimensions"]
     if vectors.shape[1] != width:
         raise DataError(
@@ -135,17 +131,11 @@ def _estimated(codes: ItemCodes, vectors: np.ndarray, known: np.ndarray | None) 
             f"vectors of old and new items must be from one source, at most one an item, {codes.num_items:,} old ones, "
             f"was: {known.shape} and {vectors.shape}"
         )
-    levels = _spoken(codes)
+    levels = codes.num_describing_levels
     codes_NL = torch.from_numpy(codes.table[: len(known), :levels].astype(np.int64))
     num_codewords = max(codes.sizes[:levels])
     codebooks = estimate_codebooks(torch.from_numpy(known), codes_NL, num_codewords)
-    used = torch.stack([torch.bincount(code_N, minlength=num_codewords) > 0 for code_N in codes_NL.T])
+    used = used_codewords(codes_NL, num_codewords)
     table, _ = nearest_codes(torch.from_numpy(vectors), codebooks, torch.where(used, 0.0, torch.inf))
     more = ((0, 0), (0, codes.num_levels - levels))
     return _Readings(vectors, np.pad(table.numpy(), more), with_room(codebooks.numpy(), codes.sizes), levels)
-
-
-def _spoken(codes: ItemCodes) -> int:
-    """Number of levels that stand for something: all but one that counts within a code."""
-    done = codes.provenance.get("collisions", {})
-    return codes.num_levels - 1 if done.get("policy") == "extra-level" else codes.num_levels

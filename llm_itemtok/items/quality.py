@@ -83,11 +83,10 @@ def quality(
 
 def _rate_before(codes: ItemCodes) -> float:
     """Share of items that share their code before resolution; where a level counts, the levels before it tell."""
-    before = codes.provenance.get("collisions", {})
-    if before.get("policy") == "extra-level":  # read off the table: updates move items, extensions add some
-        groups = codes.prefix_groups(before["levels_before"])
+    if codes.num_describing_levels < codes.num_levels:  # read off the table: updates move items, extensions add some
+        groups = codes.prefix_groups(codes.num_describing_levels)
         return float((np.bincount(groups)[groups] > 1).mean())
-    return float(before.get("collision_rate_before", codes.collision_rate))
+    return float(codes.provenance.get("collisions", {}).get("collision_rate_before", codes.collision_rate))
 
 
 def level_quality(codes: ItemCodes, level: int) -> dict[str, Any]:
@@ -103,7 +102,6 @@ def level_quality(codes: ItemCodes, level: int) -> dict[str, Any]:
     shares = counts[counts > 0] / codes.num_items
     entropy = float(-(shares * np.log2(shares)).sum()) + 0.0  # + 0.0: no minus zero
     used = len(shares)
-    policy = codes.provenance.get("collisions", {})
     return {
         "name": codes.names[level],
         "size": codes.sizes[level],
@@ -113,7 +111,7 @@ def level_quality(codes: ItemCodes, level: int) -> dict[str, Any]:
         "entropy_bits": entropy,
         "perplexity": 2.0**entropy,
         "largest_prefix": int(codes.prefix_counts(level + 1)[1].max()),
-        "counts_only": policy.get("policy") == "extra-level" and level >= policy["levels_before"],
+        "counts_only": level >= codes.num_describing_levels,
     }
 
 

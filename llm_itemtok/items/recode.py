@@ -26,7 +26,7 @@ from torch import Tensor
 from llm_itemtok.errors import DataError
 from llm_itemtok.items.base import Quantizer, check_vectors
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.free_codes import FreeCodes, squared_errors, with_room
+from llm_itemtok.items.free_codes import FreeCodes, refuse_unfit, squared_errors, with_room
 from llm_itemtok.items.residual import lowest, squared_distances
 from llm_itemtok.items.streaming import read_blocks
 
@@ -57,12 +57,8 @@ def recode(quantizer: Quantizer, vectors: np.ndarray, codes: ItemCodes, *, margi
     Raises:
         DataError: if codes, vectors and quantizer do not fit each other.
     """
+    refuse_unfit(codes, quantizer)
     levels = quantizer.num_levels
-    if codes.num_levels - levels not in (0, 1) or codes.sizes[:levels] != (quantizer.num_codewords,) * levels:
-        raise DataError(
-            f"codes and quantizer must have the same levels, but for one that counts, was: {codes.sizes} and "
-            f"{(quantizer.num_codewords,) * levels}; were files mixed from two runs?"
-        )
     if len(vectors) != codes.num_items:
         raise DataError(f"there must be one vector a code, {codes.num_items:,} of them, was: {len(vectors):,}")
     had = codes.table[:, :levels]

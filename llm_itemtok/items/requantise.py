@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.residual import estimate_codebooks, nearest_codes, squared_distances
+from llm_itemtok.items.residual import estimate_codebooks, nearest_codes, squared_distances, used_codewords
 
 BLOCK = 256
 """Items looked at at a time."""
@@ -61,11 +61,11 @@ class LevelMixtures:
         codes_NL = torch.from_numpy(codes.table[rows].astype(np.int64))
         num_codewords = max(codes.sizes)
         codebooks = estimate_codebooks(x_ND, codes_NL, num_codewords)
-        closed = torch.where(_used(codes_NL, num_codewords), 0.0, torch.inf)
+        closed = torch.where(used_codewords(codes_NL, num_codewords), 0.0, torch.inf)
         for _ in range(steps):
             codes_NL, _ = nearest_codes(x_ND, codebooks, closed)
             moved = estimate_codebooks(x_ND, codes_NL, num_codewords)
-            codebooks = torch.where(_used(codes_NL, num_codewords).unsqueeze(2), moved, codebooks)
+            codebooks = torch.where(used_codewords(codes_NL, num_codewords).unsqueeze(2), moved, codebooks)
         codes_NL, _ = nearest_codes(x_ND, codebooks, closed)
         variances, residual = [], x_ND
         for level, codebook in enumerate(codebooks):
@@ -120,11 +120,6 @@ class LevelMixtures:
         """Of each codeword `[n, B, K]` for what is left of vectors `[n, B, D]`."""
         distances = squared_distances(residual.flatten(0, 1), self.codebooks[level]) + self.closed[level]
         return (-distances / (2 * self.variances[level])).log_softmax(1).view(*residual.shape[:2], -1)
-
-
-def _used(codes_NL: Tensor, num_codewords: int) -> Tensor:
-    """Which codewords of each level some item uses, bool `[L, K]`."""
-    return torch.stack([torch.bincount(code_N, minlength=num_codewords) > 0 for code_N in codes_NL.T])
 
 
 def _at(values: Tensor, beams: Tensor) -> Tensor:

@@ -124,3 +124,8 @@ def estimate_codebooks(x_ND: Tensor, codes_NL: Tensor, num_codewords: int) -> Te
         codebook_KD.index_add_(0, code_N, residual_ND).div_(counts_K[:, None])
         residual_ND -= codebook_KD[code_N]
     return codebooks
+
+
+def used_codewords(codes_NL: Tensor, num_codewords: int) -> Tensor:
+    """Which codewords of each level some item uses: int64 `[N, L]` to bool `[L, K]`."""
+    return torch.stack([torch.bincount(code_N, minlength=num_codewords) > 0 for code_N in codes_NL.T])
