@@ -24,6 +24,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from llm_itemtok import hub
 from llm_itemtok.bundle import Generation
 from llm_itemtok.errors import HubError
+from llm_itemtok.evaluation.metrics import metric_name
 from llm_itemtok.model.item_lm import Reads
 from llm_itemtok.papers import cited
 
@@ -329,7 +330,7 @@ def _results(metrics: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> It
             dataset_split="test",
             dataset_args=_protocol(metrics),
             metric_type=name,
-            metric_name=name.replace("recall", "Recall").replace("ndcg", "NDCG").replace("mrr", "MRR"),
+            metric_name=metric_name(name),
             metric_value=round(float(value), 6),
         )
 

@@ -20,7 +20,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from llm_itemtok import artifacts, report_codes, report_paths, report_rescoring, report_updates, report_weights
-from llm_itemtok.evaluation.metrics import METRIC_KEYS
+from llm_itemtok.evaluation.metrics import METRIC_KEYS, metric_name
 from llm_itemtok.report_plots import (
     SERIES_COLOURS,
     Bar,
@@ -220,7 +220,7 @@ def _metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[dict[str, A
             for value, part in zip(values, systems, strict=True)
         ]
         if any(value is not None for value in values):
-            rows.append((_metric_name(key), cells))
+            rows.append((metric_name(key), cells))
     return rows
 
 
@@ -230,7 +230,7 @@ def _fitting_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]
     key = "ndcg@10"
     rows = [
         (
-            f"{_metric_name(key)} on validation",
+            f"{metric_name(key)} on validation",
             [[metric_text(part["validation"][key])] if key in part["validation"] else [] for part in systems],
         ),
         ("Time", [[] if part["seconds"] is None else [duration_text(part["seconds"])] for part in systems]),
@@ -289,7 +289,7 @@ def _result_charts(metrics: Mapping[str, Any]) -> list[Chart]:
             if key in part["test"]
         ]
         if bars:
-            charts.append(bar_chart(f"{_metric_name(key)} on test, with 95\u00a0% intervals", bars))
+            charts.append(bar_chart(f"{metric_name(key)} on test, with 95\u00a0% intervals", bars))
     return charts
 
 
@@ -309,7 +309,7 @@ def _training_charts(log: Iterable[Mapping[str, Any]]) -> list[Chart]:
     if losses:
         charts.append(line_chart("Loss", losses, x_label="step"))
     if validation:
-        named = [Series(_metric_name(name.removeprefix("validation/")), curves[name]) for name in validation]
+        named = [Series(metric_name(name.removeprefix("validation/")), curves[name]) for name in validation]
         charts.append(line_chart("Validation metrics", named, x_label="step", from_zero=True, mark_best=True))
     if len(terms) > 1:
         named = [Series(name.removeprefix("loss/"), curves[name]) for name in terms]
@@ -364,10 +364,10 @@ def _segments(metrics: Mapping[str, Any]) -> dict[str, Any]:
         dots.insert(0, Dots("all users", [metrics["test"][key], *(part["test"].get(key) for part in drawn)]))
     names = [_OURS, *(part["name"] for part in drawn)]
     return {
-        "metric": _metric_name(key),
+        "metric": metric_name(key),
         "columns": [name for name, _ in columns],
         "rows": rows,
-        "charts": [dot_chart(f"{_metric_name(key)} by segment", names, dots)] if dots else [],
+        "charts": [dot_chart(f"{metric_name(key)} by segment", names, dots)] if dots else [],
         "hints": segment_hints(parts),
     }
 
@@ -405,12 +405,6 @@ def _observations(run: RunFolder) -> list[str]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _metric_name(key: str) -> str:
-    """Write `ndcg@10` as NDCG@10 and `recall@10` as Recall@10."""
-    family, at, cutoff = key.partition("@")
-    return (family.upper() if family in ("ndcg", "mrr") else family.capitalize()) + at + cutoff
 
 
 def _code(text: str) -> Markup:

@@ -201,3 +201,9 @@ def _gains(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
         "mrr": found / np.where(found, ranks, 1.0),
     }
     return np.stack([by_family[family] * (ranks <= k) for family, cutoffs in CUTOFFS.items() for k in cutoffs])
+
+
+def metric_name(key: str) -> str:
+    """Write `ndcg@10` as NDCG@10, `recall@10` as Recall@10, and names without a cutoff likewise."""
+    family, at, cutoff = key.partition("@")
+    return (family.upper() if family in ("ndcg", "mrr") else family.capitalize()) + at + cutoff

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from llm_itemtok.evaluation.metrics import metric_name
 from llm_itemtok.experiments.findings import (
     KEYS,
     PLATEAU_GAIN,
@@ -40,7 +41,6 @@ from llm_itemtok.experiments.wording import (
     estimate_text,
     gain_text,
     how_to_read,
-    metric_name,
     not_run_lines,
     number,
     p_text,

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from llm_itemtok.report_plots import ticks
+from llm_itemtok.report_plots import shortened, ticks
 
 _WIDTH, _PIXELS = 440, 620
 _MARGIN, _ROW, _LINE, _HEADING, _AXIS = 14, 24, 14, 28, 34
@@ -203,7 +203,7 @@ def _head(title: str, keys: Sequence[tuple[str, str]]) -> tuple[list[Markup], fl
         parts.append(_text(_MARGIN, y + 5, line, "title"))
     x, y = float(_MARGIN), y + 24
     for symbol, text in keys:
-        text = _cut(text, 48)
+        text = shortened(text, 48)
         width = 36 + _LETTER * len(text)
         if x > _MARGIN and x + width > _WIDTH:
             x, y = float(_MARGIN), y + 18
@@ -213,14 +213,10 @@ def _head(title: str, keys: Sequence[tuple[str, str]]) -> tuple[list[Markup], fl
     return parts, y + 14
 
 
-def _cut(text: str, letters: int) -> str:
-    return text if len(text) <= letters else text[: letters - 1] + "…"
-
-
 def _two_lines(label: str) -> list[str]:
     """Break a long label once; what is still too long is cut."""
     first, *rest = _wrapped(label, _LONGEST_LINE)
-    return [_cut(line, _LONGEST_LINE) for line in (first, " ".join(rest)) if line]
+    return [shortened(line, _LONGEST_LINE) for line in (first, " ".join(rest)) if line]
 
 
 def _wrapped(text: str, letters: int) -> list[str]:

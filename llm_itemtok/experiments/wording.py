@@ -11,6 +11,7 @@ told apart".
 import re
 from collections.abc import Callable, Sequence
 
+from llm_itemtok.evaluation.metrics import metric_name
 from llm_itemtok.evaluation.paired import Estimate, PairedDifference, independent_difference
 from llm_itemtok.experiments.findings import KEYS, PLATEAU_GAIN, Arm, Block, Edge
 
@@ -21,7 +22,6 @@ AT_PLATEAU = "at its plateau"
 STILL_RISING = "still rising"
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_FAMILIES = {"recall": "Recall", "ndcg": "NDCG", "mrr": "MRR"}
 _OF_ONE_SEED = {"sasrec"}
 """Baselines that another seed would make another; they are fitted with one."""
 _HOW_TO_READ = (
@@ -63,12 +63,6 @@ def percent(share: float, decimals: int = 1, *, signed: bool = True) -> str:
 def p_text(p: float) -> str:
     """Write a p value."""
     return "< .001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1)
-
-
-def metric_name(key: str) -> str:
-    """`recall@10` → `Recall@10`."""
-    family, _, cutoff = key.partition("@")
-    return f"{_FAMILIES[family]}@{cutoff}"
 
 
 def estimate_text(of: Estimate) -> str:

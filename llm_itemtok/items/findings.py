@@ -151,9 +151,10 @@ def verdict_text(found: Sequence[Finding], missing: Sequence[str]) -> str:
     return "\n".join([*lines, *filter(None, [gaps_text(missing)])])
 
 
-def as_json(found: Sequence[Finding]) -> list[dict[str, str]]:
-    """Findings as plain values."""
-    return [asdict(finding) for finding in found]
+def judged(report: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The doctor's part of a quality file: its facts, with `findings` and what was `not_judged`, as plain values."""
+    found = [asdict(finding) for finding in findings(report, facts)]
+    return {**facts, "findings": found, "not_judged": gaps(report, facts)}
 
 
 Rule = Callable[[Mapping[str, Any], Mapping[str, Any]], Sequence[Finding]]

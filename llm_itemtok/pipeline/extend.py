@@ -45,7 +45,7 @@ from llm_itemtok.items import vectors as item_vectors
 from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.doctor import examine
-from llm_itemtok.items.findings import as_json, findings, gaps
+from llm_itemtok.items.findings import judged
 from llm_itemtok.items.newcomers import Newcomers, add_items
 from llm_itemtok.items.quality import quality
 from llm_itemtok.items.quantizers import read_quantizer
@@ -269,12 +269,9 @@ def _write_version(run: Path, before: Path, new: Catalog, found: Newcomers, quan
         found.codes.save(folder)
         if quantizer is not None:
             quantizer.save(folder)
-        figures, facts = (
-            quality(found.codes),
-            examine(found.codes, categories=None if whole is None else whole.categories),
-        )
-        facts |= {"findings": as_json(findings(figures, facts)), "not_judged": gaps(figures, facts)}
-        write_json(folder / QUALITY, {**figures, "doctor": facts})
+        figures = quality(found.codes)
+        facts = examine(found.codes, categories=None if whole is None else whole.categories)
+        write_json(folder / QUALITY, {**figures, "doctor": judged(figures, facts)})
         pq.write_table(_trace(new, found), folder / TRACE)
     if whole is not None:
         write_categories(run / CATEGORIES, whole)

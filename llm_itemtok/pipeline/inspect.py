@@ -22,7 +22,7 @@ from llm_itemtok.items.codes import FILE_NAME, ItemCodes
 from llm_itemtok.items.compare import compare_codes, comparison_text
 from llm_itemtok.items.doctor import examine, facts_text
 from llm_itemtok.items.files import are_rows, export_codes, read_items_and_codes
-from llm_itemtok.items.findings import Finding, as_json, findings, gaps, verdict_text
+from llm_itemtok.items.findings import Finding, findings, gaps, judged, verdict_text
 from llm_itemtok.items.quality import figures_table, quality
 from llm_itemtok.pipeline.prepare import load_data
 from llm_itemtok.report import render_codes
@@ -213,8 +213,8 @@ class _Patient:
 
     def on_a_page(self) -> RunFolder:
         """The same for a page about item tokens."""
-        facts = self.facts | {"findings": as_json(self.findings), "not_judged": self.gaps}
-        version = Version(self.place.resolve().name, self.codes, {**self.report, "doctor": facts}, {})
+        figures = {**self.report, "doctor": judged(self.report, self.facts)}
+        version = Version(self.place.resolve().name, self.codes, figures, {})
         categories = self.run.categories if self.run is not None else None
         name = f"{self.run.name}, {version.name}" if self.run is not None else version.name
         return codes_alone(name, version, self.items, categories)

@@ -35,7 +35,7 @@ from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.collaborative import co_occurrence, draw_sequences, near_pairs
 from llm_itemtok.items.doctor import examine
 from llm_itemtok.items.files import read_codes
-from llm_itemtok.items.findings import as_json, findings, gaps
+from llm_itemtok.items.findings import judged
 from llm_itemtok.items.hierarchical import HierarchicalCodes
 from llm_itemtok.items.product import ProductKMeans
 from llm_itemtok.items.quality import (
@@ -275,8 +275,7 @@ def make_codes(config: RunConfig, data: Dataset, folder: Path, log: Log) -> Item
         if matrix is not None and (error := _rebuilding(config, codes, unique, matrix, quantizer)):
             facts["reconstruction_error"] = error
             figures["reconstruction_error"] = error["before"]
-        facts |= {"findings": as_json(findings(resolved, facts)), "not_judged": gaps(resolved, facts)}
-        write_json(new / QUALITY, {**figures, "resolved": resolved, "doctor": facts})
+        write_json(new / QUALITY, {**figures, "resolved": resolved, "doctor": judged(resolved, facts)})
     return unique
 
 

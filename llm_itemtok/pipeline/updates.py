@@ -17,7 +17,7 @@ from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.items.findings import as_json, findings, gaps
+from llm_itemtok.items.findings import judged
 from llm_itemtok.items.quality import quality, vector_pairs
 from llm_itemtok.items.quantizers import read_quantizer
 from llm_itemtok.model.item_lm import ItemTokenModel
@@ -125,8 +125,7 @@ def make_updates(
 
     def describe(codes: ItemCodes) -> Mapping[str, Any]:
         figures, facts = quality(codes, matrix, near=near), doctor_facts(codes, data, near)
-        found = {"findings": as_json(findings(figures, facts)), "not_judged": gaps(figures, facts)}
-        return {**figures, "doctor": {**facts, **found}}
+        return {**figures, "doctor": judged(figures, facts)}
 
     if isinstance(update, SelfImproveUpdate):
         method, rules = _self_improve(config, update, data, around, matrix)
