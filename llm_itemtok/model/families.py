@@ -1,6 +1,8 @@
 """Which base models there are, and what to know of their kind: an encoder or none, and what the decoder begins with."""
 
-from transformers import PreTrainedModel
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_itemtok.errors import UnsupportedModelError
 
@@ -13,14 +15,23 @@ SUPPORTED_FAMILIES = DECODER_FAMILIES + ENCODER_DECODER_FAMILIES
 """Model types whose training, decoding and export are proven equal to plain `transformers` by the tests."""
 
 
-def refuse_unsupported(lm: PreTrainedModel) -> None:
-    """Raise `UnsupportedModelError` for models whose results the tests do not vouch for."""
-    config = lm.config
+def refuse_type(config: PreTrainedConfig, name: Path | str) -> None:
+    """Raise `UnsupportedModelError` for a family that the tests do not cover, before its weights are fetched.
+
+    Args:
+        config: of the base model.
+        name: of the base model, for the message.
+    """
     if config.model_type not in SUPPORTED_FAMILIES:
         raise UnsupportedModelError(
             f"the base model must be one of the tested families {', '.join(SUPPORTED_FAMILIES)}, "
-            f"was: {config.model_type}; choose another `model.name`"
+            f"but `{name}` is of type {config.model_type}; choose another `model.name`"
         )
+
+
+def refuse_unsupported(lm: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` for models whose results the tests do not vouch for."""
+    refuse_type(lm.config, type(lm).__name__)
     head = lm.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise UnsupportedModelError(

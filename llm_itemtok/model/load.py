@@ -26,7 +26,7 @@ from transformers import (
 
 from llm_itemtok.errors import ItemTokError, UnsupportedModelError
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.model.families import SUPPORTED_FAMILIES, refuse_unsupported
+from llm_itemtok.model.families import refuse_type, refuse_unsupported
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.likelihood import Normaliser
 from llm_itemtok.model.rows import ItemRows, input_table, output_head
@@ -60,11 +60,7 @@ def load_base(
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **where)
-        if config.model_type not in SUPPORTED_FAMILIES:
-            raise UnsupportedModelError(
-                f"the base model must be one of the tested families {', '.join(SUPPORTED_FAMILIES)}, "
-                f"but `{name}` is of type {config.model_type}; choose another `model.name`"
-            )
+        refuse_type(config, name)
         if quantization == "nf4":
             refuse_four_bits(config)
         tokenizer = AutoTokenizer.from_pretrained(name, **where)

@@ -20,11 +20,11 @@ from transformers import (
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.describe import describe, describe_text
-from llm_itemtok.errors import CollisionError, DataError, ItemTokError, UnsupportedModelError
+from llm_itemtok.errors import CollisionError, DataError, ItemTokError
 from llm_itemtok.items import collisions, vectors
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.files import MOST_LEVELS, read_codes
-from llm_itemtok.model.families import SUPPORTED_FAMILIES, of_encoder, refuse_unsupported
+from llm_itemtok.model.families import of_encoder, refuse_type, refuse_unsupported
 from llm_itemtok.model.load import auto_class, refuse_four_bits
 from llm_itemtok.model.rows import input_table
 from llm_itemtok.model.scratch import train_tokenizer
@@ -350,10 +350,7 @@ def _empty_model(config: RunConfig) -> PreTrainedModel | None:
             first = str(error).splitlines()[0]
             raise ItemTokError(f"`model.name` must be a folder with a model, was: {model.name}\n  {first}") from error
         return None  # a Hub id, which may well be reachable where the run takes place
-    if found.model_type not in SUPPORTED_FAMILIES:
-        raise UnsupportedModelError(
-            f"`model.name: {model.name}` is of type {found.model_type}; tested are {', '.join(SUPPORTED_FAMILIES)}"
-        )
+    refuse_type(found, model.name)
     with torch.device("meta"):
         lm: PreTrainedModel = auto_class(found).from_config(found)
     refuse_unsupported(lm)

@@ -383,7 +383,7 @@ def test_new_codes_over_the_same_tokens_need_no_new_model():
 ])  # fmt: skip
 def test_other_families_are_refused_by_name(config):
     lm = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UnsupportedModelError, match=f"tested families llama, .*was: {config.model_type};"):
+    with pytest.raises(UnsupportedModelError, match=f"tested families llama, .*is of type {config.model_type};"):
         refuse_unsupported(lm)
 
 
