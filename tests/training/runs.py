@@ -13,7 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llm_itemtok.artifacts import write_json
 from llm_itemtok.model.item_lm import ItemTokenModel
-from llm_itemtok.training.arguments import build_arguments
+from llm_itemtok.training.arguments import CHECKPOINTING, build_arguments
 from llm_itemtok.training.callbacks import MetricsLog
 from llm_itemtok.training.collator import Collator
 from llm_itemtok.training.examples import build
@@ -110,7 +110,7 @@ class SentBuffers(TrainerCallback):
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    cut = {"batch": int(sys.argv[2]), "accumulation": int(sys.argv[3])}
+    cut = {"batch": int(sys.argv[2]), "accumulation": int(sys.argv[3]), CHECKPOINTING: sys.argv[5] == "anew"}
     watch = SentBuffers()
     run = make_trainer(target, **cut, steps=3, every=2, tied=False, family=sys.argv[4], callbacks=[watch])
     watch.trainer = run

@@ -216,9 +216,10 @@ def test_rows_of_like_length_can_be_batched_together(tmp_path):
 
 @pytest.mark.slow
 @EVERY_KIND
-def test_two_processes_train_as_one(tmp_path, family):
-    """gloo on the loopback; an untied model, whose base head gets no gradient."""
-    one, two = [tmp_path / "one", 4, 2, family], [tmp_path / "two", 2, 2, family]
+@pytest.mark.parametrize("states", ["kept", "anew"])
+def test_two_processes_train_as_one(tmp_path, family, states):
+    """gloo on the loopback; an untied model, whose base head gets no gradient; with states computed anew, too."""
+    one, two = [tmp_path / "one", 4, 2, family, states], [tmp_path / "two", 2, 2, family, states]
     run_alone_and_in_pair("tests.training.runs", one, two, two)
     one, two = tmp_path / "one", tmp_path / "two"
     assert_close(load_file(two / "weights.safetensors"), load_file(one / "weights.safetensors"), atol=1e-7, rtol=1e-5)
