@@ -138,7 +138,7 @@ class NextItems:
         self.items = items.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
         self.ends = np.cumsum(lengths)
         self.begins = self.ends - lengths
-        self.first = columns["first"].to_numpy()
+        self.first = columns["first"].to_numpy().astype(np.int64)
         self.rows = np.flatnonzero(columns["task"].to_numpy() == TASKS.index("next-item"))
 
     def example(self, row: int) -> dict[str, Any]:
