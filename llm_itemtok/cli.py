@@ -333,7 +333,7 @@ def _known(recommender: "Answering", ids: list[str], option: str) -> tuple[list[
 
 
 def _write_report(options: argparse.Namespace) -> int:
-    from llm_itemtok.report import write_report
+    from llm_itemtok.report.page import write_report
 
     print(write_report(options.run))
     return 0

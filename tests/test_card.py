@@ -14,8 +14,8 @@ from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import HubError
 from llm_itemtok.papers import PAPERS, cited
 from llm_itemtok.recommender import Recommender
+from tests.report.test_page import _metrics
 from tests.test_recommender import adapter, made_of, merged
-from tests.test_report import _metrics
 from tests.tiny import KINDS, text_codes, tiny_item_model
 
 RECIPE = {

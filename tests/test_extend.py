@@ -25,7 +25,7 @@ from llm_itemtok.pipeline.prepare import load_data
 from llm_itemtok.pipeline.run import run
 from llm_itemtok.pipeline.vectors import Sources
 from llm_itemtok.recommender import Recommender
-from llm_itemtok.report import write_report
+from llm_itemtok.report.page import write_report
 from tests.test_pipeline import RECIPE
 from tests.test_recommender import adapter
 

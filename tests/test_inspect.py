@@ -15,8 +15,8 @@ from llm_itemtok.pipeline import prepare
 from llm_itemtok.pipeline.check import check
 from llm_itemtok.pipeline.inspect import inspect
 from llm_itemtok.pipeline.run import run
-from llm_itemtok.report_codes import findings, quality_rows, usage_charts
-from llm_itemtok.report_run import read_run
+from llm_itemtok.report.codes import findings, quality_rows, usage_charts
+from llm_itemtok.report.run_folder import read_run
 
 RECIPE = """
 data: {source: synthetic, items: 60, users: 80}

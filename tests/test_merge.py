@@ -12,8 +12,8 @@ from llm_itemtok.errors import ArtifactError
 from llm_itemtok.pipeline.merge import merge
 from llm_itemtok.pipeline.push import card_of
 from llm_itemtok.recommender import Recommender
+from tests.report.test_page import _metrics
 from tests.test_recommender import adapter, merged
-from tests.test_report import _metrics
 
 
 @pytest.fixture

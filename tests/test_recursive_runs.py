@@ -16,8 +16,8 @@ from llm_itemtok.pipeline.run import run
 from llm_itemtok.pipeline.scoring import path_figures
 from llm_itemtok.pipeline.vectors import needs_vectors
 from llm_itemtok.recommender import Recommender
-from llm_itemtok.report_paths import charts
-from llm_itemtok.report_run import read_run
+from llm_itemtok.report.paths import charts
+from llm_itemtok.report.run_folder import read_run
 from llm_itemtok.training.callbacks import read_log
 from tests.recursive import COLD, recursive_model
 from tests.test_extend import new_items

@@ -19,8 +19,8 @@ from llm_itemtok.pipeline.export import export
 from llm_itemtok.pipeline.extend import extend
 from llm_itemtok.pipeline.run import run
 from llm_itemtok.recommender import Recommender
-from llm_itemtok.report_rescoring import charts
-from llm_itemtok.report_run import read_run
+from llm_itemtok.report.rescoring import charts
+from llm_itemtok.report.run_folder import read_run
 from llm_itemtok.sasrec import SASRec
 from tests.hub_server import Hub
 from tests.test_extend import new_items

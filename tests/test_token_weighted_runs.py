@@ -13,8 +13,8 @@ from llm_itemtok.pipeline.objective import target_counts
 from llm_itemtok.pipeline.run import run
 from llm_itemtok.pipeline.vectors import needs_vectors
 from llm_itemtok.recommender import Recommender
-from llm_itemtok.report_run import read_run
-from llm_itemtok.report_weights import charts
+from llm_itemtok.report.run_folder import read_run
+from llm_itemtok.report.weights import charts
 from llm_itemtok.training.callbacks import read_log
 from llm_itemtok.training.examples import build
 from tests.test_pipeline import T5, recipe

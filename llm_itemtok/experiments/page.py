@@ -49,7 +49,7 @@ from llm_itemtok.experiments.wording import (
     plateau,
     table,
 )
-from llm_itemtok.report import segment_hints
+from llm_itemtok.report.page import segment_hints
 
 _BASELINES = {"popularity": "popularity", "markov": "Markov chain", "item-knn": "item-kNN", "sasrec": "SASRec"}
 _WIDEST = 6

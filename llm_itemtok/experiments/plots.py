@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from llm_itemtok.report_plots import shortened, ticks
+from llm_itemtok.report.plots import shortened, ticks
 
 _WIDTH, _PIXELS = 440, 620
 _MARGIN, _ROW, _LINE, _HEADING, _AXIS = 14, 24, 14, 28, 34

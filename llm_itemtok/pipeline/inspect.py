@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from llm_itemtok import report_codes
 from llm_itemtok.artifacts import ITEMS, MODEL, RECIPE, code_versions, write_text
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import ArtifactError, ItemTokError
@@ -25,8 +24,9 @@ from llm_itemtok.items.files import are_rows, export_codes, read_items_and_codes
 from llm_itemtok.items.findings import Finding, findings, gaps, judged, verdict_text
 from llm_itemtok.items.quality import figures_table, quality
 from llm_itemtok.pipeline.prepare import load_data
-from llm_itemtok.report import render_codes
-from llm_itemtok.report_run import Item, RunFolder, Version, codes_alone, read_items, read_run
+from llm_itemtok.report.codes import movement as movement_of
+from llm_itemtok.report.page import render_codes
+from llm_itemtok.report.run_folder import Item, RunFolder, Version, codes_alone, read_items, read_run
 
 
 def inspect(path: Path, compare: Path | None = None, *, export: Path | None = None, html: Path | None = None) -> str:
@@ -55,7 +55,7 @@ def inspect(path: Path, compare: Path | None = None, *, export: Path | None = No
         found = compare_codes(patient.codes, there)
         parts += [other.text, f"{joined}\n{comparison_text(found, patient.codes, there, patient.labels)}"]
         shown.append(other)
-        movement = report_codes.movement(joined, found, patient.codes, there, patient.labels)
+        movement = movement_of(joined, found, patient.codes, there, patient.labels)
     if export is not None:
         parts.append(f"codes: {export_codes(patient.codes, patient.item_ids(), export)}")
     if html is not None:

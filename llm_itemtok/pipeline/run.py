@@ -17,7 +17,7 @@ from llm_itemtok.errors import ArtifactError, RecipeError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.pipeline import evaluate, fit, prepare, stages, vocabulary
 from llm_itemtok.pipeline.engines import on_processors, refuse_engine
-from llm_itemtok.report import write_report
+from llm_itemtok.report.page import write_report
 from llm_itemtok.training.arguments import check_settings
 from llm_itemtok.training.checkpoints import Begin, refuse_to_forget
 

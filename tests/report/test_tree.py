@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.report_plots import SERIES_COLOURS
-from llm_itemtok.report_tree import (
+from llm_itemtok.report.plots import SERIES_COLOURS
+from llm_itemtok.report.tree import (
     LEAST_SHARE,
     category_groups,
     follows,

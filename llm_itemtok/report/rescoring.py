@@ -3,11 +3,11 @@
 At a share of 0 the language model ranks what either found, at 1 the dense model does. A curve that is highest between
 the two says that they err on different users.
 
-This module decides what is shown; `rescoring.json` holds the figures, and `report_plots` draws.
+This module decides what is shown; `rescoring.json` holds the figures, and `plots` draws.
 """
 
-from llm_itemtok.report_plots import Chart, Series, line_chart
-from llm_itemtok.report_run import RunFolder
+from llm_itemtok.report.plots import Chart, Series, line_chart
+from llm_itemtok.report.run_folder import RunFolder
 
 
 def charts(run: RunFolder) -> list[Chart]:

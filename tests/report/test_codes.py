@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 
 from llm_itemtok import artifacts
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.report_codes import changes, code_tree
-from llm_itemtok.report_run import read_run
+from llm_itemtok.report.codes import changes, code_tree
+from llm_itemtok.report.run_folder import read_run
 
 OLD = np.array([[0, 0], [0, 1], [1, 0], [1, 1], [2, 2]])
 

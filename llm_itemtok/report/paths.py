@@ -4,11 +4,11 @@ A recursive network makes an item's vector of codewords that it chooses for the 
 item's code, the model reads what it writes; elsewhere the item was moved to where recommending is easier. Both are
 meant; how many items do which tells what an alignment does, and whether redistribution took place at all.
 
-This module decides what is shown; `item_paths.json` holds the shares, and `report_plots` draws.
+This module decides what is shown; `item_paths.json` holds the shares, and `plots` draws.
 """
 
-from llm_itemtok.report_plots import Bar, Chart, bar_chart
-from llm_itemtok.report_run import RunFolder
+from llm_itemtok.report.plots import Bar, Chart, bar_chart
+from llm_itemtok.report.run_folder import RunFolder
 
 
 def charts(run: RunFolder) -> list[Chart]:

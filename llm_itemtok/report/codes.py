@@ -4,7 +4,7 @@ Decisions. Numbers of quality come from `quality.json`, counts of changes from t
 only says why. Examples of changed items are chosen by rule: those whose code changed at the earliest level, then in
 catalogue order.
 
-This module decides what is shown of item tokens; `report_tree` and `report_plots` draw.
+This module decides what is shown of item tokens; `tree` and `plots` draw.
 """
 
 from collections import Counter
@@ -18,9 +18,9 @@ import numpy as np
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.compare import movement_sentences
 from llm_itemtok.items.findings import gaps_text
-from llm_itemtok.report_plots import Chart, Dots, dot_chart, load_chart, usage_chart, value_text
-from llm_itemtok.report_run import RunFolder
-from llm_itemtok.report_tree import category_groups, follows, fullest_codewords, spelled, tree_chart
+from llm_itemtok.report.plots import Chart, Dots, dot_chart, load_chart, usage_chart, value_text
+from llm_itemtok.report.run_folder import RunFolder
+from llm_itemtok.report.tree import category_groups, follows, fullest_codewords, spelled, tree_chart
 
 _QUALITY_NAMES = {
     "items": "Items",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_itemtok.report_plots import (
+from llm_itemtok.report.plots import (
     Bar,
     Dots,
     Series,

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from llm_itemtok.data.categories import telling_place
 from llm_itemtok.items.codes import ENDED, ItemCodes
-from llm_itemtok.report_plots import SERIES_COLOURS, Chart, shortened
+from llm_itemtok.report.plots import SERIES_COLOURS, Chart, shortened
 
 LEAST_SHARE = 0.001
 """Siblings narrower than this share of the picture are joined: about a pixel on a wide screen, a third on a phone."""

@@ -19,7 +19,7 @@ from llm_itemtok.errors import ArtifactError
 from llm_itemtok.evaluation.metrics import bootstrap, metrics_from_ranks
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.pipeline.evaluate import _chosen_users
-from llm_itemtok.report import write_report
+from llm_itemtok.report.page import write_report
 
 PARTS = ("environment", "log", "metrics", "codes", "examples", "predictions", "model", "categories")
 KINDS = ("Dolls", "Puzzles", "<b>Kites</b>")
@@ -554,7 +554,7 @@ def test_a_report_replaces_the_one_before_and_is_the_same_for_the_same_run(tmp_p
 
 
 def test_the_report_needs_neither_torch_nor_transformers(tmp_path):
-    code = "import sys, llm_itemtok.report; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = "import sys, llm_itemtok.report.page; print([m for m in ('torch', 'transformers') if m in sys.modules])"
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 

@@ -8,7 +8,7 @@ checkpoint was before it, and the table says so. Items are named by a rule: thos
 beginning from the first version to the newest, then those with most codewords changed, then the first in the catalogue.
 The neighbours of an item are those that share the longest beginning of its code, in the order of the catalogue.
 
-This module decides what is shown of updates; `report_plots` draws.
+This module decides what is shown of updates; `plots` draws.
 
 Shape letters in this file: N items, L levels.
 """
@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.report_plots import Chart, Flow, Mark, Series, flow_chart, line_chart, metric_text
-from llm_itemtok.report_run import RunFolder
-from llm_itemtok.report_tree import spelled
+from llm_itemtok.report.plots import Chart, Flow, Mark, Series, flow_chart, line_chart, metric_text
+from llm_itemtok.report.run_folder import RunFolder
+from llm_itemtok.report.tree import spelled
 
 _MOVED = 10
 _COLUMNS = 10

@@ -7,11 +7,11 @@ import pytest
 
 from llm_itemtok import artifacts
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.report import render_report
-from llm_itemtok.report_plots import Flow
-from llm_itemtok.report_run import read_run
-from llm_itemtok.report_updates import charts, most_moved, neighbours, rounds, token_flow
-from tests.test_report_codes import OLD, changed, make_run
+from llm_itemtok.report.page import render_report
+from llm_itemtok.report.plots import Flow
+from llm_itemtok.report.run_folder import read_run
+from llm_itemtok.report.updates import charts, most_moved, neighbours, rounds, token_flow
+from tests.report.test_codes import OLD, changed, make_run
 
 LINE = {
     "round": 1, "step": 10, "epoch": 1.0, "moves": 2, "share": 0.4, "churn": [0.2, 0.2], "collisions": 0.25,

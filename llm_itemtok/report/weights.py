@@ -5,14 +5,14 @@ the codes that training ended with. A target's own loss is its logged term over 
 line before: terms are logged as they enter the loss, share included, and would show the curriculum more than what is
 learned.
 
-This module decides what is shown of token weights; `report_plots` draws.
+This module decides what is shown of token weights; `plots` draws.
 """
 
 import math
 from collections.abc import Mapping
 
-from llm_itemtok.report_plots import Chart, Dots, Series, dot_chart, line_chart
-from llm_itemtok.report_run import RunFolder
+from llm_itemtok.report.plots import Chart, Dots, Series, dot_chart, line_chart
+from llm_itemtok.report.run_folder import RunFolder
 
 _LEAST_SHARE = 1e-3
 """A target's loss is shown from this share on: below, rounding shows more than learning."""

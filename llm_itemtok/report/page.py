@@ -5,8 +5,8 @@ run that stopped half way. A part whose files are missing is left out and *said*
 top. The page needs no network and no script, and forbids itself both; everything from the run (titles, recipe, ids)
 is escaped. Words such as "above" and "below" a baseline are used only where the 95 % intervals do not overlap.
 
-This module decides what to show, of item tokens `report_codes` does; `report_run` reads, `report_plots` and
-`report_tree` draw, `report.html.jinja` lays out. No torch, no transformers, no training code.
+This module decides what to show, of item tokens `codes` does; `run_folder` reads, `plots` and
+`tree` draw, `page.html.jinja` lays out. No torch, no transformers, no training code.
 """
 
 import functools
@@ -19,9 +19,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from llm_itemtok import artifacts, report_codes, report_paths, report_rescoring, report_updates, report_weights
+from llm_itemtok import artifacts
 from llm_itemtok.evaluation.metrics import METRIC_KEYS, metric_name
-from llm_itemtok.report_plots import (
+from llm_itemtok.report import codes, paths, rescoring, updates, weights
+from llm_itemtok.report.plots import (
     SERIES_COLOURS,
     Bar,
     Chart,
@@ -35,7 +36,7 @@ from llm_itemtok.report_plots import (
     power_text,
     value_text,
 )
-from llm_itemtok.report_run import RunFolder, read_run
+from llm_itemtok.report.run_folder import RunFolder, read_run
 
 _HEADLINE = ("recall@10", "ndcg@10")
 _FEW_USERS = 1000
@@ -89,22 +90,22 @@ def render_report(run: Path | str) -> str:
     return _rendered(read_run(Path(run)))
 
 
-def render_codes(shown: Sequence[RunFolder], lead: str, movement: report_codes.Movement | None = None) -> str:
+def render_codes(shown: Sequence[RunFolder], lead: str, movement: codes.Movement | None = None) -> str:
     """Return a page about item tokens alone.
 
     Args:
-        shown: one or more tables of codes (`report_run.codes_alone`); the first gives the page its title.
+        shown: one or more tables of codes (`run_folder.codes_alone`); the first gives the page its title.
         lead: the sentence under the title.
         movement: what moved from the first to the second.
     """
-    return _rendered(shown[0], lead, [report_codes.part(found) for found in shown], movement)
+    return _rendered(shown[0], lead, [codes.part(found) for found in shown], movement)
 
 
 def _rendered(
     found: RunFolder,
     lead: str = "",
-    token_parts: Sequence[report_codes.Part] = (),
-    movement: report_codes.Movement | None = None,
+    token_parts: Sequence[codes.Part] = (),
+    movement: codes.Movement | None = None,
 ) -> str:
     """Lay out what there is; with a `lead`, as a page about item tokens alone."""
     return _template().render(
@@ -120,13 +121,13 @@ def _rendered(
         result_charts=_result_charts(found.metrics),
         training_charts=[
             *_training_charts(found.log),
-            *(chart for part in (report_weights, report_paths, report_rescoring) for chart in part.charts(found)),
+            *(chart for part in (weights, paths, rescoring) for chart in part.charts(found)),
         ],
         training_facts=_training_facts(found.metrics.get("training", {})),
         segments=_segments(found.metrics),
-        token_parts=token_parts or [report_codes.part(found)],
+        token_parts=token_parts or [codes.part(found)],
         movement=movement,
-        updates=report_updates.part(found),
+        updates=updates.part(found),
         examples=_examples(found.examples),
         notes=[*found.notes, *_observations(found)],
         protocol=_flat(found.metrics.get("protocol", {})),
@@ -163,7 +164,7 @@ def _template() -> jinja2.Template:
     )
     filters: dict[str, Callable[..., str]] = {"number": value_text, "metric": metric_text, "code": _code}
     environment.filters |= filters
-    return environment.get_template("report.html.jinja")
+    return environment.get_template("page.html.jinja")
 
 
 # --------------------------------------------------------------------------------------------------- what is shown
@@ -391,7 +392,7 @@ def _observations(run: RunFolder) -> list[str]:
     points = _curves(run.log).get("validation/ndcg@10", [])
     if len(points) >= 3 and max(points, key=lambda point: point[1]) == points[-1]:
         notes.append("Validation NDCG@10 was best at the last measurement: longer training may still help.")
-    for level in report_codes.levels(run.quality):
+    for level in codes.levels(run.quality):
         if level["used"] < level["size"] / 2 and not level.get("counts_only"):
             notes.append(f"{level['name']} uses only {level['used']:,} of its {level['size']:,} codewords.")
     users = [run.metrics.get("segments", {}).get(name, {}).get("users", 0) for name in ("head", "tail")]
