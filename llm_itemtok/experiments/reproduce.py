@@ -287,6 +287,7 @@ def dry_run(path: Path, *, results: Path, runs: Path, workers: int = 2) -> str:
         ItemTokError: for a plan or an input that is not right.
     """
     loaded = LoadedPlan.load(path)
+    loaded.check()
     book = Book(loaded, Pool(results, runs))
     tuning, confirm = book.tuning(), book.confirm()
     tuned = bool(confirm) or not tuning

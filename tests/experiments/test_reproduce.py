@@ -13,6 +13,7 @@ import yaml
 
 from llm_itemtok import artifacts
 from llm_itemtok.cli import main
+from llm_itemtok.errors import RecipeError
 from llm_itemtok.experiments.reproduce import dry_run
 
 RECIPE = {
@@ -213,3 +214,13 @@ def test_a_dry_run_says_what_is_to_do_and_writes_nothing(plan, tmp_path):
     assert "after tuning" in text
     assert not (tmp_path / "results").exists()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_dry_run_looks_at_every_outcome_of_tuning(plan, tmp_path):
+    demo = {"variants": {"k-means": {}, "chance": {"tokenizer": {"kind": "random"}}}}
+    side = {"probe": True, "settings": {"tokenizer": {"iterations": 7}}}
+    other = plan.with_name("uneven.yaml")
+    arms = {"uneven": demo, "random": PLAN["arms"]["random"], "side": {**side, "based_on": "uneven"}}
+    other.write_text(yaml.safe_dump({**PLAN, "name": "uneven", "arms": arms}), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"tokenizer\.iterations"):
+        dry_run(other, results=tmp_path / "results", runs=tmp_path / "runs")
