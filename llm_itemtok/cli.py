@@ -236,6 +236,9 @@ def _run(options: argparse.Namespace) -> int:
         leave()
         print("itemtok: stopped after a checkpoint; the same command with --resume goes on from it", file=sys.stderr)
         return STOPPED
+    except BaseException:
+        leave(failed=True)
+        raise
     leave()
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         _say(f"run folder: {folder}")

@@ -58,9 +58,14 @@ def place_among() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if together() else (0, 1)
 
 
-def leave() -> None:
-    """Leave the group of processes, if there is one: left to the interpreter's end, its threads may abort it."""
-    if together():
+def leave(*, failed: bool = False) -> None:
+    """Leave the group of processes, if there is one: left to the interpreter's end, its threads may abort it.
+
+    Args:
+        failed: whether others may still wait for this process. Gloo breaks off what they wait for; NCCL would wait for
+            them in turn, so that its groups are left to the interpreter's end, which breaks them off.
+    """
+    if together() and not (failed and distributed.get_backend() != "gloo"):
         distributed.destroy_process_group()
 
 

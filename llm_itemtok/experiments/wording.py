@@ -110,10 +110,10 @@ def answer(blocks: Sequence[Block], call: Call, *, rising: Sequence[str], missin
         return ["**Answer.** None yet: test has not been opened.", ""]
     lines = []
     for block in blocks:
-        sentences = [_against_control(block, arm, call) for arm in block.arms if not arm.control and not arm.probe]
-        sentences += _probes(block, call)
-        sentences += _against_baseline(block, call)
-        lines += [f"**On {plain(block.name)}**, " + " ".join(sentences or ["no method has run yet."]), ""]
+        methods = [_against_control(block, arm, call) for arm in block.arms if not arm.control and not arm.probe]
+        sentences = methods or ["no method has run yet."]
+        sentences += _probes(block, call) + _against_baseline(block, call)
+        lines += [f"**On {plain(block.name)}**, " + " ".join(sentences), ""]
     if rising:
         lines += [f"Still rising when training ended: {', '.join(rising)}. A gain over such an arm may be speed.", ""]
     if missing:

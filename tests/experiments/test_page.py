@@ -359,6 +359,15 @@ def test_a_block_whose_control_has_not_run_is_compared_with_nothing():
     assert "- The control has not run yet, so nothing is compared with it." in page
 
 
+def test_a_block_whose_method_has_not_run_says_so_first():
+    found = _results()
+    found.rows = [row for row in found.rows if row["stage"] == "screen" or row["control"]]
+
+    page = found.page().markdown
+
+    assert "**On beauty**, no method has run yet. The best baseline there, Markov chain" in page
+
+
 def test_runs_on_different_users_are_refused(results):
     found = _results(seeds=1)
     users, _ = found.ranks[found.rows[-1]["recipe_sha256"]]
