@@ -318,10 +318,11 @@ class Checker:
         self.fail(path, f"must be {type_name(annotation)}, was: {describe(value)}{_hint(inner, value)}")
 
     def _union(self, annotation: Any, value: object, path: Path) -> Any:
-        parts = [part for part in _parts(annotation) if part is not types.NoneType]
+        # With their marks: a range holds inside a union, too.
+        parts = [part for part in typing.get_args(annotation) if part is not types.NoneType]
         if value is None and types.NoneType in _parts(annotation):
             return None
-        if any(choices_of(part) for part in parts):
+        if any(choices_of(unwrap(part)[0]) for part in parts):
             parts = [part for part in parts if part is not str]  # `Enum | str` means: the enum, spelled as text
         complaints = []
         for part in parts:
@@ -331,7 +332,7 @@ class Checker:
                 complaints.append(error)
         if len(complaints) == 1:
             raise complaints[0]
-        hints = dict.fromkeys(hint for part in parts if (hint := _hint(part, value)))
+        hints = dict.fromkeys(hint for part in parts if (hint := _hint(unwrap(part)[0], value)))
         self.fail(path, f"must be {type_name(annotation)}, was: {describe(value)}{''.join(hints)}")
 
     def _list(self, annotation: Any, origin: type, value: object, path: Path) -> Any:

@@ -353,6 +353,8 @@ def test_what_a_kind_cannot_do_without_must_be_given(recipe):
         (["data.source=folder", "data.path=x", "data.filter={column: r}"], "must say which rows to keep"),
         (["data.source=folder", "data.path=x", "data.filter={column: r, min: 3, keep: [a]}"], "not both"),
         (["data.source=folder", "data.path=x", "data.filter={column: r, min: 3, max: 1}"], r"was: 3\.0 > 1\.0"),
+        (["update.kind=bilevel", "update.look_ahead=-1"], r"`update\.look_ahead` must be at least 0, was: -1"),
+        (["update.kind=alternate", "update.every={steps: 0}"], r"`update\.every\.steps` must be at least 1, was: 0"),
         (["model.lora.rank=4"], r"`model\.lora` applies only with adapter: lora; `model\.adapter` was: none"),
         (["model.name=org/m", "model.scratch.layers=2"], r"`model\.scratch` applies only with name: scratch"),
         (["model.revision=main"], r"`model\.revision` applies only with another name than scratch"),

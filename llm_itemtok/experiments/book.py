@@ -53,13 +53,18 @@ class Book:
         jobs = []
         for cell in self.loaded.confirm_cells(chosen):
             job = self.pool.job(cell)
-            known = not self.loaded.plan.tuning or (self.loaded.plan.arms[cell.arm].based_on or cell.arm) in chosen
+            known = not self.loaded.plan.tuning or self._tuned(cell.arm) <= set(chosen)
             found = self.pool.record(job) if known else None
             if found is not None:
                 self.jobs.setdefault(job.sha256, job)
                 self.records[job.sha256] = found
             jobs.append(job)
         return jobs
+
+    def _tuned(self, arm: str) -> set[str]:
+        """The arms whose tuning decides the recipes of an arm."""
+        given = self.loaded.plan.arms[arm]
+        return {given.based_on or arm} | (self._tuned(given.codes_of) if given.codes_of else set())
 
     def done(self, jobs: Sequence[Job]) -> int:
         """How many jobs are finished."""

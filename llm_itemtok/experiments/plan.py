@@ -62,6 +62,8 @@ class Arm:
     """Name → settings that belong together, nested as in a recipe, above its own; tuning keeps the best of them."""
     based_on: str = ""
     """Another arm, whose settings it takes over, the tuned ones too, below its own: an ablation, or more training."""
+    codes_of: str = ""
+    """Another arm: each run begins with the item tokens that this arm's run of the data set and seed ended with."""
     variant: str = ""
     """Of the variants of the arm that it is based on, the one that it takes in place of the chosen one."""
     seeds: tuple[Seed, ...] | None = None
@@ -120,6 +122,8 @@ class Cell:
         point: the tuned settings, empty where nothing is tuned.
         name: for a progress line; no other cell of the plan has it.
         config: the recipe, resolved.
+        codes_of: the run whose final item tokens it begins with, and where the pool keeps it is its tokenizer's path;
+            None where the recipe says all.
     """
 
     stage: Literal["screen", "confirm"]
@@ -129,6 +133,7 @@ class Cell:
     point: Point
     name: str
     config: RunConfig
+    codes_of: "Cell | None" = None
 
 
 @dataclass(frozen=True)
@@ -201,13 +206,19 @@ class LoadedPlan:
         for seed in _all_seeds(self.plan):
             for dataset, (name, arm) in itertools.product(everywhere, self.plan.arms.items()):
                 if seed in (arm.seeds or always) and dataset in (arm.datasets or everywhere):
-                    point = chosen.get(arm.based_on or name, ())
-                    if arm.variant:
-                        point = ((VARIANT, arm.variant), *(pair for pair in point if pair[0] != VARIANT))
-                    config = self._config(dataset, name, seed, point)
-                    title = f"{dataset} · {name} · seed {seed}"
-                    cells.append(Cell("confirm", dataset, self._folder(dataset), name, point, title, config))
+                    cells.append(self._confirmed(dataset, name, seed, chosen))
         return sorted(cells, key=lambda cell: self.plan.arms[cell.arm].probe)
+
+    def _confirmed(self, dataset: str, name: str, seed: int, chosen: Mapping[str, Point]) -> Cell:
+        """One cell of `confirm`."""
+        arm = self.plan.arms[name]
+        point = chosen.get(arm.based_on or name, ())
+        if arm.variant:
+            point = ((VARIANT, arm.variant), *(pair for pair in point if pair[0] != VARIANT))
+        config = self._config(dataset, name, seed, point)
+        title = f"{dataset} · {name} · seed {seed}"
+        codes_of = self._confirmed(dataset, arm.codes_of, seed, chosen) if arm.codes_of else None
+        return Cell("confirm", dataset, self._folder(dataset), name, point, title, config, codes_of)
 
     def _folder(self, dataset: str) -> str:
         """Name of the data folder of an entry of `datasets`."""
@@ -226,6 +237,9 @@ class LoadedPlan:
             *(_overrides(given.settings) if given.based_on else ()),
             f"seed={seed}",
         ]
+        if given.codes_of:
+            overrides = [text for text in overrides if not text.startswith("tokenizer.")]
+            overrides += ["tokenizer.kind=file", f"tokenizer.path={given.codes_of}"]
         return RunConfig.load(self.path.parent / base.recipes.get(dataset, planned.recipe), overrides)
 
 
@@ -281,6 +295,8 @@ def _arm_faults(plan: Plan, name: str, arm: Arm) -> list[str]:
             f"`arms.{name}.variant` must be one of the variants of the arm that it is based on "
             f"({', '.join(variants) or 'none'}), was: {arm.variant}"
         )
+    if arm.codes_of:
+        faults += _codes_faults(plan, name, arm)
     if arm.variants and not plan.tuning:
         faults.append(f"`arms.{name}.variants` need `tuning`, which chooses one of them")
     for setting, named in (("datasets", arm.datasets or ()), ("recipes", arm.recipes)):
@@ -291,6 +307,23 @@ def _arm_faults(plan: Plan, name: str, arm: Arm) -> list[str]:
     if (arm.control or name == plan.name) and (arm.seeds or arm.datasets):
         faults.append(f"`arms.{name}` is the method or its control: it takes all seeds and data sets")
     return faults
+
+
+def _codes_faults(plan: Plan, name: str, arm: Arm) -> list[str]:
+    of = plan.arms.get(arm.codes_of)
+    if of is None or of.codes_of or not arm.based_on:
+        return [
+            f"`arms.{name}.codes_of` must be an arm with a tokenizer of its own, and stand in one which is `based_on` "
+            f"another and so not tuned, was: {arm.codes_of}"
+        ]
+    everywhere, always = tuple(plan.datasets), plan.confirm.seeds
+    lacking = [
+        *(set(arm.datasets or everywhere) - set(of.datasets or everywhere)),
+        *(f"seed {seed}" for seed in set(arm.seeds or always) - set(of.seeds or always)),
+    ]
+    if not lacking:
+        return []
+    return [f"`arms.{arm.codes_of}` must run wherever `arms.{name}` needs its codes, but lacks: {', '.join(lacking)}"]
 
 
 def _repeats(name: str, values: Sequence[Any] | None) -> list[str]:

@@ -5,6 +5,9 @@ Two things are kept of it. The run folder, `RUNS/<first 12 digits>`, is for this
 The record, `RESULTS/runs/<first 12 digits>.json`, is for the repository: recipe, metrics, commit, versions, without
 machine paths. Anybody can check a record: its recipe hashes to its name.
 
+A run that begins with the item tokens that another run ended with has that run's hash in place of their path: it has a
+name before they exist.
+
 A record of another `RESULTS_VERSION` is stale and counts as absent: the code has changed so that the recipe gives
 other numbers. A record made before a setting existed serves a recipe that has the setting at its default, because that
 default leaves alone what was there before; where it does not, `BEFORE` says what was.
@@ -13,7 +16,7 @@ default leaves alone what was there before; where it does not, `BEFORE` says wha
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from llm_itemtok.evaluation.metrics import metrics_from_ranks
 from llm_itemtok.experiments.plan import Cell
 from llm_itemtok.pipeline.prepare import load_data
 from llm_itemtok.pipeline.stages import RESULTS_VERSION, input_hashes
+from llm_itemtok.settings import FileTokenizer
 
 DIGITS = 12
 """Of a hash, in the names of files and folders."""
@@ -46,11 +50,13 @@ class Job:
         cell: what to run.
         recipe: portable, as hashed.
         sha256: 64 hexadecimal digits.
+        after: the run that must be finished before, because this one begins with its item tokens.
     """
 
     cell: Cell
     recipe: dict[str, Any]
     sha256: str
+    after: "Job | None" = None
 
     @property
     def short(self) -> str:
@@ -77,9 +83,13 @@ class Pool:
         Raises:
             ItemTokError: if an input cannot be read.
         """
+        after = None if cell.codes_of is None else self.job(cell.codes_of)
         hashes = self._path_hashes(cell.config)
+        if after is not None:
+            cell = _with_codes(cell, self.folder(after) / artifacts.MODEL)
+            hashes = hashes | {"tokenizer.path": after.sha256}
         recipe = json.loads(json.dumps(cell.config.portable(hashes), default=str))
-        job = Job(cell, recipe, recipe_hash(recipe))
+        job = Job(cell, recipe, recipe_hash(recipe), after)
         if self.record_path(job.sha256).exists():
             return job
         stood_for, sections = unwritten(cell.config), json.loads(json.dumps(RunConfig().to_dict(), default=str))
@@ -88,7 +98,7 @@ class Pool:
             # Without a whole section, its default held, whatever kind is chosen of it now.
             missing = {name: section for name, section in sections.items() if name not in older}
             if serves(older, recipe, stood_for | missing):
-                return Job(cell, older, recipe_hash(older))
+                return Job(cell, older, recipe_hash(older), after)
         return job
 
     def folder(self, job: Job) -> Path:
@@ -189,7 +199,7 @@ def row(job: Job, record: dict[str, Any], *, control: bool, probe: bool) -> dict
         "arm": cell.arm,
         "control": control,
         "probe": probe,
-        "initial_codes": cell.config.tokenizer.kind,
+        "initial_codes": _initial_codes(cell),
         # Records from before there were two kinds do not say which.
         "backbone": _backbone(cell.config, training.get("kind", "decoder")),
         "seed": cell.config.seed,
@@ -201,6 +211,13 @@ def row(job: Job, record: dict[str, Any], *, control: bool, probe: bool) -> dict
         "recipe_sha256": job.sha256,
         "versions": record["versions"],
     }
+
+
+def _with_codes(cell: Cell, bundle: Path) -> Cell:
+    """The cell, with the codes of a bundle, which need not be there yet."""
+    assert isinstance(cell.config.tokenizer, FileTokenizer)
+    tokenizer = replace(cell.config.tokenizer, path=str(bundle.absolute()))
+    return replace(cell, config=replace(cell.config, tokenizer=tokenizer))
 
 
 def unwritten(config: RunConfig) -> dict[str, Any]:
@@ -253,6 +270,13 @@ def _read_record(path: Path) -> dict[str, Any]:
             "run it again"
         )
     return found
+
+
+def _initial_codes(cell: Cell) -> str:
+    tokenizer = cell.config.tokenizer
+    if not isinstance(tokenizer, FileTokenizer):
+        return tokenizer.kind
+    return f"file:{Path(tokenizer.path).name if cell.codes_of is None else cell.codes_of.arm}"
 
 
 def _backbone(config: RunConfig, kind: str) -> str:

@@ -91,8 +91,9 @@ def _check_all(book: Book, cells: Sequence[Cell]) -> None:
     """Check a run of every arm on every data set: what is wrong is told now and not after hours of tuning."""
     book.loaded.check()
     for cell in {(cell.block, cell.arm): cell for cell in reversed(cells)}.values():
-        if book.pool.record(book.pool.job(cell)) is None:
-            check(cell.config)
+        job = book.pool.job(cell)
+        if book.pool.record(job) is None and (job.after is None or book.pool.record(job.after) is not None):
+            check(job.cell.config)
 
 
 @dataclass
@@ -149,7 +150,8 @@ class _Shift:
     def _start(self) -> None:
         """Fill free places; a process that a killed plan left behind takes one, too."""
         free = self.workers - len(self.running) - len(self.others)
-        for job in [job for job in self.waiting if job not in self.others][: max(0, free)]:
+        ready = [job for job in self.waiting if job.after is None or job.after.sha256 in self.book.records]
+        for job in [job for job in ready if job not in self.others][: max(0, free)]:
             self.waiting.remove(job)
             record = self.book.pool.record(job)  # another plan may have run it meanwhile
             if record is not None:
@@ -180,6 +182,9 @@ class _Shift:
             why = f"{said} failed (status {worker.status}):\n{worker.last_lines}\n  whole log: {worker.log}"
             self.failed.append(why)
             self.log(why)
+            lost = [after for after in self.waiting if after.after is not None and after.after.sha256 == job.sha256]
+            self.waiting = [after for after in self.waiting if after not in lost]
+            self.failed += [f"{after.cell.name}: {after.short} needs the item tokens of that run" for after in lost]
 
     def _progress(self) -> str:
         """One line: what is done, what runs how far, how long the rest will take."""

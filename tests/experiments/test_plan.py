@@ -162,6 +162,20 @@ def test_where_a_grid_has_one_point_nothing_is_chosen(load):
     assert one == dict.fromkeys(("demo", "random"), (("trainer.learning_rate", 1e-5),))  # `side` has a grid of its own
 
 
+def test_an_arm_may_begin_with_the_item_tokens_of_another_ones_run(load):
+    fresh = {"probe": True, "based_on": "random", "codes_of": "demo", "seeds": [2], "datasets": ["second"]}
+    loaded = load(arms={**PLAN["arms"], "fresh": fresh})
+    assert "fresh" not in {cell.arm for cell in loaded.tuning_cells()}
+    cells = loaded.confirm_cells({"demo": (("trainer.learning_rate", 1e-5),)})
+    (cell,) = [cell for cell in cells if cell.arm == "fresh"]
+    assert cell.codes_of in cells
+    assert (cell.codes_of.arm, cell.codes_of.dataset, cell.codes_of.config.seed) == ("demo", "second", 2)
+    assert cell.codes_of.config.trainer["learning_rate"] == 1e-5
+    (control,) = [other for other in cells if (other.arm, other.dataset, other.config.seed) == ("random", "second", 2)]
+    assert cell.config.tokenizer.kind == "file"
+    assert {**cell.config.to_dict(), "tokenizer": None} == {**control.config.to_dict(), "tokenizer": None}
+
+
 def test_a_grid_gives_every_combination_once():
     assert points({}) == [()]
     assert points({"a": [1, 2], "b": ["x"]}) == [(("a", 1), ("b", "x")), (("a", 2), ("b", "x"))]
@@ -194,6 +208,12 @@ def test_a_grid_gives_every_combination_once():
         ({"arms": {**PLAN["arms"], "other": {"based_on": "demo", "variant": "x"}}}, "based on (none), was: x"),
         ({"arms": {**PLAN["arms"], "other": {"based_on": "demo", "variants": {"x": {}}}}}, "which is not tuned"),
         ({"arms": {**PLAN["arms"], "other": {"variants": {"x": {}}}}, "tuning": None}, "need `tuning`"),
+        ({"arms": {**PLAN["arms"], "other": {"codes_of": "demo"}}}, "in one which is `based_on` another"),
+        ({"arms": {**PLAN["arms"], "other": {"based_on": "demo", "codes_of": "x"}}}, "with a tokenizer of its own"),
+        (
+            {"arms": {**PLAN["arms"], "other": {"based_on": "demo", "codes_of": "demo", "seeds": [5]}}},
+            "`arms.demo` must run wherever `arms.other` needs its codes, but lacks: seed 5",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_right_is_refused_with_the_reason(load, changes, says):

@@ -15,6 +15,7 @@ from llm_itemtok import artifacts
 from llm_itemtok.cli import main
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.experiments.reproduce import dry_run
+from llm_itemtok.items.codes import ItemCodes
 
 RECIPE = {
     "data": {"source": "synthetic", "items": 60, "users": 80},
@@ -28,7 +29,11 @@ PLAN = {
     "name": "demo",
     "question": "Does it work?",
     "datasets": {"shop": {"recipe": "base.yaml"}},
-    "arms": {"demo": {"title": "k-means"}, "random": {"control": True, "settings": {"tokenizer": {"kind": "random"}}}},
+    "arms": {
+        "demo": {"title": "k-means"},
+        "fresh": {"probe": True, "based_on": "random", "codes_of": "demo"},
+        "random": {"control": True, "settings": {"tokenizer": {"kind": "random"}}},
+    },
     "tuning": {"dataset": "shop", "seed": 9, "grid": {"trainer.learning_rate": [1e-5, 3e-3]}},
     "confirm": {"seeds": [1]},
 }
@@ -72,7 +77,7 @@ def undisturbed(plan, tmp_path_factory):
 def test_a_plan_leaves_rows_ranks_records_and_a_page(undisturbed):
     results = undisturbed / "results"
     rows = table(undisturbed)
-    assert [row["stage"] for row in rows] == ["screen"] * 4 + ["confirm"] * 2
+    assert [row["stage"] for row in rows] == ["screen"] * 4 + ["confirm"] * 3
     assert all((row["test"] is None) == (row["stage"] == "screen") for row in rows)
     assert {row["seed"] for row in rows if row["stage"] == "screen"} == {9}
     for row in rows:
@@ -137,7 +142,7 @@ def test_runs_that_a_plan_shares_with_another_count_before_it_is_tuned(plan, und
 @pytest.mark.slow
 def test_a_finished_plan_runs_nothing_and_a_rerun_gives_the_same(plan, undisturbed, capsys, monkeypatch):
     places = {"results": undisturbed / "results", "runs": undisturbed / "runs"}
-    assert "6 of 6 runs done" in dry_run(plan, **places)
+    assert "7 of 7 runs done" in dry_run(plan, **places)
     page = (places["results"] / "demo.md").read_bytes()
     flags = ["--results", str(places["results"]), "--runs", str(places["runs"])]
     began = time.monotonic()
@@ -161,7 +166,7 @@ def test_a_finished_plan_runs_nothing_and_a_rerun_gives_the_same(plan, undisturb
 
 def one_stage(folder, settings):
     """A plan without tuning whose method has these settings."""
-    arms = {"demo": {"settings": settings}, "random": PLAN["arms"]["random"]}
+    arms = {**PLAN["arms"], "demo": {"settings": settings}}
     plan = {**{name: value for name, value in PLAN.items() if name != "tuning"}, "arms": arms}
     (folder / "base.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
     (folder / "demo.yaml").write_text(yaml.safe_dump(plan), encoding="utf-8")
@@ -176,6 +181,8 @@ def test_a_failed_run_is_told_and_the_others_are_finished(tmp_path):
     assert "shop · demo · seed 1" in done.stderr
     assert "share their code with another item" in done.stderr
     assert [row["arm"] for row in table(tmp_path)] == ["random"]
+    assert "shop · fresh · seed 1" in done.stderr
+    assert "needs the item tokens of that run" in done.stderr
 
 
 def test_what_can_be_known_to_be_wrong_is_told_before_anything_runs(tmp_path, capsys):
@@ -184,6 +191,24 @@ def test_what_can_be_known_to_be_wrong_is_told_before_anything_runs(tmp_path, ca
     assert main(["reproduce", str(path), *flags]) == 2
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.slow
+def test_an_arm_begins_with_the_item_tokens_that_another_one_ended_with(plan, undisturbed, tmp_path, capsys):
+    rows = {row["arm"]: row for row in table(undisturbed) if row["stage"] == "confirm"}
+    assert rows["fresh"]["initial_codes"] == "file:demo"
+    assert rows["fresh"]["settings"] == rows["random"]["settings"]
+    runs = [undisturbed / "runs" / rows[arm]["recipe_sha256"][:12] / artifacts.MODEL for arm in ("demo", "fresh")]
+    kept, taken = map(ItemCodes.load, runs)
+    assert taken.table.tolist() == kept.table.tolist()
+    portable = artifacts.read_json(undisturbed / "results" / "runs" / f"{rows['fresh']['recipe_sha256'][:12]}.json")
+    assert portable["recipe"]["tokenizer"]["path"] == f"sha256:{rows['demo']['recipe_sha256']}"
+
+    shutil.copytree(undisturbed / "results", tmp_path / "results")  # with records, and without run folders
+    (tmp_path / "results" / "runs" / f"{rows['fresh']['recipe_sha256'][:12]}.json").unlink()
+    flags = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    assert main(["reproduce", str(plan), *flags]) == 2
+    assert rows["demo"]["recipe_sha256"][:12] in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -209,8 +234,8 @@ def test_flags_that_make_no_sense_are_refused(plan, flags, capsys):
 def test_a_dry_run_says_what_is_to_do_and_writes_nothing(plan, tmp_path):
     text = dry_run(plan, results=tmp_path / "results", runs=tmp_path / "runs")
     assert "tuning, on validation only: 4 runs" in text
-    assert "confirm, on test: 2 runs" in text
-    assert "0 of 6 runs done" in text
+    assert "confirm, on test: 3 runs" in text
+    assert "0 of 7 runs done" in text
     assert "after tuning" in text
     assert not (tmp_path / "results").exists()
     assert os.listdir(tmp_path) == []
