@@ -107,7 +107,7 @@ class BilevelUpdate:
     commitment: NotNegative = 0.25
     """Weight of the encoder's side of these terms."""
     residual: Literal["paper", "release"] = "paper"
-    """How probabilities below the first level reach the encoder: as the equations have it, or, as released, not."""
+    """How probabilities below the first level reach the encoder: through what is left over, or, as released, not."""
     gradient: Literal["mixture", "own"] = "mixture"
     """What learns of an item that is read: all codewords of a level by their probability, as published, or its own."""
     margin: NotNegative = 0.0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import RecipeError
@@ -41,9 +42,9 @@ def recipe(folder: Path, *overrides: str) -> RunConfig:
     [
         (),
         ("model.scratch.family=t5", "model.scratch.head_dim=4", "examples.kind=windows", "update.residual=release",
-         "update.surgery=bloger-release", "tokenizer.collisions=reassign", "evaluation.every=0.1"),
+         "update.order=1", "update.surgery=bloger-release", "tokenizer.collisions=reassign", "evaluation.every=0.1"),
         pytest.param(
-            ("model.adapter=lora", "model.scratch.pretrain_epochs=1", "update.order=1", "objective.normaliser=vocab",
+            ("model.adapter=lora", "model.scratch.pretrain_epochs=1", "update.order=2", "objective.normaliser=vocab",
              "tokenizer={kind: residual-kmeans, levels: 2, codebook_size: 8}", "objective.kind=token-weighted",
              "examples.tasks={next-item: 1.0, title-to-item: 0.3}"),
             marks=pytest.mark.slow,
@@ -76,6 +77,18 @@ def test_every_choice_runs_from_data_to_report(tmp_path: Path, overrides: tuple[
         assert not np.array_equal(quantizer.codebooks.detach(), before.codebooks.detach())
     assert len(Recommender.from_pretrained(out).recommend([], k=5)) == 5
     assert "Gradients of recommendation and of reconstruction" in (out / "report.html").read_text()
+
+
+def test_rows_that_learn_as_they_are_read_and_a_quantizer_that_does_not_are_training_with_fixed_codes(tmp_path: Path):
+    """Mixtures and look-aheads leave no trace then."""
+    still = run(recipe(tmp_path, "update.gradient=own", "update.learning_rate=0"), tmp_path / "still", until="evaluate")
+    fixed = run(recipe(tmp_path, "update={kind: fixed}"), tmp_path / "fixed", until="evaluate")
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (still, fixed)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        np.testing.assert_allclose(weight, weights[1][name], rtol=0, atol=0, err_msg=name)
+    metrics = [json.loads((folder / "metrics.json").read_text())["test"] for folder in (still, fixed)]
+    assert metrics[0] == metrics[1]
 
 
 def test_settings_of_steps_reach_what_they_are_of(tmp_path: Path, monkeypatch) -> None:

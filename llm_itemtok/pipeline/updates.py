@@ -225,8 +225,8 @@ def bilevel(config: RunConfig, update: BilevelUpdate, around: Surroundings, matr
     attention = model.config._attn_implementation
     if second and attention not in ("eager", "sdpa"):
         raise RecipeError(
-            f"`update.order: 2` differentiates attention twice, which `{attention}` does not allow; choose sdpa or "
-            "eager, or write `update.order: 1`"
+            f"`update.order: 2` differentiates attention twice, which `{attention}` does not allow; write "
+            "`update.order: 1`"
         )
     assert model.quantizer is not None
     model.soft = SoftInputs(

@@ -22,7 +22,7 @@ Decisions:
 - The batch is not that of the step, which the trainer has let go by then, but one drawn with the seed and the step.
   Both passes read it, as in the paper. Theta is as the step has left it.
 - Dropout is on, with other masks in the two passes, as in the released code; masks depend on the seed, the step and the
-  piece, so on no number of processes.
+  piece, so on no number of processes while pieces are of one size.
 - Attention must be differentiable twice for `order: 2`, which fused kernels are not: the plain implementation of
   scaled dot products is asked for then, and the log says so.
 - A body that computes its states anew for the backward pass would do so with theta, not theta'; so no checkpointing.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_itemtok.model.soft_inputs import SoftInputs
-from llm_itemtok.training.bilevel import UpperLevel
+from llm_itemtok.training.bilevel import UpperLevel, _rates
 from llm_itemtok.training.gradients import cosine
 from llm_itemtok.training.updates import Rules
 from tests.process_pairs import run_alone_and_in_pair
@@ -92,6 +92,22 @@ def test_the_second_order_gradient_is_that_of_finite_differences_and_the_first_o
         difference = (moved(parameter, step * direction) - moved(parameter, -step * direction)) / (2 * step)
         assert slope == pytest.approx(difference, rel=0.03)
         assert abs((first[name] * direction).sum().item() / difference - 1) > 0.1
+
+
+def test_the_step_ahead_is_of_what_the_trainer_trains_each_at_its_own_rate():
+    """As with LoRA: most weights are frozen. The quantizer is no part of theta."""
+    model, _ = make_bilevel("llama", UPPER)
+    model.lm.requires_grad_(False)
+    fast, slow = model.lm.model.layers[0].requires_grad_(True), model.rows
+    groups = [{"params": list(fast.parameters()), "lr": 0.2}, {"params": list(slow.parameters()), "lr": 0.1}]
+    found = _rates(model, torch.optim.SGD(groups), None)
+    assert found == {
+        name: 0.2 if name.startswith("lm.model.layers.0.") else 0.1
+        for name, each in model.named_parameters()
+        if each.requires_grad and not name.startswith("quantizer")
+    }
+    assert set(found.values()) == {0.1, 0.2}
+    assert set(_rates(model, torch.optim.SGD(groups), 0.5).items()) == {(name, 0.5) for name in found}
 
 
 @EVERY_KIND
