@@ -69,6 +69,8 @@ def test_every_choice_runs_from_data_to_report(tmp_path: Path, overrides: tuple[
     lines = [json.loads(line) for line in (out / "updates.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == config.update.every.steps
     assert {"losses", "conflict", "collisions", "displaced"} <= lines[0].keys()
+    assert all(1 / newest.sizes[level] <= peak <= 1 for level, peak in enumerate(lines[0]["peaks"]))
+    assert len(lines[0]["peaks"]) == 2
     quantizer, before = load_quantizer(out / "model"), load_quantizer(out / "codes/v0")
     if versions[-1] != "v0":
         assert np.array_equal(

@@ -45,6 +45,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from llm_itemtok.items.base import Quantizer
 from llm_itemtok.items.recode import recode
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.state import QUANTIZER
@@ -57,6 +58,9 @@ from llm_itemtok.training.updates import Moment, Proposal
 
 LOOK, STEP = 0, 1
 """The two passes, which have dropout masks of their own."""
+
+PEAKS_OF = 1024
+"""Items, drawn with the seed, on which it is measured how peaked mixtures are."""
 
 Batch = Mapping[str, Tensor]
 
@@ -181,7 +185,7 @@ class Bilevel:
         model.soft.forget()
         codes = recode(model.quantizer, self.material.vectors, model.vocab.codes, margin=self.upper.margin)
         unknown = np.full(len(codes.table), np.nan, dtype=np.float32)
-        facts |= {"collisions": codes.collisions, "displaced": codes.displaced}
+        facts |= {"peaks": self._peaks(model.quantizer), "collisions": codes.collisions, "displaced": codes.displaced}
         return Proposal(codes.table, unknown, unknown, facts)
 
     # ------------------------------------------------------------------------------------------------- gradients
@@ -316,6 +320,14 @@ class Bilevel:
             yield
 
     # ------------------------------------------------------------------------------------------------- what is done
+
+    @torch.no_grad()
+    def _peaks(self, quantizer: Quantizer) -> list[float]:
+        """How likely the likeliest codeword of each level is, on average: near 1, a level hears little of the model."""
+        vectors = self.material.vectors
+        rows = np.random.default_rng(self.upper.seed).permutation(len(vectors))[:PEAKS_OF]
+        levels = quantizer.soft_assign(torch.from_numpy(vectors[rows]).to(quantizer.codebooks.device))
+        return [float(each.amax(dim=1).mean()) for each in levels]
 
     def _operated(self, found: _Found) -> tuple[list[Tensor], dict[str, Any]]:
         """Gradients for the step, and figures for the log."""
