@@ -285,7 +285,16 @@ def _update_contradictions(config: RunConfig) -> Iterator[str]:
 
 
 def _alternate_contradictions(config: RunConfig, update: AlternateUpdate) -> Iterator[str]:
-    """What the alignments read, and a final stage that would never begin."""
+    """What the alignments read and teach, and a final stage that would never begin."""
+    for name in ("sequence", "preference"):
+        teaches = getattr(update, f"quantizer_{name}")
+        if teaches and not getattr(update, name):
+            yield (
+                f"`update.quantizer_{name}` needs `update.{name}` above 0, by which the model learns what it teaches "
+                f"the quantizer with, was: {teaches:g} and 0"
+            )
+    if update.variant == "release" and not update.sequence:
+        yield "`update.variant: release` is of the first alignment; give `update.sequence` a weight above 0, was: 0"
     weight = config.examples.tasks.get("next-item", 0)
     if weight <= 0:
         yield (

@@ -145,7 +145,7 @@ class AlternateUpdate:
     pool: Literal["mean", "last"] = "mean"
     """What stands for a history in a decoder-only model: the mean of its states, or the last one."""
     variant: Literal["paper", "release"] = "paper"
-    """The equations; or the released code, where far codewords are likely, and the first level alone teaches."""
+    """The first alignment: the equations; or as released, far codewords likely, the first level alone teaching."""
     warmup: NotNegative = 5.0
     """Epochs of the model at the beginning without alignments."""
     patience: CountOrNone = 0
@@ -153,7 +153,7 @@ class AlternateUpdate:
     converged: Annotated[float, Within(low=0, below=1)] = 0.0
     """A turn that moves less than this share of the items is the last one; 0 leaves it out."""
     learning_rate: NotNegative = 1e-4
-    """Of the quantizer's AdamW at its highest: it rises over the first turn, and falls to 0 over all that fit."""
+    """Of the quantizer's AdamW, times a factor: up to 1 over the first turn, while falling to 0 over all that fit."""
     weight_decay: NotNegative = 0.05
     """Of the same, for encoder and decoder; codebooks have none."""
     commitment: NotNegative = 0.25

@@ -123,6 +123,11 @@ def test_a_run_that_is_resumed_leaves_what_an_uninterrupted_one_does(tmp_path: P
         (["trainer.fsdp=full_shard"], "shards what `update.kind: alternate`"),
         (["examples.tasks={next-item: 0, title-to-item: 1}"], "aligns histories with the items"),
         (["update.patience=4", "evaluation.patience=4"], "must be below `evaluation.patience`"),
+        (["update.variant=release", "update.sequence=0"], "is of the first alignment"),
+        (
+            ["update.sequence=0", "update.quantizer_sequence=0.1"],
+            r"needs `update\.sequence` above 0, .* 0\.1 and 0",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_way_out(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -131,7 +136,7 @@ def test_what_cannot_be_is_refused_with_the_way_out(tmp_path: Path, overrides: l
 
 
 def test_a_training_too_short_for_a_cycle_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="must leave room for a turn of the quantizer, which comes after 40 steps"):
+    with pytest.raises(RecipeError, match="turns are 40 steps apart, but training has 14"):
         check(recipe(tmp_path, "update.every.steps=40"))
 
 
@@ -151,11 +156,14 @@ def test_settings_of_the_quantizers_turn_reach_it(tmp_path: Path) -> None:
 def test_a_quantizer_that_would_never_hear_the_alignments_is_told_of(tmp_path: Path) -> None:
     assert "never hears the alignments" not in check(recipe(tmp_path))
     assert "never hears the alignments; lower `update.warmup`" in check(recipe(tmp_path, "update.rounds=1"))
+    # Turns are at 0, 4 and 8, and it is taught from step 9 on, before cycles end at 12.
+    assert "never hears the alignments" in check(recipe(tmp_path, "update.warmup=0.45"))
+    assert "never hears" not in check(recipe(tmp_path, "update.warmup=0.45", "update.schedule=joint"))
 
 
-def test_what_the_model_never_learns_cannot_teach_the_quantizer(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"needs `update\.sequence` above 0, .* was: 0\.1 and 0"):
-        check(recipe(tmp_path, "update.sequence=0", "update.quantizer_sequence=0.1"))
+def test_a_way_to_pool_that_a_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"`update\.pool: last` is for decoder-only models"):
+        run(recipe(tmp_path, *T5, "update.pool=last"), tmp_path / "run", until="train")
 
 
 @pytest.mark.slow

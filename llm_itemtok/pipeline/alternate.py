@@ -29,19 +29,13 @@ def turns(update: AlternateUpdate, every: int, steps: tuple[int, int]) -> Turns:
         steps: of an epoch, and of the whole training.
 
     Raises:
-        RecipeError: if there would be one turn, or none, or the quantizer would be taught what the model never learns.
+        RecipeError: if there would be no turn between steps of the model.
     """
     steps_an_epoch, total = steps
-    for name in ("sequence", "preference"):
-        if getattr(update, f"quantizer_{name}") and not getattr(update, name):
-            raise RecipeError(
-                f"`update.quantizer_{name}` needs `update.{name}` above 0, by which the model learns what it teaches "
-                f"the quantizer with, was: {getattr(update, f'quantizer_{name}'):g} and 0"
-            )
     if every >= total:
         raise RecipeError(
-            f"`update.every` must leave room for a turn of the quantizer, which comes after {every:,} steps, but "
-            f"training has {total:,}; give turns more often, or train longer"
+            f"`update.every` must leave room for a turn of the quantizer between steps of the model; turns are "
+            f"{every:,} steps apart, but training has {total:,}; give turns more often, or train longer"
         )
     return Turns(
         every=every,
@@ -60,10 +54,21 @@ def described(update: AlternateUpdate, every: int, steps: tuple[int, int]) -> st
     what = "the quantizer learns at every step, and codes are read anew" if found.joint else "the quantizer has a turn"
     last = f"item tokens stay from step {found.end:,} on" if found.end < total else "item tokens change to the end"
     line = f"  {what} every {found.every:,} steps, {found.rounds} times at most; {last}"
-    aligned = update.sequence > 0 or update.preference > 0
-    if aligned and found.warmup + found.every >= min(found.end, total):
+    # Before the last step of the cycles, or the last turn among them.
+    last_heard = min(found.end, total) - 1
+    last_heard -= 0 if found.joint else last_heard % found.every
+    if any(taught(update)) and last_heard < found.warmup + found.every:
         line += "\n  warning: the quantizer never hears the alignments; lower `update.warmup`, or give it more turns"
     return line
+
+
+def taught(update: AlternateUpdate) -> tuple[float, float]:
+    """Weights of both alignments in the quantizer's turn: of histories, of preferences."""
+    sequence, preference = update.quantizer_sequence, update.quantizer_preference
+    return (
+        update.sequence if sequence is None else sequence,
+        update.preference if preference is None else preference,
+    )
 
 
 def alternate(
@@ -92,7 +97,7 @@ def alternate(
         steps: of an epoch, and of the whole training.
 
     Raises:
-        RecipeError: as `turns`.
+        RecipeError: as `turns`, and for a way to pool that the model does not have.
     """
     assert model.quantizer is not None
     tuning = Tuning(
@@ -106,14 +111,13 @@ def alternate(
     )
     of_turns = [
         Alignments(sequence, preference, update.temperature, update.variant, means=update.losses == "means")
-        for sequence, preference in (
-            (update.sequence, update.preference),
-            (
-                update.sequence if update.quantizer_sequence is None else update.quantizer_sequence,
-                update.preference if update.quantizer_preference is None else update.quantizer_preference,
-            ),
-        )
+        for sequence, preference in ((update.sequence, update.preference), taught(update))
     ]
+    if model.answer_start is not None and update.pool == "last":
+        raise RecipeError(
+            "`update.pool: last` is for decoder-only models, and this one has an encoder, the mean of whose states "
+            "stands for a history; leave it out"
+        )
     material = TurnMaterial(table, _naming_targets(aim), binding, check_vectors(vectors))
     model.beside = Adapters(
         model.rows.input_rows.shape[1],

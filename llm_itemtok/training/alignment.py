@@ -195,6 +195,12 @@ class Adapters(nn.Module):
         Returns:
             `sequence`, float32 `[P, H]`, and `preference`, float32 `[P, V]`.
         """
+        with torch.autocast(states.device.type, enabled=False):  # in the model's turn as in the quantizer's
+            return self._told(states, context, context_seen, rows, places)
+
+    def _told(
+        self, states: Tensor, context: Tensor | None, context_seen: Tensor | None, rows: Tensor, places: Tensor
+    ) -> dict[str, Tensor]:
         here = states[rows, places].float()
         if context is not None and context_seen is not None:
             seen = context_seen.unsqueeze(-1).float()
@@ -203,7 +209,7 @@ class Adapters(nn.Module):
             history = here
         else:
             history = states[:, 1:].float().cumsum(1)[rows, places - 1] / places.unsqueeze(-1)
-        return {"sequence": self.sequence(history).float(), "preference": self.preference(here).float()}
+        return {"sequence": self.sequence(history), "preference": self.preference(here)}
 
 
 def pairs(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

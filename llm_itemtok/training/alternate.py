@@ -95,13 +95,17 @@ class Turns:
         """Whether the cycle begins anew before this step."""
         return step % self.every == 0 and (step > 0 or (self.first and not self.joint))
 
+    def next(self, step: int) -> int:
+        """The step, this one or a later one, before which a cycle begins or would begin."""
+        return -(-step // self.every) * self.every
+
 
 @dataclass(frozen=True)
 class Tuning:
     """How the quantizer is trained.
 
     Attributes:
-        learning_rate: of AdamW, at its highest.
+        learning_rate: of AdamW, before it is scaled: up over the first turn, down to 0 over all of them.
         weight_decay: of networks; codewords have none.
         commitment: weight of the term that keeps an encoder near its codewords.
         margin: of `recode`.
@@ -194,14 +198,15 @@ class Alternate:
     def learns(self, step: int) -> bool:
         """Whether the quantizer learns before this step without having a turn."""
         # Up to the last new codes: a quantizer that went on would no longer be the one behind them.
-        return self.turns.joint and step < self.end and step <= self.turns.rounds * self.turns.every
+        return self.turns.joint and self.turns.next(step) < self.end
 
     def measured(self, step: int, metric: float) -> None:
         """Take notice of a validation; after too many that were not the best, the final stage begins."""
         self._without = 0 if metric > self._best else self._without + 1
         self._best = max(self._best, metric)
         if self.turns.patience and self._without >= self.turns.patience:
-            self._end = min(self._end, step)
+            # What learnt aside since the last codes gives new ones once more.
+            self._end = min(self._end, self.turns.next(step) + 1 if self.turns.joint else step)
 
     # ------------------------------------------------------------------------------------------------ a turn
 

@@ -92,6 +92,19 @@ def test_every_level_teaches_and_in_the_release_the_first_alone(variant):
         assert taught == (variant == "paper" or level == 0)
 
 
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_the_variant_decides_on_the_gradients_of_both_sides(variant):
+    """In the alignment of histories: what comes of the levels below the first is nothing in the release."""
+    quantizer, stopped = tiny_quantizer(levels=3), variant == "release"
+    quantizer.encoder.requires_grad_(True)
+    sides = [LATENT.clone().requires_grad_(), *quantizer.encoder.parameters()]
+    found = Alignments(1.0, 0.0, variant=variant)(quantizer, VECTORS[:9], VECTORS[:9], sides[0], VECTORS[:9])[SEQUENCE]
+    items, theirs = (logits(quantizer, part, stopped=stopped) for part in (quantizer.to_latent(VECTORS[:9]), sides[0]))
+    first = sequence_alignment(items[:1], theirs[:1], variant=variant)
+    of_all, of_first = (torch.autograd.grad(loss.sum(), sides, retain_graph=True) for loss in (found, first))
+    assert all(torch.allclose(one, other) == stopped for one, other in zip(of_all, of_first, strict=True))
+
+
 def test_the_encoder_hears_of_preferences_once_whatever_the_number_of_levels():
     """One straight-through on the sum of the codewords: the gradient is that through an identity."""
     for levels in (1, 3):

@@ -132,6 +132,29 @@ def test_without_turns_the_quantizer_learns_at_every_step_and_items_are_coded_at
     assert [line["quantizer_steps"] for line in rounds(tmp_path)] == [3, 2]
 
 
+@pytest.mark.parametrize(
+    ("turns", "coded"),
+    [
+        (Turns(every=3, rounds=2, joint=True), [3, 6]),
+        (Turns(every=3, rounds=9, joint=True, converged=1.01), [3]),
+        (Turns(every=3, rounds=9, joint=True, patience=1), [3, 6]),
+    ],
+    ids=["rounds", "converged", "patience"],
+)
+def test_without_turns_too_the_codes_at_the_end_are_those_of_the_quantizer(tmp_path, turns, coded):
+    """Validation gets no better at step 5, inside a cycle: its codes are read off, and nothing is learnt after."""
+    scores = {step: 0.5 if step < 5 else 0.1 for step in range(10)}
+    trainer = make_alternating(
+        tmp_path, turns, steps=9, every=5, validate=lambda: {"ndcg@10": scores[trainer.state.global_step]}, **ADAM
+    )
+    trainer.updates.method._best = 0.3
+    watch = Watch(trainer)
+    trainer.train()
+    assert [line["step"] for line in rounds(tmp_path)] == coded
+    last = {step for step in range(2, 10) if "quantizer" in changed(watch.stepped[step - 1], watch.stepped[step])}
+    assert max(last) == coded[-1] + 1  # the step that follows the last codes was begun by learning
+
+
 @EVERY_KIND
 def test_a_turn_does_not_depend_on_how_the_steps_of_the_recommender_are_cut(tmp_path, family):
     """Nor, but for the last digits, on how many examples are read at a time."""
