@@ -245,7 +245,14 @@ class Answering(abc.ABC):
 
     def check_catalog(self, catalog: Catalog) -> None:
         """Raise `ArtifactError` unless this is the catalogue that it was trained on, item by item."""
-        if tuple(catalog.item_ids) != self.item_ids:
+        theirs = tuple(catalog.item_ids)
+        if theirs != self.item_ids and set(theirs) == set(self.item_ids):
+            row = next(at for at, pair in enumerate(zip(theirs, self.item_ids, strict=True)) if pair[0] != pair[1])
+            raise ArtifactError(
+                "the data must have the items in the order that the model was trained on, but it is another: from item "
+                f"{row + 1:,} on, {theirs[row]} stands where {self.item_ids[row]} was; sort the items file so"
+            )
+        if theirs != self.item_ids:
             raise ArtifactError(
                 "the data must have the catalogue that the model was trained on, but their items differ: "
                 f"{len(self.item_ids)} in the model, {len(catalog)} in the data, "

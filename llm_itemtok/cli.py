@@ -243,24 +243,26 @@ def _run(options: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         _say(f"run folder: {folder}")
         if options.until is None:
-            _say(_next_steps(folder))
+            _say(_next_steps(folder, own=config.data.source != "synthetic"))
     return 0
 
 
-def _next_steps(folder: Path) -> str:
-    """What to do with a finished run, with ids from its own catalogue."""
+def _next_steps(folder: Path, *, own: bool) -> str:
+    """What to do with a finished run, with ids from its catalogue, which is the user's `own` or made up."""
     from llm_itemtok.artifacts import EXAMPLES, REPORT, read_json
 
     history = [item["item_id"] for item in read_json(folder / EXAMPLES)[0]["history"]]
     ids = shlex.quote(",".join([item_id for item_id in history if "," not in item_id][-3:]))
-    return (
-        "next:\n"
-        f"  open {folder / REPORT} in a browser\n"
-        f"  itemtok recommend {shlex.quote(str(folder))} --history {ids}\n"
-        f"  itemtok inspect {shlex.quote(str(folder))}\n"
-        "  for your own data, make a folder with items.csv and interactions.csv (docs/data.md), then\n"
-        "  itemtok check RECIPE --set data.path=FOLDER"
-    )
+    lines = [
+        "next:",
+        f"  open {folder / REPORT} in a browser",
+        f"  itemtok recommend {shlex.quote(str(folder))} --history {ids}",
+        f"  itemtok inspect {shlex.quote(str(folder))}",
+    ]
+    if not own:
+        lines.append("  for your own data, make a folder with items.csv and interactions.csv (docs/data.md), then")
+        lines.append("  itemtok check RECIPE --set data.path=FOLDER")
+    return "\n".join(lines)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -3,10 +3,12 @@
 A request is `{"user": …, "history": [item ids, oldest first]}`, with `"allow": [ids]` besides when only these items may
 come out, and `"deny": [ids]` when these must not. A reply is `{"user": …, "items": [{"rank", "item_id", "title",
 "score"}]}`, with `"unknown": [ids]` besides when ids of the history were skipped, and `"unknown_allow"` and
-`"unknown_deny"` when ids of those lists were.
+`"unknown_deny"` when ids of those lists were. To a line that is no request it is `{"error": …}`. Anything else in a
+request is an error: a misspelt `deny` must not let through what may not come out.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,19 +20,21 @@ from llm_itemtok.errors import DataError
 BATCH = 32
 """Requests answered at a time when all of them are there already, as in a file."""
 
+_SHAPE = '{"user": …, "history": [item ids]}, with "allow" or "deny": [item ids] where wanted'
+
 
 @dataclass(frozen=True)
 class Request:
     """What one reply is asked for; `allow` None lets all items come out."""
 
-    user: str | None
+    user: str | float | None
     history: list[str]
     allow: list[str] | None
     deny: list[str]
 
 
 def answer(
-    user: str | None,
+    user: str | float | None,
     items: Sequence[Recommendation],
     unknown: Sequence[str] = (),
     *,
@@ -63,68 +67,83 @@ def answer_lines(
         batch: requests read before the first of them is answered; 1 for a conversation.
 
     Yields:
-        One JSON reply a request.
+        One JSON reply a line that is not blank.
 
     Raises:
-        DataError: for a line that is no request, naming it; the requests before it are answered first.
+        DataError: at the end, if there were lines that are no requests, naming the first.
     """
     lists = (None if allow is None else frozenset(item_id_list(allow)), frozenset(item_id_list(deny)))
-    waiting: list[Request] = []
+    waiting: list[Request | DataError] = []
+    bad: list[DataError] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             waiting.append(_request(line, number))
-        except DataError:
-            yield from _answer_all(recommender, waiting, k, *lists)
-            raise
+        except DataError as error:
+            waiting.append(error)
+            bad.append(error)
         if len(waiting) == batch:
             yield from _answer_all(recommender, waiting, k, *lists)
             waiting = []
     yield from _answer_all(recommender, waiting, k, *lists)
+    if bad:
+        more = f"\n  and {len(bad) - 1:,} more lines, whose replies say why" if len(bad) > 1 else ""
+        raise DataError(f"standard input, {bad[0]}{more}")
 
 
 def _answer_all(
-    recommender: Answering, waiting: Sequence[Request], k: int, allow: frozenset[str] | None, deny: frozenset[str]
+    recommender: Answering,
+    waiting: Sequence[Request | DataError],
+    k: int,
+    allow: frozenset[str] | None,
+    deny: frozenset[str],
 ) -> Iterator[str]:
+    requests = [request for request in waiting if isinstance(request, Request)]
     # Lists that are for all requests are handed on as one object, which `recommend_batch` reads once.
-    lists = recommender.recommend_batch(
-        [request.history for request in waiting],
-        k,
-        allow=[
-            allow if request.allow is None else request.allow if allow is None else allow.intersection(request.allow)
-            for request in waiting
-        ],
-        deny=[deny.union(request.deny) if request.deny else deny for request in waiting],
-    )
-    for request, items in zip(waiting, lists, strict=True):
-        reply = answer(
-            request.user,
-            items,
-            recommender.known(request.history)[1],
-            unknown_allow=recommender.known(request.allow or ())[1],
-            unknown_deny=recommender.known(request.deny)[1],
+    lists = iter(
+        recommender.recommend_batch(
+            [request.history for request in requests],
+            k,
+            allow=[
+                allow if request.allow is None else request.allow if allow is None else allow & set(request.allow)
+                for request in requests
+            ],
+            deny=[deny.union(request.deny) if request.deny else deny for request in requests],
         )
+    )
+    for request in waiting:
+        if isinstance(request, DataError):
+            reply: dict[str, Any] = {"error": str(request)}
+        else:
+            reply = answer(
+                request.user,
+                next(lists),
+                recommender.known(request.history)[1],
+                unknown_allow=recommender.known(request.allow or ())[1],
+                unknown_deny=recommender.known(request.deny)[1],
+            )
         # Half of a pair of code units, which JSON can name and no file can hold, goes out as JSON names it.
         yield json.dumps(reply, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _request(line: str | bytes, number: int) -> Request:
     """What one line asks for."""
-    shape = '{"user": …, "history": [item ids]}, with "allow" or "deny": [item ids] where wanted'
     try:
         text = line if isinstance(line, str) else line.decode("utf-8-sig" if number == 1 else "utf-8")
         request = json.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and brackets without end
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise DataError(f"standard input, line {number}: a request must be JSON, {shape}: {reason}") from error
+        raise DataError(f"line {number}: a request must be JSON, {_SHAPE}: {reason}") from error
     if not isinstance(request, dict) or not isinstance(request.get("history"), list):
-        raise DataError(f"standard input, line {number}: a request must be {shape}, was: {text.strip()[:80]}")
+        raise DataError(f"line {number}: a request must be {_SHAPE}, was: {text.strip()[:80]}")
+    if others := sorted(request.keys() - {"user", "history", "allow", "deny"}):
+        raise DataError(f"line {number}: a request must be {_SHAPE}, and nothing else, was: {', '.join(others):.80}")
     user = request.get("user")
-    if isinstance(user, bool | list | dict):
-        raise DataError(f"standard input, line {number}: `user` must be text or a number, was: {user!r:.80}")
+    if isinstance(user, bool | list | dict) or (isinstance(user, float) and not math.isfinite(user)):
+        raise DataError(f"line {number}: `user` must be text or a number, was: {user!r:.80}")
     lists = {name: _item_ids(request.get(name), name, number) for name in ("history", "allow", "deny")}
-    return Request(None if user is None else str(user), lists["history"] or [], lists["allow"], lists["deny"] or [])
+    return Request(user, lists["history"] or [], lists["allow"], lists["deny"] or [])
 
 
 def _item_ids(given: Any, name: str, number: int) -> list[str] | None:
@@ -132,10 +151,10 @@ def _item_ids(given: Any, name: str, number: int) -> list[str] | None:
     if given is None:
         return None
     if not isinstance(given, list):
-        raise DataError(f"standard input, line {number}: `{name}` must be a list of item ids, was: {given!r:.80}")
+        raise DataError(f"line {number}: `{name}` must be a list of item ids, was: {given!r:.80}")
     wrong = [item for item in given if isinstance(item, bool) or not isinstance(item, str | int)]
     if wrong:
-        raise DataError(f"standard input, line {number}: item ids must be text or whole numbers, was: {wrong[0]!r}")
+        raise DataError(f"line {number}: item ids must be text or whole numbers, was: {wrong[0]!r}")
     return [str(item) for item in given]
 
 

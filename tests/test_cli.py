@@ -163,16 +163,17 @@ def test_recommend_answers_json_lines_in_order(
     assert [reply["user"] for reply in replies] == [request["user"] for request in requests]
 
 
-def test_a_request_that_is_no_json_is_named_after_the_ones_before_it_are_answered(
+def test_a_request_that_is_no_json_is_named_and_the_others_are_answered(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "requests.jsonl").write_text('{"user": 1, "history": []}\nnonsense\n')
+    (tmp_path / "requests.jsonl").write_text('{"user": 1, "history": []}\nnonsense\n{"user": 3, "history": []}')
     with (tmp_path / "requests.jsonl").open() as file:
         monkeypatch.setattr("sys.stdin", file)
         assert main(["recommend", str(finished), "-k", "2"]) == 2
     output = capsys.readouterr()
-    assert json.loads(output.out)["user"] == "1"
-    assert "line 2" in output.err
+    first, second, third = map(json.loads, output.out.splitlines())
+    assert (first["user"], list(second), third["user"]) == (1, ["error"], 3)
+    assert "standard input, line 2" in output.err
 
 
 def test_evaluate_inspect_report_check_and_explain_answer(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,11 +122,20 @@ def test_report_and_inspect_read_an_extended_run_and_it_can_be_extended_again(fi
     write_report(finished)
 
 
-def test_the_same_items_are_refused_by_id_and_nothing_is_written(finished, tmp_path):
+def test_items_that_are_known_stay_what_they_are(finished, tmp_path):
+    extend(finished, new_items(tmp_path, "new-1"))
+    again = extend(finished, new_items(tmp_path, "new-1", "new-2"))
+    assert (again.old, again.added, again.known) == (61, 1, 1)
+    assert "1 more of the file are known already" in str(again)
+    first, second = (ItemCodes.load(finished / "codes" / version) for version in ("v1", "v2"))
+    assert second.table[:61].tolist() == first.table.tolist()
+
+
+def test_what_cannot_be_added_is_refused_and_nothing_is_written(finished, tmp_path):
     extend(finished, new_items(tmp_path, "new-1"))
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    with pytest.raises(DataError, match=r"new to the model, but 1 of 2 are known already, such as 'new-1'; leave"):
-        extend(finished, new_items(tmp_path, "new-1", "new-2"))
+    with pytest.raises(DataError, match=r"at least one item must be new to the model, but all 1 are known"):
+        extend(finished, new_items(tmp_path, "new-1"))
     with pytest.raises(DataError, match="item ids must be distinct"):
         extend(finished, new_items(tmp_path, "new-2", "new-2"))
     with pytest.raises(CollisionError, match=r"codes, of which 20 are free"):

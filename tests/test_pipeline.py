@@ -213,8 +213,16 @@ def test_from_runs_a_stage_and_all_after_it_again(finished: Path, tmp_path: Path
     assert [line for line in lines if line.endswith(":")] == ["evaluate:", "report:"]
 
 
+def test_what_the_test_alone_depends_on_may_change_without_training_again(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    lines: list[str] = []
+    out = run(recipe(tmp_path, "evaluation.baselines=[popularity, markov]"), tmp_path / "run", log=lines.append)
+    assert [line for line in lines if line.endswith(":")] == ["evaluate:", "report:"]
+    assert "markov" in json.loads((out / "metrics.json").read_text())["baselines"]
+
+
 def test_a_folder_that_holds_another_recipe_is_refused_and_left_alone(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"another run.*seed: 1(.|\n)*--fresh"):
+    with pytest.raises(ArtifactError, match=r"another run.*: the folder has seed: 0, this recipe seed: 1\n.*--fresh"):
         run(recipe(tmp_path, "seed=1"), finished)
     assert (finished / "metrics.json").is_file()
 
@@ -566,9 +574,18 @@ def test_an_encoder_decoder_has_no_longest_history(tmp_path: Path) -> None:
 
 def test_check_warns_of_a_learning_rate_that_no_scratch_model_learns_with(tmp_path: Path) -> None:
     config = recipe(tmp_path)
-    assert "warning" not in check(config)
+    assert "learning_rate" not in check(config)
     (tmp_path / "tiny.yaml").write_text(RECIPE.replace("learning_rate: 5.0e-3, ", ""))
     assert "about 2.0e-3" in check(RunConfig.load(tmp_path / "tiny.yaml"))
+
+
+def test_check_says_how_much_room_there_is_for_codes_and_how_many_users_are_ranked(tmp_path: Path) -> None:
+    roomy = recipe(tmp_path, "tokenizer.levels=3", "tokenizer.codebook_size=16")
+    codes = 16**3 / len(load_data(roomy.data, roomy.seed, {}).catalog)
+    assert f"  room for {codes:,.0f} codes an item" in check(roomy)
+    assert "should be 4 at least" not in check(roomy)
+    assert "should be 4 at least" in check(recipe(tmp_path, "tokenizer.levels=2", "tokenizer.codebook_size=8"))
+    assert "  validation ranks 20 users, " in check(recipe(tmp_path, "evaluation.validation_users=20"))
 
 
 def test_check_prints_what_it_found_and_writes_nothing(tmp_path: Path) -> None:

@@ -420,3 +420,5 @@ def test_another_catalogue_is_refused():
     recommender.check_catalog(catalog(IDS))
     with pytest.raises(ArtifactError, match="their items differ: 60 in the model, 59 in the data, 59 in both"):
         recommender.check_catalog(catalog(IDS[:-1]))
+    with pytest.raises(ArtifactError, match=rf"from item 59 on, {IDS[-1]} stands where {IDS[-2]} was"):
+        recommender.check_catalog(catalog([*IDS[:-2], IDS[-1], IDS[-2]]))

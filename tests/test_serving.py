@@ -1,6 +1,7 @@
 """Requests are answered in order, one reply a line, and a bad line is named."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def test_many_requests_are_answered_in_order_and_blank_lines_passed_over():
     for number in range(2 * BATCH + 5):
         lines += [json.dumps({"user": number, "history": [f"item-{number % 60}"]}), "\n", "  "]
     found = replies(lines)
-    assert [reply["user"] for reply in found] == [str(number) for number in range(2 * BATCH + 5)]
+    assert [reply["user"] for reply in found] == list(range(2 * BATCH + 5))
     for number in (0, BATCH, 2 * BATCH + 4):
         expected = [item.item_id for item in RECOMMENDER.recommend([f"item-{number % 60}"], 3)]
         assert [item["item_id"] for item in found[number]["items"]] == expected
@@ -137,15 +138,20 @@ def test_half_a_letter_is_answered_like_any_other_text():
         (f'{{"history": [{"1" * 5000}]}}', "line 4: a request must be JSON, .*: Exceeds the limit"),
         (f'{{"history": {"[" * 100_000}', "line 4: a request must be JSON, .*: maximum recursion depth"),
         ('{"user": {"id": 1}, "history": []}', "line 4: `user` must be text or a number, was: {'id': 1}"),
+        ('{"user": NaN, "history": []}', "line 4: `user` must be text or a number, was: nan"),
         ('{"user": true, "history": []}', "line 4: `user` must be text or a number, was: True"),
+        ('{"history": [], "dney": ["item-3"], "k": 3}', "line 4: a request must be .* nothing else, was: dney, k"),
         (b'{"user": "\xff", "history": []}', "line 4: a request must be JSON, .*: 'utf-8' codec can't decode"),
     ],
 )
-def test_a_bad_line_is_named_after_the_requests_before_it_are_answered(line, message):
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_a_bad_line_is_answered_as_such_and_all_others_as_ever(line, message, batch):
     good = '{"user": "u", "history": []}'
-    replies = answer_lines(RECOMMENDER, [good, "", good, line, good], 2)
-    assert [len(json.loads(next(replies))["items"]) for _ in range(2)] == [2, 2]
-    with pytest.raises(DataError, match=message):
+    replies = answer_lines(RECOMMENDER, [good, "", good, line, good], 2, batch=batch)
+    told = [json.loads(next(replies)) for _ in range(4)]
+    assert [len(reply.get("items", [])) for reply in told] == [2, 2, 0, 2]
+    assert re.search(message, told[2]["error"])
+    with pytest.raises(DataError, match=f"standard input, {message}"):
         next(replies)
 
 

@@ -389,7 +389,7 @@ def _refuse_other_items(found: Mapping[str, Any], item_ids: Sequence[str], unkno
         raise DataError(
             f"{path}: every item of the catalogue must have a code; {len(absent):,} of {len(item_ids):,} have none, "
             f"e.g. {', '.join(map(repr, absent[:3]))}. Ids in the file look like "
-            f"{', '.join(map(repr, list(found)[:3]))}"
+            f"{', '.join(map(repr, list(found)[:3]))}; a model gives new items theirs by `itemtok extend`"
         )
     if unknown_items == "error" and len(found) > len(item_ids):
         known = set(item_ids)

@@ -24,6 +24,7 @@ from llm_itemtok.errors import CollisionError, DataError, ItemTokError
 from llm_itemtok.items import collisions, vectors
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.files import MOST_LEVELS, read_codes
+from llm_itemtok.items.findings import LEAST_ROOM
 from llm_itemtok.model.families import of_encoder, refuse_type, refuse_unsupported
 from llm_itemtok.model.load import auto_class, refuse_four_bits
 from llm_itemtok.model.rows import input_table
@@ -53,6 +54,9 @@ from llm_itemtok.update_settings import AlternateUpdate, BilevelUpdate, SelfImpr
 
 LEAST_ROOM_USED = 0.5
 """Share of the codewords that a level of a file has room for which should be in use."""
+
+MANY_RANKED = 1_000_000
+"""Users ranked in all validations from which on a sample is spoken of."""
 
 GPU_SIZED = 50_000_000
 """Parameters from which on matrix products are large enough to keep a GPU busy, so that its rate tells the time."""
@@ -85,10 +89,12 @@ def check(config: RunConfig) -> str:
         describe_text(describe(data.raw, data.split)),
         *_vector_lines(config, data),
         *_file_lines(config, data.catalog),
+        *_room_lines(config, data.catalog),
         "",
         "training",
         f"  {len(table):,} examples, about {tokens:,} {kind} an epoch, {steps:,} steps an epoch",
         f"  {total:,} steps in all, validation and a checkpoint every {config.evaluation.every:g} epochs",
+        _validation_line(config, data, total / max(1, steps)),
         *_curriculum_lines(config, total),
         *_update_lines(config, steps, total),
     ]
@@ -197,12 +203,39 @@ def _file_lines(config: RunConfig, catalog: Catalog) -> list[str]:
     lines = [f"  {codes.provenance['file']}: {codes.num_levels} levels, joined by {codes.provenance['joined_by']}"]
     for level, (name, size) in enumerate(zip(codes.names, codes.sizes, strict=True)):
         used = len(np.unique(codes.table[:, level]))
-        if used < LEAST_ROOM_USED * size:
+        if used < LEAST_ROOM_USED * size and config.vocab.init != "base":  # a bundle's rooms are the model's
             lines.append(
                 f"  warning: {name} has room for {size:,} codewords, of which {used:,} are used; each is a row of the "
                 "model, so number them 0, 1, 2, ... unless updates or new items will need them"
             )
     return ["", "item codes", *lines]
+
+
+def _room_lines(config: RunConfig, catalog: Catalog) -> list[str]:
+    """Lines on how many codes there are for each item, where the recipe says how many."""
+    chosen = config.tokenizer
+    if isinstance(chosen, FileTokenizer | TextTokenizer):
+        return []
+    times = chosen.codebook_size**chosen.levels / len(catalog)
+    lines = [
+        "",
+        "item codes",
+        f"  room for {times:,.{1 if times < 10 else 0}f} codes an item; an extra level is not counted",
+    ]
+    if times < LEAST_ROOM:
+        lines.append(
+            f"  warning: there should be {LEAST_ROOM:.0f} at least, since codes are never spread evenly; raise "
+            "`tokenizer.levels` or `tokenizer.codebook_size`"
+        )
+    return lines
+
+
+def _validation_line(config: RunConfig, data: Dataset, epochs: float) -> str:
+    """How often how many users are ranked while training goes on."""
+    users = min(len(data.split.validation), config.evaluation.validation_users or len(data.split.validation))
+    passes = max(1, math.floor(epochs / config.evaluation.every))
+    more = "; `evaluation.validation_users` takes a sample" if users * passes > MANY_RANKED else ""
+    return f"  validation ranks {users:,} users, {passes:,} times; the test {len(data.split.test):,} users once{more}"
 
 
 def _minutes(seconds: float) -> str:

@@ -72,6 +72,7 @@ class Extended:
         old: number of items before.
         added: number of new items.
         displaced: how many of these have the nearest free code, because another item had that of their vector.
+        known: how many items of the file the model had already; they stay what they are.
     """
 
     folder: Path
@@ -79,6 +80,7 @@ class Extended:
     old: int
     added: int
     displaced: int
+    known: int
 
     def __str__(self) -> str:
         """For people."""
@@ -86,6 +88,7 @@ class Extended:
         return (
             f"{self.folder}: {self.added:,} new items beside {self.old:,}{codes}\n"
             f"  {self.added - self.displaced:,} on the code of their vector, {self.displaced:,} on the nearest free one"
+            + (f"\n  {self.known:,} more of the file are known already, and stay what they are" if self.known else "")
         )
 
 
@@ -101,7 +104,7 @@ def extend(
 
     Args:
         model: run folder, bundle or Hub id.
-        items: the new items, in the format of a data folder's items file.
+        items: the new items, in the format of a data folder's items file; known ones among them are passed over.
         vectors: of the new items (see `items.vectors.from_file`); made as the run made those of its items when None.
             For codes without a quantizer it must have the old items, too, so be parquet.
         out: folder of the extended bundle, new or itself a bundle; the model's own place when None.
@@ -110,7 +113,7 @@ def extend(
     Raises:
         ArtifactError: if there is no bundle at `model`, its parts do not belong together, or `out` is in use.
         CollisionError: if not all new items can have a code.
-        DataError: if the file cannot be read, an item is known already, or there are no vectors to be had.
+        DataError: if the file cannot be read, no item of it is new, or there are no vectors to be had.
     """
     folder = bundle.locate(model, None)
     run = folder.parent if folder.name == MODEL and (folder.parent / RECIPE).is_file() else None
@@ -124,11 +127,14 @@ def _extend(folder: Path, run: Path | None, items: Path, vectors: Path | None, o
     """As `extend`, of the bundle in `folder`, which belongs to `run`."""
     config = None if run is None else RunConfig.load(run / RECIPE)
     renamed = config.data.columns if config is not None and config.data.source == "folder" else {}
-    new = read_items(items, columns=renamed)
+    given = read_items(items, columns=renamed)
     recommender = Recommender.from_pretrained(
         folder, device="cpu", trust_remote_code=config is not None and config.model.trust_remote_code
     )
-    _refuse_known(recommender, new, items)
+    known_ids = set(recommender.item_ids)
+    new = given.subset([row for row, item_id in enumerate(given.item_ids) if item_id not in known_ids])
+    if not len(new):
+        raise DataError(f"{items}: at least one item must be new to the model, but all {len(given):,} are known")
     codes, old = recommender.model.vocab.codes, len(recommender.item_ids)
     version = None if run is None else _version_of(run, codes)
     if recommender.quantizer is None and version is not None:
@@ -143,7 +149,7 @@ def _extend(folder: Path, run: Path | None, items: Path, vectors: Path | None, o
     else:
         name = _write_version(run, version, new, found, recommender.quantizer)
         extended.save_pretrained(folder, card=card)
-    return Extended(place, name, old, len(new), int(found.displaced.sum()))
+    return Extended(place, name, old, len(new), int(found.displaced.sum()), len(given) - len(new))
 
 
 def _refuse_place(model: str | Path, folder: Path, out: Path | None) -> None:
@@ -159,15 +165,6 @@ def _refuse_place(model: str | Path, folder: Path, out: Path | None) -> None:
         raise ArtifactError(
             f"{folder}: a bundle that is exchanged must hold nothing else, found: {sorted(others)[:3]}; name another "
             "folder with `--out`"
-        )
-
-
-def _refuse_known(recommender: Recommender, new: Catalog, path: Path) -> None:
-    known = [recommender.item_ids[row] for row in recommender.known(new.item_ids)[0]]
-    if known:
-        raise DataError(
-            f"{path}: new items must be new to the model, but {len(known):,} of {len(new):,} are known already, such "
-            f"as {', '.join(map(repr, known[:3]))}; leave them out"
         )
 
 

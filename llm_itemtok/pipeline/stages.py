@@ -192,7 +192,8 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
         config: the resolved recipe, written to the folder.
         fresh: empty the folder first, whatever run it holds.
         book: stages that were finished there. While none beyond `data` is, nothing would be lost and a corrected
-            recipe simply takes the folder over; and so does one that differs in where equal inputs lie.
+            recipe simply takes the folder over; and so does one that differs in where equal inputs lie, or in what
+            the test alone depends on.
         keys: key of every stage for this recipe.
 
     Raises:
@@ -210,8 +211,9 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
         old = recipe.read_text(encoding="utf-8")
         same = all(book.done(stage, keys[stage]) for stage in book.finished)
         moved = same and _without_paths(old) == _without_paths(text)
+        trained = all(book.done(stage, keys[stage]) for stage in ("data", "items", "vocab", "train"))
         lost = set(book.finished) - {"data"} or there & {CHECKPOINTS, MODEL}
-        if not fresh and lost and old != text and not moved:
+        if not fresh and lost and old != text and not moved and not trained:
             raise ArtifactError(
                 f"{folder}: this folder holds another run, whose {RECIPE} differs in: {_difference(old, text)}\n"
                 "  choose another `--out`, or start it anew with `--fresh`"
@@ -242,9 +244,11 @@ def _without_paths(text: str) -> Any:
 
 
 def _difference(old: str, new: str) -> str:
-    before, after = set(old.splitlines()), set(new.splitlines())
-    lines = sorted(line.strip() for line in before ^ after)
-    return "; ".join(lines[:4]) + (" …" if len(lines) > 4 else "")
+    before, after = old.splitlines(), new.splitlines()
+    sides = {"the folder has": [line for line in before if line not in after],
+             "this recipe": [line for line in after if line not in before]}  # fmt: skip
+    told = {side: "; ".join(map(str.strip, lines[:3])) + (" …" * (len(lines) > 3)) for side, lines in sides.items()}
+    return ", ".join(f"{side} {lines or 'nothing'}" for side, lines in told.items())
 
 
 def environment() -> dict[str, Any]:
