@@ -211,7 +211,7 @@ def _meaning(report: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Findin
     for row, prefix in _first(neighbours.get("vectors", [])):
         if row["share"] < LEAST_OVER_CHANCE * row["chance"]:
             what = f"{row['share']:.1%} of an item's nearest share its {prefix}, {row['chance']:.1%} would by chance"
-            change = "a tokenizer that is fitted on the vectors (random codes are a control)"
+            change = "a tokenizer that is fitted on the vectors; of one that is, fewer codewords, each with more items"
             found.append(Finding("prefixes mean little", what, change))
     for row, prefix in _first(neighbours.get("training", [])):
         if row["share"] < LEAST_OVER_CHANCE_IN_TRAINING * row["chance"]:
