@@ -148,6 +148,8 @@ def locate(path: str | Path, revision: str | None) -> Path:
             return candidate
     if (folder / RECIPE).is_file():
         raise ArtifactError(f"{folder}: this run has no model yet; its stage `train` must finish first (`itemtok run`)")
+    if folder.is_file():
+        raise ArtifactError(f"{folder}: a model is a folder, and this is a file; name the one that holds it")
     if folder.exists() or isinstance(path, Path):
         raise ArtifactError(
             f"{folder}: a bundle must hold {GENERATION}, which is missing; "

@@ -87,6 +87,9 @@ class Unless(Only):
         return f"another {self.key} than {' | '.join(map(str, self.values))}"
 
 
+MANY_NAMES = 40
+"""Settings of a section beyond which they are not all listed beside the one that was meant."""
+
 PATH = "path"
 """Marks text in which `${NAME}` stands for an environment variable."""
 
@@ -204,6 +207,8 @@ class Checker:
         if not names:
             self.fail(path, f"is not a setting: `{'.'.join(path[:-1])}` has none below it")
         owner = f"`{'.'.join(path[:-1])}`" if path[:-1] else "a recipe"
+        if guess and len(names) > MANY_NAMES:
+            self.fail(path, f"is not a setting{hint}\n  `itemtok explain {'.'.join((*path[:-1], guess))}` explains it")
         self.fail(path, f"is not a setting{hint}\n  {owner} takes: {', '.join(names)}")
 
     def section(self, kinds: tuple[type, ...], default: type | None, given: object, path: Path) -> Any:

@@ -92,7 +92,7 @@ def read_codes(
     """
     path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: a file of item codes must be here, found: nothing")
+        raise DataError(f"{path}: a file of item codes (a recipe's `tokenizer.path`) must be here, found: nothing")
     kind, provenance = format_of(path), {"kind": "file", "file": path.name, "sha256": sha256_of_file(path)}
     if kind == "safetensors":
         saved = _read_safetensors(path, item_ids, unknown_items)
@@ -132,7 +132,7 @@ def read_items_and_codes(path: str | Path) -> tuple[tuple[str, ...], ItemCodes]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: a file of item codes must be here, found: nothing")
+        raise DataError(f"{path}: a file of item codes (a recipe's `tokenizer.path`) must be here, found: nothing")
     codes, names, _ = _read_text(path, format_of(path))
     rows = tuple(str(row) for row in range(len(codes)))
     item_ids = rows if all(row in codes for row in rows) else tuple(codes)
