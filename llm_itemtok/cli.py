@@ -316,7 +316,7 @@ def _recommend(options: argparse.Namespace) -> int:
         return 0
     history, unknown = _known(recommender, given_history, "--history")
     if unknown and not history:
-        print("itemtok: no item of the history (ids, commas between) is known; this is the answer for a new user", file=sys.stderr)
+        print("itemtok: no id of the history (commas between) is known; a new user gets this", file=sys.stderr)
     items = recommender.recommend(history, options.k, **lists)
     reply = answer(None, items, unknown, unknown_allow=unknown_allow, unknown_deny=unknown_deny)
     if options.json:

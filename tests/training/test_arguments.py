@@ -39,7 +39,7 @@ def test_trackers_are_the_users_choice(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"learning_rte": 1}, r"`trainer\.learning_rte` is not a setting; did you mean `trainer\.learning_rate`\?\n.* explains it"),
+        ({"learning_rte": 1}, r"is not a setting; did you mean `trainer\.learning_rate`\?\n.* explains it"),
         ({"learning_rate": "2e-5"}, "must be a number, was: the text '2e-5'; YAML reads 2e-5 as text; write 2.0e-5"),
         ({"learning_rate": -1}, r"`trainer\.learning_rate` must be at least 0, was: -1"),
         ({"learning_rate": float("nan")}, "must be a finite number, was: nan"),
