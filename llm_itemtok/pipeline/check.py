@@ -1,7 +1,6 @@
 """`itemtok check`: validate a recipe and its data, and estimate what a run will take. Trains and writes nothing."""
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +31,9 @@ from llm_itemtok.model.scratch import train_tokenizer
 from llm_itemtok.objective_settings import FrequencyTarget, TokenWeightedObjective
 from llm_itemtok.pipeline.alternate import described
 from llm_itemtok.pipeline.base_model import needed_letters, refuse_model, scratch_model
+from llm_itemtok.pipeline.cost import body_parameters, cost_lines, in_minutes, seconds_of
 from llm_itemtok.pipeline.engines import refuse_engine
-from llm_itemtok.pipeline.fit import count_steps, make_examples, with_lora
+from llm_itemtok.pipeline.fit import count_steps, make_examples
 from llm_itemtok.pipeline.prepare import Dataset, load_data, refuse_textless, text_codes
 from llm_itemtok.pipeline.scoring import item_parameters
 from llm_itemtok.pipeline.updates import Schedule, every_steps, quantizer_steps
@@ -57,9 +57,6 @@ LEAST_ROOM_USED = 0.5
 
 MANY_RANKED = 1_000_000
 """Users ranked in all validations from which on a sample is spoken of."""
-
-GPU_SIZED = 50_000_000
-"""Parameters from which on matrix products are large enough to keep a GPU busy, so that its rate tells the time."""
 
 
 def check(config: RunConfig) -> str:
@@ -109,7 +106,7 @@ def check(config: RunConfig) -> str:
         refuse_model(config, lm, shape.longest)
         work = _work(config, lm, table, shape) * total / max(1, steps)
         beside = item_parameters(config, len(data.catalog), shape.levels, input_table(lm).embedding_dim)
-        lines += _cost(config, lm, shape.new, sum(beside), work, arguments.device.type)
+        lines += cost_lines(config, lm, shape.new, sum(beside), work, arguments.device.type)
     lines += _rescoring_lines(config, data)
     return "\n".join(lines)
 
@@ -125,15 +122,17 @@ def estimate_seconds(config: RunConfig) -> float | None:
     work = _work(config, lm, table, _item_shape(config, data)) * total / max(1, steps)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = _seconds(work)
+    seconds = seconds_of(work)
     torch.set_num_threads(threads)
     return seconds
 
 
 def _vector_lines(config: RunConfig, data: Dataset) -> list[str]:
-    """Lines on item vectors that are made of interactions; the others take their model's time."""
+    """Lines on item vectors that are made of interactions; the others take their model's time, where it is in reach."""
     lines = []
     for source in config.vector_sources.values():
+        if isinstance(source, SentenceTransformersVectors) and needs_vectors(config) and not _in_reach(source.model):
+            lines.append(f"  `{source.model}` cannot be reached from here, so its vectors cannot be made here")
         if not isinstance(source, CollaborativeVectors) or not needs_vectors(config):
             continue
         cold = int((data.split.item_counts() == 0).sum())
@@ -158,7 +157,7 @@ def _rescoring_lines(config: RunConfig, data: Dataset) -> list[str]:
 def _sasrec_line(width: int, steps: int) -> str:
     # Two layers of 12 squares of the width, and a softmax over about as many drawn items as there are targets.
     work = 6 * 1024 * (24 * width**2 + 1024 * width) * steps
-    return f"  at most {steps:,} steps, which would take {_minutes(_seconds(work))} here on a CPU"
+    return f"  at most {steps:,} steps, which would take {in_minutes(seconds_of(work))} here on a CPU"
 
 
 def _curriculum_lines(config: RunConfig, total: int) -> list[str]:
@@ -238,8 +237,12 @@ def _validation_line(config: RunConfig, data: Dataset, epochs: float) -> str:
     return f"  validation ranks {users:,} users, {passes:,} times; the test {len(data.split.test):,} users once{more}"
 
 
-def _minutes(seconds: float) -> str:
-    return f"about {seconds / 60:.0f} minutes" if seconds >= 60 else "less than a minute"
+def _in_reach(name: str) -> bool:
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _arguments(config: RunConfig) -> TrainingArguments:
@@ -248,30 +251,19 @@ def _arguments(config: RunConfig) -> TrainingArguments:
     return build_arguments(portable, output_dir=Path("checkpoints"), seed=config.seed)
 
 
-def _body(lm: PreTrainedModel) -> int:
-    """Parameters beside the input table."""
-    return sum(p.numel() for p in lm.parameters()) - input_table(lm).weight.numel()
-
-
 def _work(config: RunConfig, lm: PreTrainedModel, table: ExampleTable, shape: "_ItemShape") -> float:
     """Floating-point operations of training on every example once; text is left out."""
     each, items = 4 if config.model.adapter == "lora" else 6, sum(table["length"])
     tokens = items * shape.mean
     if not lm.config.is_encoder_decoder:
-        answers, work = items, tokens * each * _body(lm)
+        answers, work = items, tokens * each * body_parameters(lm)
     else:
         answers = len(table)  # the decoder writes one item an example, the encoder reads all before it
         written = answers * shape.mean
         read = sum(p.numel() for name, p in lm.named_parameters() if of_encoder(name))
-        work = each * ((tokens - written) * read + written * (_body(lm) - read))
+        work = each * ((tokens - written) * read + written * (body_parameters(lm) - read))
     _, network, of_embeddings = item_parameters(config, 0, shape.levels, input_table(lm).embedding_dim)
     return float(work + 6 * (network * (items + answers) + of_embeddings * items))
-
-
-def _seconds(work: float) -> float:
-    """Time for it on this CPU."""
-    # Measured on small models: about half of the matrix rate is reached; attention and optimiser take the rest.
-    return work / _matmul_rate() * 2
 
 
 @dataclass(frozen=True)
@@ -390,57 +382,3 @@ def _empty_model(config: RunConfig) -> PreTrainedModel | None:
     if model.quantization == "nf4":
         refuse_four_bits(found)
     return lm
-
-
-def _cost(config: RunConfig, lm: PreTrainedModel, codewords: int, beside: int, work: float, device: str) -> list[str]:
-    """Lines on parameters, memory and time of that much work in training.
-
-    Args:
-        config: the recipe.
-        lm: the base model, without its weights.
-        codewords: in all.
-        beside: parameters of embeddings of items and of a recursive network.
-        work: floating-point operations.
-        device: where it is trained.
-    """
-    width = input_table(lm).embedding_dim
-    words = config.model.scratch.vocab_size if config.model.name == "scratch" else input_table(lm).num_embeddings
-    body = _body(lm)
-    one_table = lm.config.tie_word_embeddings or isinstance(config.scoring, RecursiveScoring)
-    rows = codewords * width * (1 if one_table else 2)
-    if config.model.adapter == "lora":
-        with_lora(config, lm)  # on no weights, for its refusals
-        trained = rows + beside + sum(p.numel() for p in lm.parameters() if p.requires_grad)
-    else:
-        trained = rows + beside + body + words * width
-    size = 2 if config.model.dtype == "bfloat16" else 4
-    of_body = 0.5 if config.model.quantization == "nf4" else size
-    memory = body * of_body + words * width * size + trained * (size + 8)  # weights; gradients and two moments
-    lines = [
-        f"  base model: about {_scaled(body + words * width)}parameters; trained: about {_scaled(trained)}",
-        f"  memory for weights, gradients and optimiser: about {_scaled(memory)}B, activations besides",
-        f"  work: {_scaled(work)}FLOP",
-    ]
-    if device == "cpu":
-        lines.append(f"  time here: {_minutes(_seconds(work))} if nothing else runs, and validation")
-    if body >= GPU_SIZED:
-        lines.append(f"  on a GPU at 100 TFLOP/s, a third of an A100: {_minutes(work / 1e14)}, and validation")
-    return lines
-
-
-def _scaled(number: float) -> str:
-    """Write a number with two digits or so and a prefix of a thousand, such as `3.2 G`."""
-    prefixes = ("", "k", "M", "G", "T", "P", "E")
-    power = min(len(prefixes) - 1, max(0, int(math.log10(max(number, 1)) // 3)))
-    return f"{number / 1000**power:.3g} {prefixes[power]}"
-
-
-def _matmul_rate(size: int = 512, repeats: int = 8) -> float:
-    """Floating-point operations a second of float32 matrix products on this machine."""
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    best = math.inf
-    for _ in range(repeats):
-        started = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
