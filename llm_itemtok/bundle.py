@@ -148,12 +148,10 @@ def locate(path: str | Path, revision: str | None) -> Path:
             return candidate
     if (folder / RECIPE).is_file():
         raise ArtifactError(f"{folder}: this run has no model yet; its stage `train` must finish first (`itemtok run`)")
-    if folder.is_file():
-        raise ArtifactError(f"{folder}: a model is a folder, and this is a file; name the one that holds it")
     if folder.exists() or isinstance(path, Path):
         raise ArtifactError(
-            f"{folder}: a bundle must hold {GENERATION}, which is missing; "
-            "name a folder that a run wrote (`runs/NAME` or `runs/NAME/model`) or a Hub id"
+            f"{folder}: a bundle must be a folder with {GENERATION}, which is missing; "
+            "name one that a run wrote (`runs/NAME` or `runs/NAME/model`) or a Hub id"
         )
     downloaded = hub.pull(path, ours=FILES, revision=revision)
     if not (downloaded / GENERATION).is_file():

@@ -388,7 +388,9 @@ def test_settings_that_are_no_settings_are_refused(bundle):
 
 @pytest.mark.parametrize("as_text", [True, False])
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path, as_text):
-    with pytest.raises(ArtifactError, match=r"a bundle must hold generation.json, which is missing; name a folder"):
+    with pytest.raises(
+        ArtifactError, match=r"a bundle must be a folder with generation.json, which is missing; name one"
+    ):
         Recommender.from_pretrained(str(tmp_path) if as_text else tmp_path)
 
 
