@@ -182,9 +182,9 @@ class _Shift:
             why = f"{said} failed (status {worker.status}):\n{worker.last_lines}\n  whole log: {worker.log}"
             self.failed.append(why)
             self.log(why)
-            lost = [after for after in self.waiting if after.after is not None and after.after.sha256 == job.sha256]
-            self.waiting = [after for after in self.waiting if after not in lost]
-            self.failed += [f"{after.cell.name}: {after.short} needs the item tokens of that run" for after in lost]
+            lost = [other for other in self.waiting if other.after is not None and other.after.sha256 == job.sha256]
+            self.waiting = [other for other in self.waiting if other not in lost]
+            self.failed += [f"{other.cell.name}: {other.short} needs the item tokens of that run" for other in lost]
 
     def _progress(self) -> str:
         """One line: what is done, what runs how far, how long the rest will take."""
