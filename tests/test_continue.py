@@ -130,8 +130,16 @@ def test_without_saying_so_a_bundle_is_no_base(first, capsys):
     recipe.write_text(
         (GOES_ON % (first / "yesterday", base, base)).replace("init: base", "init: normal"), encoding="utf-8"
     )
-    assert main(["run", str(recipe), "--out", str(first / "unsaid")]) == 2
-    assert "item tokens must be new to the tokenizer" in capsys.readouterr().err
+    for command in (["check", str(recipe)], ["run", str(recipe), "--out", str(first / "unsaid")]):
+        assert main(command) == 2
+        assert "item tokens must be new to the tokenizer" in capsys.readouterr().err
+
+
+def test_what_is_gone_on_with_passes_the_check(first, capsys):
+    recipe = first / "checked.yaml"
+    recipe.write_text(GOES_ON % (first / "today", first / "extended", first / "extended"), encoding="utf-8")
+    assert main(["check", str(recipe)]) == 0
+    assert "steps in all" in capsys.readouterr().out
 
 
 def test_an_adapter_is_no_base_until_it_is_merged(first, tmp_path):

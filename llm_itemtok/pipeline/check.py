@@ -38,6 +38,7 @@ from llm_itemtok.pipeline.prepare import Dataset, load_data, refuse_textless, te
 from llm_itemtok.pipeline.scoring import item_parameters
 from llm_itemtok.pipeline.updates import Schedule, every_steps, quantizer_steps
 from llm_itemtok.pipeline.vectors import needs_vectors
+from llm_itemtok.pipeline.vocabulary import refuse_network
 from llm_itemtok.settings import (
     CodeTokenizer,
     CollaborativeVectors,
@@ -51,6 +52,7 @@ from llm_itemtok.settings import (
 )
 from llm_itemtok.training.arguments import build_arguments, check_settings
 from llm_itemtok.update_settings import AlternateUpdate, BilevelUpdate, SelfImproveUpdate
+from llm_itemtok.vocab.item_vocab import ItemVocab, refuse_known
 
 LEAST_ROOM_USED = 0.5
 """Share of the codewords that a level of a file has room for which should be in use."""
@@ -74,6 +76,7 @@ def check(config: RunConfig) -> str:
     shape = _item_shape(config, data)
     table = make_examples(config, data)
     lm = _empty_model(config)
+    _refuse_item_tokens(config, data.catalog)
     check_settings(config.trainer)
     refuse_engine(config, here=False)
     arguments = _arguments(config)
@@ -358,6 +361,22 @@ def _refuse_codes(config: RunConfig, catalog: Catalog) -> None:
             f"every item needs a code of its own, but {levels} codewords make {capacity:,} codes for "
             f"{len(catalog):,} items; {more}, or use `collisions: extra-level`"
         )
+
+
+def _refuse_item_tokens(config: RunConfig, catalog: Catalog) -> None:
+    """Raise what the stage `vocab` would raise of a base model that has item tokens, or has none to go on with."""
+    chosen = config.tokenizer
+    if config.model.name == "scratch" or isinstance(chosen, TextTokenizer):
+        return
+    if config.vocab.init == "base":
+        refuse_network(config)
+    tokenizer = _words(config, catalog)
+    if tokenizer is None:
+        return
+    if config.vocab.init == "base" and isinstance(chosen, FileTokenizer):
+        ItemVocab.resolve(tokenizer, _codes_of_file(chosen, catalog))
+    else:
+        refuse_known(tokenizer, _code_sizes(chosen, catalog))
 
 
 def _empty_model(config: RunConfig) -> PreTrainedModel | None:

@@ -28,11 +28,7 @@ def make_vocab(config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path,
     if vocab.num_tokens == 0:
         rows = table[:0]
     elif config.vocab.init == "base":
-        if (network := Path(config.model.name) / item_network.FILE_NAME).is_file():
-            raise RecipeError(
-                f"{network}: `vocab.init: base` goes on with item tokens alone, but this model knows more of its "
-                "items; choose a bundle of `scoring.kind: tokens`"
-            )
+        refuse_network(config)
         rows = table[vocab.first_id : vocab.first_id + vocab.num_tokens]
     elif config.vocab.init == "text-mean":
         rows = init.text_mean(vocab, table, encode_text(tokenizer, data.catalog.texts()), seed=config.seed)
@@ -48,6 +44,15 @@ def make_vocab(config: RunConfig, data: Dataset, codes: ItemCodes, folder: Path,
         log(f"  no new tokens, so no initial rows; an item is such as {vocab.spell(0)}")
     else:
         log(f"  {vocab.num_tokens:,} item tokens from id {vocab.first_id:,}; an item is such as {vocab.spell(0)}")
+
+
+def refuse_network(config: RunConfig) -> None:
+    """Raise `RecipeError` if training is to go on from a bundle that has more of its items than their tokens."""
+    if (network := Path(config.model.name) / item_network.FILE_NAME).is_file():
+        raise RecipeError(
+            f"{network}: `vocab.init: base` goes on with item tokens alone, but this model knows more of its "
+            "items; choose a bundle of `scoring.kind: tokens`"
+        )
 
 
 def read_vocab(folder: Path) -> tuple[ItemCodes, Tensor]:

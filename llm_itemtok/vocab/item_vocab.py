@@ -40,6 +40,17 @@ def spellings(sizes: tuple[int, ...]) -> list[str]:
     return [f"<{string.ascii_lowercase[level]}_{code}>" for level, size in enumerate(sizes) for code in range(size)]
 
 
+def refuse_known(tokenizer: PreTrainedTokenizerBase, sizes: tuple[int, ...]) -> None:
+    """Raise `ItemTokError` if a tokenizer already knows a spelling of item tokens that are to be added to it."""
+    tokens = spellings(sizes)
+    if known := tokenizer.get_vocab().keys() & set(tokens):
+        raise ItemTokError(
+            f"item tokens must be new to the tokenizer, but it already has {len(known)} of {len(tokens)}, "
+            f"such as {min(known)}; start from the model as it was before item tokens were added to it, or go on with "
+            "its own (`vocab.init: base`)"
+        )
+
+
 class ItemVocab:
     """Each item's path of token ids, over one contiguous range of new token ids.
 
@@ -71,13 +82,8 @@ class ItemVocab:
         Raises:
             ItemTokError: if the tokenizer already knows one of the spellings, or gives ids that are not contiguous.
         """
+        refuse_known(tokenizer, codes.sizes)
         tokens = spellings(codes.sizes)
-        known = tokenizer.get_vocab().keys() & set(tokens)
-        if known:
-            raise ItemTokError(
-                f"item tokens must be new to the tokenizer, but it already has {len(known)} of {len(tokens)}, "
-                f"such as {sorted(known)[0]}; start from the model as it was before item tokens were added to it"
-            )
         # Tokenizers of the first Llamas put a space mark before a text, and before the tokens they normalise too.
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
         return cls.resolve(tokenizer, codes)
