@@ -58,13 +58,15 @@ class Differentiable(SoftInputs):
         return hard.index_put(where, soft)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @EVERY_KIND
-def test_the_second_order_gradient_is_that_of_finite_differences_and_the_first_order_one_is_not(family):
-    """Along the encoder's gradient, and that of the last codebook.
+def test_the_second_order_gradient_is_that_of_finite_differences_and_the_first_order_one_is_not(family, dropout):
+    """Along the encoder's gradient, and that of the last codebook; with dropout, whose masks are those of the passes.
 
     The others are left out, because the residual that they leave to the next level counts as constant on purpose.
     """
     model, method = make_bilevel(family, UPPER, double=True)
+    model.train().input_dropout.p = dropout
     found, loss = recommendation(model, method)
     method.upper = dataclasses.replace(UPPER, order=1)
     first, _ = recommendation(model, method)
@@ -91,7 +93,33 @@ def test_the_second_order_gradient_is_that_of_finite_differences_and_the_first_o
         step = min(0.01, 5e-4 / slope)  # losses are in single precision, so they must differ by enough
         difference = (moved(parameter, step * direction) - moved(parameter, -step * direction)) / (2 * step)
         assert slope == pytest.approx(difference, rel=0.03)
-        assert abs((first[name] * direction).sum().item() / difference - 1) > 0.1
+        assert abs((first[name] * direction).sum().item() / difference - 1) > 0.05
+
+
+def test_dropout_is_on_with_masks_of_its_own_in_each_pass():
+    """After a step ahead of no length both passes have the same weights, so masks alone tell their losses apart."""
+
+    def losses(dropout):
+        model, method = make_bilevel("llama", dataclasses.replace(UPPER, look_ahead=1e-30, order=1))
+        model.input_dropout.p = dropout
+        model.eval()
+        told = method.propose(moment(model)).facts["losses"]
+        return told["before_look_ahead"], told["recommendation"]
+
+    without, same = losses(0.0)
+    assert without == same
+    first, second = losses(0.5)
+    assert len({without, first, second}) == 3
+
+
+def test_in_half_precision_gradients_are_nearly_those_of_whole_numbers():
+    model, method = make_bilevel("llama", UPPER)
+    whole, _ = recommendation(model, method)
+    method.material = dataclasses.replace(method.material, half=True)
+    half, _ = recommendation(model, method)
+    assert not torch.equal(half["codebooks"], whole["codebooks"])
+    assert cosine(half["codebooks"], whole["codebooks"]) > 0.98
+    assert half["codebooks"].dtype == torch.float32
 
 
 def test_the_step_ahead_is_of_what_the_trainer_trains_each_at_its_own_rate():
@@ -133,17 +161,42 @@ def test_without_look_ahead_the_gradient_is_that_of_the_loss(family):
     assert not any(found[name].any() for name in found if name.startswith("decoder"))
 
 
+@pytest.mark.parametrize(("codebook", "commitment"), [(1.0, 0.25), (0.3, 0.7)])
 @EVERY_KIND
-def test_reconstruction_counts_items_as_often_as_the_batch_reads_them(family):
-    model, method = make_bilevel(family, UPPER)
+def test_reconstruction_counts_items_as_often_as_the_batch_reads_them(family, codebook, commitment):
+    model, method = make_bilevel(family, dataclasses.replace(UPPER, codebook=codebook, commitment=commitment))
     with method._optimizer.learning():
         found = method.gradients(model, rates(model), 3)
     material, quantizer = method.material, model.quantizer
     rows = np.random.default_rng([0, 3]).choice(len(material.table), size=8, replace=False)
     items = np.concatenate([material.table[int(row)]["items"] for row in rows])
     out = quantizer(torch.from_numpy(material.vectors[items]))
-    each = out.reconstruction_loss + out.codebook_loss + 0.25 * out.commitment_loss
+    each = out.reconstruction_loss + codebook * (out.codebook_loss + commitment * out.commitment_loss)
     assert found.losses["tokenization"] == pytest.approx(each.mean().item(), rel=1e-5)
+
+
+def test_weight_decay_is_of_all_but_the_codebooks():
+    model, method = make_bilevel("llama", dataclasses.replace(UPPER, weight_decay=0.4))
+    before = {name: each.detach().clone() for name, each in model.quantizer.named_parameters()}
+    method._optimizer.step([torch.zeros_like(each) for each in before.values()])
+    for name, after in model.quantizer.named_parameters():
+        shrunk = 1.0 if name == "codebooks" else 1 - UPPER.learning_rate * 0.4
+        torch.testing.assert_close(after.detach(), shrunk * before[name])
+
+
+def test_the_log_tells_the_norms_of_either_gradient_and_how_peaked_mixtures_are():
+    model, method = make_bilevel("llama", UPPER)
+    with method._optimizer.learning():
+        found = method.gradients(model, rates(model), 3)
+    norms = method._operated(found)[1]["gradient_norms"]
+    for name in ("recommendation", "tokenization"):
+        parts = torch.cat([part.flatten() for part in getattr(found, name)])
+        assert norms[name] == pytest.approx(parts.norm().item(), rel=1e-5)
+    assert norms["recommendation"] != pytest.approx(norms["tokenization"], rel=0.01)
+    told = method.propose(moment(model)).facts["peaks"]
+    with torch.no_grad():
+        levels = model.quantizer.soft_assign(torch.from_numpy(method.material.vectors))
+    assert told == pytest.approx([each.amax(dim=1).mean().item() for each in levels])
 
 
 @EVERY_KIND

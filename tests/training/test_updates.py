@@ -13,8 +13,9 @@ from llm_itemtok.artifacts import UPDATES
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.training.callbacks import read_log
+from llm_itemtok.training.fresh_rows import refresh_rows
 from llm_itemtok.training.late_binding import LateBinding
-from llm_itemtok.training.updates import TRIAL_FILE, Rules
+from llm_itemtok.training.updates import TRIAL_FILE, Proposal, Rules
 from tests.tiny import KINDS, tiny_codes, tiny_item_model
 from tests.training.runs import make_trainer, weights
 from tests.training.test_invariants import assert_close, without_times
@@ -196,6 +197,56 @@ def test_a_gate_can_ask_for_a_gain_or_allow_a_loss_and_patience_ends_the_rounds(
     assert accepted("less", -10.1, rounds=9, patience=3) == [False] * 3
     assert accepted("tolerated", -10.1, rounds=1, tolerance=0.02) == [True]
     assert accepted("gain", -9.95, rounds=1, tolerance=-0.01) == [False]
+
+
+def test_the_end_of_a_trial_is_measured_and_saved_whenever_it_comes(tmp_path):
+    """Step 7 is no step of validation, which are 5, 10, 12."""
+    rules = Rules(rounds=1, gate="ndcg@10", adapt=3)
+    make_updating(tmp_path, Shuffle(4), rules, steps=12, every=5, validate=lambda: {"ndcg@10": 0.5}).train()
+    assert rounds(tmp_path)[0]["decided"] == 7
+    log = read_log(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in log if "validation/ndcg@10" in line] == [7, 10, 12]
+    assert (tmp_path / "checkpoints" / "checkpoint-7").is_dir()
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+def test_rows_begin_anew_in_a_round_where_the_rules_say_so(tmp_path, refresh):
+    """At a learning rate of 0, only that can change them."""
+    trainer = make_updating(
+        tmp_path, Shuffle(2), Rules(rounds=1, gate=None, refresh=refresh), steps=3, learning_rate=0.0
+    )
+    old, rows = trainer.model.vocab.codes, trainer.model.rows.state_dict()
+    before = {name: each.clone() for name, each in rows.items()}
+    trainer.train()
+    (line,) = rounds(tmp_path)
+    expected, _ = tiny_item_model()
+    expected.rows.load_state_dict(before)
+    count = refresh_rows(expected, torch.optim.SGD(expected.rows.parameters()), old, trainer.model.vocab.codes)
+    assert count > 0
+    assert line["refreshed"] == (count if refresh else 0)
+    after = trainer.model.rows.state_dict()
+    assert_close(dict(after), dict(expected.rows.state_dict()) if refresh else before, atol=0, rtol=0)
+
+
+class Telling(Shuffle):
+    """The same, with log-likelihoods that bear the item's row and the step."""
+
+    def propose(self, moment):
+        found = super().propose(moment)
+        rows = np.arange(len(found.table), dtype=np.float32)
+        return Proposal(found.table, -100.0 * moment.step - rows, -rows, found.facts)
+
+
+@pytest.mark.parametrize("rules", [Rules(rounds=2, gate=None), Rules(rounds=1, gate="ndcg@10", adapt=1)])
+def test_a_trace_says_how_likely_an_items_codes_were_before_and_after(tmp_path, rules):
+    """Without a gate, of the last round that moved it; both rounds come before the first checkpoint."""
+    trainer = make_updating(tmp_path, Telling(2, 0.3), rules, steps=6, every=5, validate=lambda: {"ndcg@10": 0.5})
+    trainer.train()
+    trace = pq.read_table(tmp_path / "codes/v1/trace.parquet").to_pylist()
+    assert len(trace) > 5
+    steps = {round((entry["likelihood_after"] - entry["likelihood_before"]) / 100) for entry in trace}
+    assert steps == ({2, 4} if rules.gate is None else {2})
+    assert all(entry["item"] == f"item {-entry['likelihood_after']:.0f}" for entry in trace)
 
 
 def test_no_round_begins_that_cannot_end(tmp_path):
