@@ -211,6 +211,8 @@ def test_sigterm_stops_after_a_checkpoint_with_143_and_resume_ends_as_an_unbroke
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 2):
             time.sleep(0.01)
+        else:
+            assert time.monotonic() < deadline, "training did not begin"
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 143
     assert not (tmp_path / "broken/model").exists()

@@ -143,9 +143,23 @@ def test_models_that_take_no_tree_masks_are_scored_path_by_path(positions):
 @pytest.mark.parametrize("normaliser", ["vocab", "items"])
 def test_logits_made_a_few_at_a_time_are_the_same(normaliser, monkeypatch):
     model, trie, rendered = prepared()
+    inner, seen = model.level_log_probs, []
+    monkeypatch.setattr(model, "level_log_probs", lambda part, *given: seen.append(len(part)) or inner(part, *given))
     at_once = score_catalog(model, trie, rendered, normaliser=normaliser)
+    assert max(seen) > 1
+    seen.clear()
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 1)
     np.testing.assert_allclose(score_catalog(model, trie, rendered, normaliser=normaliser), at_once, atol=1e-5)
+    assert set(seen) == {1}
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), positions=st.integers(1, 90))
+def test_prompts_are_read_in_groups_that_fill_a_pass_and_no_more(lengths, positions):
+    groups = list(scoring._groups(lengths, range(len(lengths)), positions))
+    assert sorted(user for group in groups for user in group) == list(range(len(lengths)))
+    padded = [len(group) * max(lengths[user] for user in group) for group in groups]
+    assert all(size <= positions or len(group) == 1 for size, group in zip(padded, groups, strict=True))
+    assert len(groups) == 1 or max(lengths) * len(lengths) > positions
 
 
 def test_nobody_and_nothing_are_scored():

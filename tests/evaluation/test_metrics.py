@@ -195,7 +195,7 @@ def test_25_000_users_take_the_bootstrap_less_than_5_seconds():
     ranks = np.random.default_rng(0).integers(0, 12_000, size=25_000).astype(float)
     ranks[(ranks > 0) & (ranks < 2)] = 2
 
-    start = time.perf_counter()
+    start = time.process_time()
     bootstrap(ranks)
 
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

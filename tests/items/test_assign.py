@@ -129,6 +129,24 @@ def test_a_move_must_be_worth_its_price(method) -> None:
 
 
 @BOTH
+def test_under_a_limit_those_move_who_gain_most(method) -> None:
+    codes = of_table((0, 0), (0, 1), (0, 2))
+    offers = candidates([-5, -9, -5], (0, (3, 3), -4.0), (1, (2, 2), -4.0), (2, (1, 1), -3.0))
+    assert assign(codes, offers, method="matching", max_moves=1).moved.tolist() == [1]
+    greedy = assign(codes, offers, method="greedy", max_moves=1).moved.tolist()
+    assert greedy == [2]  # the most confident is asked first, whatever it gains
+    assert len(assign(codes, offers, method=method, max_moves=2).moved) == 2
+
+
+def test_of_equal_claims_the_first_item_and_the_first_candidate_win() -> None:
+    codes = of_table((0, 0), (0, 1))
+    one_code = candidates([-9, -9], (1, (3, 3), -1.0), (0, (3, 3), -1.0))
+    assert assign(codes, one_code, max_moves=2).table.tolist() == [[3, 3], [0, 1]]
+    two_codes = candidates([-9, -9], (1, (2, 2), -1.0), (1, (3, 3), -1.0))
+    assert assign(codes, two_codes, max_moves=2).table.tolist() == [[0, 0], [2, 2]]
+
+
+@BOTH
 def test_wanting_a_code_that_another_keeps_is_a_collision(method) -> None:
     """Of four items, the second is content and the third has no candidates; the first wants what the second has."""
     codes = of_table((0, 0), (0, 1), (0, 2), (0, 3))

@@ -55,6 +55,17 @@ def test_with_a_margin_an_item_moves_only_to_a_codeword_that_is_nearer_by_so_muc
     assert recode(after, vectors, held, margin=0.3).table.tolist() == [[0]]
 
 
+def test_with_a_margin_prices_count_as_distance():
+    """From 1 the codeword at 0 is 1 away and the one at 1.5, .25: with a price of 1 it is the dearer one."""
+    quantizer = ResidualKMeansQuantizer(levels=1, codebook_size=2, dimensions=1, balanced=True)
+    quantizer.codebooks.data[0, :, 0] = torch.tensor([0.0, 1.5])
+    vectors, second = np.array([[1.0]], dtype=np.float32), ItemCodes(np.array([[1]]), (2,))
+    assert recode(quantizer, vectors, second, margin=0.01).table.tolist() == [[1]]
+    quantizer.price_table[0] = torch.tensor([0.0, 1.0])
+    assert recode(quantizer, vectors, second, margin=0.01).table.tolist() == [[0]]
+    assert recode(quantizer, vectors, second).table.tolist() == [[0]]
+
+
 def test_with_a_margin_lower_levels_follow_what_is_kept():
     """A codeword that is kept leaves another rest for the levels below than the nearest one would."""
     quantizer, codes = fitted(20)

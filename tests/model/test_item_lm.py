@@ -144,9 +144,14 @@ def test_the_vocabulary_is_summed_in_pieces_as_it_is_at_once(family, padding, ex
     states = hidden(model, mixed_ids(model))
     everything = model.vocab_logits(states)
     expected = model.item_logits(states, 1) - everything.logsumexp(-1, keepdim=True)
+    inner, words = F.linear, []
+    monkeypatch.setattr(item_lm.F, "linear", lambda x, table, *bias: words.append(len(table)) or inner(x, table, *bias))
     for size in (1, 5, 1000):
         monkeypatch.setattr(item_lm, "CACHED_PIECE", size)
+        words.clear()
         assert torch.allclose(model.level_log_probs(states, 1, "vocab"), expected, atol=1e-6, rtol=1e-6)
+        of_text = [count for count in words if count != len(model.rows)]
+        assert 0 < max(of_text) <= size
 
 
 @EVERY_TIE
@@ -338,10 +343,11 @@ def test_input_and_output_rows_train_on_their_own_only_where_the_base_has_them_a
         assert not model.rows.output_rows.grad[6:].any()  # the level softmax reads no other level
 
 
+@pytest.mark.parametrize("which", ["input_dropout", "output_dropout"])
 @EVERY_FAMILY
-def test_dropout_acts_in_training_alone(family):
+def test_dropout_acts_in_training_alone(family, which):
     model, _ = tiny_item_model(family)
-    model.input_dropout.p = model.output_dropout.p = 0.5
+    getattr(model, which).p = 0.5
     ids = mixed_ids(model)
     inputs = (ids, torch.full_like(ids, model.vocab.first_id), torch.zeros_like(ids))
     with torch.no_grad():
@@ -351,18 +357,35 @@ def test_dropout_acts_in_training_alone(family):
         assert not torch.equal(model(*inputs, **read), model(*inputs, **read))
 
 
+@torch.no_grad()
+def test_what_an_encoder_reads_is_dropped_as_well():
+    model, _ = tiny_item_model("t5")
+    model.input_dropout.p = 0.5
+    ids = mixed_ids(model)
+    seen = torch.ones_like(ids)
+    assert torch.equal(model.read(ids, seen), model.read(ids, seen))
+    model.train()
+    assert not torch.equal(model.read(ids, seen), model.read(ids, seen))
+
+
 @EVERY_FAMILY
 def test_activation_checkpointing_changes_no_gradient(family):
-    gradients = []
+    """And does compute the layers anew."""
+    gradients, calls = [], []
     for checkpointing in (False, True):
         model, _ = tiny_item_model(family)
         model.train()
         if checkpointing:
             model.activation_checkpointing_enable()
+        attention = next(module for module in model.lm.modules() if "attention" in type(module).__name__.lower())
+        seen = []
+        attention.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         ids = mixed_ids(model)
         targets = (torch.full_like(ids, model.vocab.first_id), torch.zeros_like(ids))
         model(ids, *targets, **context(model.lm, ids)).sum().backward()
         gradients.append(model.rows.input_rows.grad)
+        calls.append(len(seen))
+    assert calls == [1, 2]
     if family in ENCODER_DECODERS:  # all layers share one bias, whose gradient is then summed in another order
         assert torch.allclose(*gradients, atol=1e-6)
     else:

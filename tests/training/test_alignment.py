@@ -1,5 +1,6 @@
 """What the alignments of ETEGRec promise: the equations by hand, gradients where they belong, one batch of many."""
 
+import itertools
 import math
 
 import pytest
@@ -71,13 +72,16 @@ def test_histories_that_are_where_their_items_are_agree_and_coming_nearer_is_bet
 
 
 def test_the_likeliest_codeword_is_the_nearest_and_in_the_release_the_farthest():
-    """A history on a codeword is most like the item on it; with the release's sign it is the one most unlike."""
+    """So histories on two codewords differ in the paper by what is near them, in the release by what is far."""
     quantizer = tiny_quantizer(levels=1)
     (at,) = logits(quantizer, quantizer.codebooks[0])
-    assert at.softmax(-1).argmax(-1).tolist() == list(range(6))
-    nearest, farthest = at[:1], -at[:1]
-    assert sequence_alignment([farthest], [nearest], variant="paper").item() > 1
-    assert (-at).softmax(-1).argmax(-1).tolist() == at.argmin(-1).tolist()
+    assert at.argmax(-1).tolist() == list(range(6))
+    for one, other in itertools.combinations(at.split(1), 2):
+        paper, release = (sequence_alignment([one], [other], variant=name).item() for name in ("paper", "release"))
+        ends = (-one).softmax(-1), (-other).softmax(-1)
+        by_hand = ((ends[0] - ends[1]) * (ends[0] / ends[1]).log()).sum()
+        assert release == pytest.approx(by_hand.item(), rel=1e-3, abs=1e-6)
+        assert paper != pytest.approx(release, rel=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["paper", "release"])

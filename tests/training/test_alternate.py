@@ -12,7 +12,7 @@ from llm_itemtok.items.collisions import extra_level
 from llm_itemtok.items.product import ProductKMeans
 from llm_itemtok.items.residual_kmeans import ResidualKMeans
 from llm_itemtok.training.alignment import PREFERENCE, SEQUENCE, Adapters, Alignments
-from llm_itemtok.training.alternate import TERMS, Tuning, Turns
+from llm_itemtok.training.alternate import TERMS, Tuning, Turns, _clipped
 from tests.process_pairs import run_alone_and_in_pair
 from tests.tiny import KINDS
 from tests.training.alternating import make_alternating
@@ -110,6 +110,25 @@ def test_turns_end_when_validation_stops_getting_better(tmp_path):
     trainer.train()
     assert [line["step"] for line in rounds(tmp_path)] == [0, 2]
     assert [line["step"] for line in training_lines(tmp_path) if f"loss/{SEQUENCE}" in line] == [1, 2, 3, 4]
+
+
+def test_a_validation_that_is_as_good_as_the_best_is_not_better(tmp_path):
+    """Where nothing is found yet, scores may all be 0: the first counts as the best, and two more end the turns."""
+    trainer = make_alternating(
+        tmp_path, Turns(every=2, rounds=9, patience=2), steps=6, every=1, validate=lambda: {"ndcg@10": 0.0}
+    )
+    trainer.train()
+    assert [line["step"] for line in rounds(tmp_path)] == [0, 2]
+    assert [line["step"] for line in training_lines(tmp_path) if f"loss/{SEQUENCE}" in line] == [1, 2, 3]
+
+
+def test_gradients_of_the_quantizer_are_scaled_to_a_norm_over_all_of_them():
+    long, short = torch.tensor([3.0, 0.0]), torch.tensor([[0.0], [0.3]])
+    first, nothing, second = _clipped([long, None, torch.tensor([[4.0]])])
+    assert nothing is None
+    torch.testing.assert_close(torch.cat([first, second[0]]), torch.tensor([0.6, 0.0, 0.8]))
+    (same,) = _clipped([short])
+    assert torch.equal(same, short)
 
 
 def test_turns_end_when_hardly_an_item_moves(tmp_path):

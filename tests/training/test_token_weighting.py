@@ -215,15 +215,6 @@ def test_weight_decay_leaves_the_log_weights_alone(tmp_path):
     assert any("rows" in name for name in decayed)
 
 
-def test_validation_does_not_know_the_mix(tmp_path):
-    """What the best checkpoint and patience go by depends on weights alone, not on c, t or b."""
-    seen = []
-    for pace in (0.1, 9.0):
-        trainer = weigh(make_trainer(tmp_path / str(pace), validate=lambda: {"ndcg@10": 0.25}), pace=pace)
-        seen.append(trainer.evaluate())
-    assert seen[0] == seen[1] == {"eval_ndcg@10": 0.25}
-
-
 def test_other_codes_mean_other_weights_in_the_very_next_batch():
     """A colliding table, or an update of the item tokens: weights follow `model.vocab` without being told."""
     model, objective, batch = setting("llama")
