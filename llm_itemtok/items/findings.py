@@ -48,7 +48,7 @@ WORST_FIRST = (
     *(
         "blind to behaviour",
         "blind to categories",
-        "dear moves",
+        "costly moves",
         "crowded",
         "crowded head",
         "full prefix",
@@ -246,7 +246,7 @@ def _error(_report: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Finding
     if after > (1 + MOST_ERROR_BY_MOVES) * before and after - before > 1e-6:
         what = f"resolving collisions raised the error of rebuilt vectors from {before:.1%} to {after:.1%}"
         change = "`tokenizer.collisions: matching`, or fewer collisions to begin with"
-        found.append(Finding("dear moves", what, change))
+        found.append(Finding("costly moves", what, change))
     return found
 
 

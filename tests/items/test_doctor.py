@@ -184,7 +184,7 @@ def test_a_table_alone_shows(codes, rule):
 
 @pytest.mark.parametrize(
     ("error", "rule"),
-    [({"before": 0.8, "after": 0.8}, "coarse"), ({"before": 0.2, "after": 0.23}, "dear moves")],
+    [({"before": 0.8, "after": 0.8}, "coarse"), ({"before": 0.2, "after": 0.23}, "costly moves")],
 )
 def test_errors_of_rebuilt_vectors_are_judged(error, rule):
     codes, _, _ = planted()
