@@ -92,14 +92,15 @@ def cache_folder() -> Path:
 
 
 def kept_folder(
-    kind: str, key: str, fill: Callable[[Path], None], log: Callable[[str], None] = lambda line: None
+    parent: Path, key: str, fill: Callable[[Path], None], log: Callable[[str], None] = lambda line: None
 ) -> Path:
-    """Find a folder of the cache, or fill it now; processes that need the same one wait for the first of them.
+    """Find a folder that is kept, or fill it now; processes that need the same one wait for the first of them.
 
-    A folder whose files are not those that were written, such as after a clean-up by age, is filled anew.
+    A folder whose files are not those that were written, such as after a clean-up by age, is filled anew. Who fills it
+    holds a lock beside it, which the system gives back when its process ends, however it ends.
 
     Args:
-        kind: folder of the cache that it stands in, such as "models".
+        parent: what it stands in, as a rule a folder of `cache_folder()`; made when missing.
         key: hash of all that its content depends on.
         fill: writes the content, files without folders, into an empty folder. If it raises, nothing is kept.
         log: told if another process is at work on it.
@@ -110,10 +111,10 @@ def kept_folder(
     Raises:
         OSError: if the cache cannot be written to.
     """
-    place = cache_folder() / kind / key[:32]
+    place = parent / key[:32]
     if _is_whole(place):
         return place
-    place.parent.mkdir(parents=True, exist_ok=True)
+    parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place.with_suffix(".lock"))
     try:
         lock.acquire(timeout=1)
@@ -136,8 +137,14 @@ def _is_whole(place: Path) -> bool:
     """Whether a kept folder has the files that were written, as they were."""
     if not (place / CONTENT).is_file():
         return False
-    content = read_json(place / CONTENT)
-    return all((place / name).is_file() and sha256_of_file(place / name) == found for name, found in content.items())
+    try:
+        content = read_json(place / CONTENT)
+    except ArtifactError:
+        return False
+    names = content if isinstance(content, dict) else {}
+    return bool(names) and all(
+        (place / name).is_file() and sha256_of_file(place / name) == found for name, found in names.items()
+    )
 
 
 def sha256_of_arrays(*arrays: np.ndarray | bytes | str) -> str:

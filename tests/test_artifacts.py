@@ -200,7 +200,7 @@ def test_what_is_being_written_is_told_by_its_name(tmp_path):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ITEMTOK_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return artifacts.cache_folder()
 
 
 def filler(calls, text="content"):
@@ -214,25 +214,29 @@ def filler(calls, text="content"):
 
 def test_a_kept_folder_is_filled_once_for_a_key(cache):
     calls = []
-    first = artifacts.kept_folder("kind", "0" * 64, filler(calls))
-    assert artifacts.kept_folder("kind", "0" * 64, filler(calls)) == first
+    first = artifacts.kept_folder(cache / "kind", "0" * 64, filler(calls))
+    assert artifacts.kept_folder(cache / "kind", "0" * 64, filler(calls)) == first
     assert first.parent == cache / "kind"
-    assert artifacts.kept_folder("kind", "1" * 64, filler(calls, "other")) != first
+    assert artifacts.kept_folder(cache / "kind", "1" * 64, filler(calls, "other")) != first
     assert calls == ["content", "other"]
     assert (first / "a").read_text() == "content"
 
 
-@pytest.mark.parametrize("damage", ["a file gone", "a file changed", "the note gone"])
+@pytest.mark.parametrize(
+    "damage", ["a file gone", "a file changed", "the note gone", "the note cut", "the note empty", "another note"]
+)
 def test_a_kept_folder_that_is_not_as_it_was_written_is_filled_anew(cache, damage):
     calls = []
-    place = artifacts.kept_folder("kind", "0" * 64, filler(calls))
+    place = artifacts.kept_folder(cache / "kind", "0" * 64, filler(calls))
     if damage == "a file gone":
         (place / "b").unlink()
     elif damage == "a file changed":
         (place / "a").write_text("cont")
-    else:
+    elif damage == "the note gone":
         (place / artifacts.CONTENT).unlink()
-    assert artifacts.kept_folder("kind", "0" * 64, filler(calls)) == place
+    else:
+        (place / artifacts.CONTENT).write_text({"the note cut": '{"a": ', "the note empty": "{}"}.get(damage, "[1]"))
+    assert artifacts.kept_folder(cache / "kind", "0" * 64, filler(calls)) == place
     assert calls == ["content"] * 2
     assert (place / "b").read_text() == "b"
 
@@ -243,10 +247,10 @@ def test_where_filling_fails_nothing_is_kept_and_the_next_one_begins_anew(cache)
         raise ValueError("stopped")
 
     with pytest.raises(ValueError, match="stopped"):
-        artifacts.kept_folder("kind", "0" * 64, fail)
+        artifacts.kept_folder(cache / "kind", "0" * 64, fail)
     (cache / "kind" / f".{'0' * 32}.abcdefgh").mkdir()  # of a process that was killed
     calls = []
-    place = artifacts.kept_folder("kind", "0" * 64, filler(calls))
+    place = artifacts.kept_folder(cache / "kind", "0" * 64, filler(calls))
     assert calls == ["content"]
     assert {path.name for path in place.parent.iterdir()} == {place.name, f"{place.name}.lock"}
 
@@ -264,9 +268,9 @@ def test_who_needs_what_another_makes_waits_and_says_so(cache):
         release.set()
 
     with ThreadPoolExecutor() as threads:
-        one = threads.submit(artifacts.kept_folder, "kind", "0" * 64, slowly)
+        one = threads.submit(artifacts.kept_folder, cache / "kind", "0" * 64, slowly)
         assert begun.wait(60)
-        other = threads.submit(artifacts.kept_folder, "kind", "0" * 64, filler(calls), say)
+        other = threads.submit(artifacts.kept_folder, cache / "kind", "0" * 64, filler(calls), say)
         assert one.result() == other.result()
     assert calls == ["content"]
     assert "which another process makes" in said[0]

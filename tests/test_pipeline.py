@@ -16,6 +16,7 @@ from llm_itemtok.config import RunConfig
 from llm_itemtok.data import synthetic
 from llm_itemtok.errors import ArtifactError, CollisionError, DataError, ItemTokError, RecipeError
 from llm_itemtok.evaluation.metrics import metrics_from_ranks
+from llm_itemtok.items import vectors
 from llm_itemtok.pipeline import stages
 from llm_itemtok.pipeline.base_model import base_model, most_positions
 from llm_itemtok.pipeline.check import check
@@ -143,6 +144,28 @@ def test_a_model_from_scratch_is_made_once_for_the_runs_that_begin_with_it(
     assert made()
     trained("other sizes", "model.scratch.width=32")
     assert made()
+
+
+def test_item_vectors_are_made_once_for_the_runs_that_begin_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ITEMTOK_CACHE", str(tmp_path / "cache"))
+    made: list[int] = []
+    inner = vectors.tfidf_svd
+    monkeypatch.setattr(vectors, "tfidf_svd", lambda *given, **also: made.append(1) or inner(*given, **also))
+
+    def codes(name: str, *overrides: str) -> bytes:
+        out = run(recipe(tmp_path, *overrides), tmp_path / name, until="items")
+        return (out / "codes" / "v0" / "item_codes.safetensors").read_bytes()
+
+    first = codes("first")
+    assert codes("second") == first
+    assert len(made) == 1
+    (kept,) = (tmp_path / "cache" / "vectors").glob("*/vectors.npy")
+    assert json.loads((kept.parent / "key.json").read_text())["settings"]["kind"] == "tfidf-svd"
+    for i, other in enumerate(("seed=1", "vectors.dimensions=8")):
+        codes(f"other {i}", other)
+        assert len(made) == 2 + i
 
 
 def test_an_rqvae_is_fitted_once_for_the_runs_that_begin_with_it(

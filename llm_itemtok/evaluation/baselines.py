@@ -428,8 +428,7 @@ def _measured(
 
     if cache is None:
         return measure()
-    key = _key(name, split, cases, candidates, device)
-    return measured_once(cache / f"{name}-{key[:16]}.json", key, (len(cases), len(split.validation)), measure, log)
+    return measured_once(cache / name, _key(name, split, cases, candidates, device), measure, log)
 
 
 def _key(name: str, split: Split, cases: Cases, candidates: _Candidates, device: str) -> str:

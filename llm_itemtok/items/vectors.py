@@ -5,16 +5,13 @@ Decisions:
   Those from interactions are in `collaborative`.
 - An item without text gets the zero vector: it is known to be nothing, not guessed. `num_without_text` counts them.
 - `tfidf_svd` needs no download and no network; the others load what the user names.
-- `cached` keys a result by what it was computed from, never by a file name or a date.
 
 Shape letters in this file: N items, D dimensions.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow
@@ -23,15 +20,13 @@ import pyarrow.parquet
 import pyarrow.types as types
 import safetensors
 import torch
-from filelock import FileLock
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from llm_itemtok.artifacts import read_json, sha256_of_arrays, write_bytes, write_json
 from llm_itemtok.data import values
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.parquet import table_of_arrow
-from llm_itemtok.errors import ArtifactError, DataError
+from llm_itemtok.errors import DataError
 from llm_itemtok.items.base import LARGEST, Progress, rows_beyond
 
 if TYPE_CHECKING:
@@ -329,53 +324,3 @@ def _lists_as_matrix(column: pyarrow.ChunkedArray, wanted: np.ndarray, path: Pat
             numbers = chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1)
             matrix[rows[rows >= 0]] = _as_matrix(numbers[rows >= 0], path)
     return matrix
-
-
-def cached(key: Mapping[str, Any], folder: str | Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Compute item vectors once for a set of inputs.
-
-    Two files are kept: `<hash>.npy` and `<hash>.json` with the key in clear and the hash of the vectors, written last.
-    A pair that is not whole (an interrupted or damaged write) counts as absent and is made again. Who computes holds a
-    lock beside them, `<hash>.lock`, and other processes that need the same vectors wait for it.
-
-    Args:
-        key: all that the vectors depend on (kind, hash of the texts, model, settings, versions); plain JSON values.
-        folder: of the cache; made when missing.
-        compute: gives the vectors, float32 `[N, D]`.
-
-    Returns:
-        The vectors, computed or read.
-
-    Raises:
-        DataError: if the key is not plain JSON.
-    """
-    try:
-        text = json.dumps(dict(key), sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the key of cached vectors must be plain JSON values: {error}") from error
-    name = sha256_of_arrays(text)[:32]
-    data, note = Path(folder) / f"{name}.npy", Path(folder) / f"{name}.json"
-    found = _read_cached(data, note)
-    if found is not None:
-        return found
-    data.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(data.with_suffix(".lock")):
-        found = _read_cached(data, note)  # they may have been made while this process waited
-        if found is not None:
-            return found
-        vectors = compute()
-        buffer = BytesIO()
-        np.save(buffer, vectors, allow_pickle=False)
-        write_bytes(data, buffer.getvalue())
-        write_json(note, {"key": json.loads(text), "sha256": sha256_of_arrays(buffer.getvalue())})
-    return vectors
-
-
-def _read_cached(data: Path, note: Path) -> np.ndarray | None:
-    """Read a pair of files that `cached` wrote; None if it is not whole."""
-    try:
-        content, expected = data.read_bytes(), read_json(note)["sha256"]
-    except (ArtifactError, OSError, KeyError, TypeError):  # TypeError: JSON, but no object
-        return None
-    whole = expected == sha256_of_arrays(content)
-    return np.load(BytesIO(content), allow_pickle=False) if whole else None

@@ -9,7 +9,15 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_itemtok import settings
-from llm_itemtok.artifacts import CONTENT, atomic_folder, kept_folder, read_json, sha256_of_arrays, write_json
+from llm_itemtok.artifacts import (
+    CONTENT,
+    atomic_folder,
+    cache_folder,
+    kept_folder,
+    read_json,
+    sha256_of_arrays,
+    write_json,
+)
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.errors import RecipeError
@@ -39,7 +47,9 @@ def base_model(
     inputs = [catalog.sha256, repr(model.scratch), str(config.seed), scratch_version(), *([letters] if letters else [])]
     key = sha256_of_arrays(*inputs)
     if not (place / "key.json").exists() or read_json(place / "key.json") != key:
-        kept = kept_folder("models", key, lambda new: _make_scratch(config, catalog, letters, new, log), log)
+        kept = kept_folder(
+            cache_folder() / "models", key, lambda new: _make_scratch(config, catalog, letters, new, log), log
+        )
         with atomic_folder(place) as new:  # a copy: other machines of a run may share its folder and no cache
             shutil.copytree(kept, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CONTENT))
             write_json(new / "key.json", key)

@@ -18,6 +18,7 @@ from llm_itemtok.artifacts import (
     CODES,
     QUALITY,
     atomic_folder,
+    cache_folder,
     code_versions,
     kept_folder,
     sha256_of_arrays,
@@ -334,7 +335,7 @@ def _kept_fit(tokenizer: RQVAE, matrix: np.ndarray, config: RunConfig, log: Log)
     chosen = repr(dataclasses.replace(config.tokenizer, collisions="forbid"))  # they are resolved later
     aligned = [] if tokenizer.collaborative is None else [tokenizer.collaborative]
     key = sha256_of_arrays(matrix, *aligned, chosen, str(config.seed), made_by("torch"))
-    kept = kept_folder("rqvae", key, fill, log)
+    kept = kept_folder(cache_folder() / "rqvae", key, fill, log)
     return ItemCodes.load(kept), load_quantizer(kept)
 
 

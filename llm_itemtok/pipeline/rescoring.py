@@ -11,7 +11,7 @@ from accelerate import PartialState
 
 from llm_itemtok import sasrec
 from llm_itemtok.answering import best_scored
-from llm_itemtok.artifacts import kept_folder, read_json, sha256_of_arrays, write_json
+from llm_itemtok.artifacts import cache_folder, kept_folder, read_json, sha256_of_arrays, write_json
 from llm_itemtok.bundle import items_sha256
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.splits import Cases
@@ -119,7 +119,7 @@ def _trained(config: RunConfig, chosen: SasrecRescoring, data: Dataset, log: Log
     facts |= {"mask_seen": mask_seen, "device": device.split(":")[0], "method": fingerprint("sasrec"), "items": items}
     inputs = (split.train_items, split.train_offsets, cases.items, cases.offsets, cases.targets)
     key = sha256_of_arrays(json.dumps(facts), made_by("torch"), *inputs)
-    kept = kept_folder("dense", key, fill, log)
+    kept = kept_folder(cache_folder() / "dense", key, fill, log)
     return Rescorer.load(kept), read_json(kept / _TOOK)
 
 

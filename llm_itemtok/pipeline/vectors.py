@@ -1,8 +1,10 @@
 """Item vectors as a recipe asks for them: which source, from what, and where they are kept."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_itemtok import settings
-from llm_itemtok.artifacts import cache_folder, sha256_of_arrays
+from llm_itemtok.artifacts import cache_folder, kept_folder, sha256_of_arrays, write_text
 from llm_itemtok.config import RunConfig
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.splits import Split
@@ -26,6 +28,8 @@ Log = Callable[[str], None]
 Vectors = Callable[[], np.ndarray]
 
 GIVE_VECTORS = "make vectors of the new items as those of the old ones were made, and give them with `--vectors`"
+_VECTORS = "vectors.npy"
+"""In the cache, float32 `[N, D]`; beside it `key.json`, what they depend on."""
 MOVING = ("sinkhorn", "reassign", "matching")
 """Collision policies that need vectors."""
 
@@ -185,7 +189,14 @@ class Sources:
             more, compute = self._collaborative(source)
         else:
             more, compute = self._from_text(source)
-        found = vectors.cached(key | more, cache_folder() / "vectors", compute)
+        text = json.dumps(key | more, sort_keys=True, allow_nan=False)
+
+        def fill(new: Path) -> None:
+            np.save(new / _VECTORS, compute(), allow_pickle=False)
+            write_text(new / "key.json", text)
+
+        kept = kept_folder(cache_folder() / "vectors", sha256_of_arrays(text), fill, log)
+        found: np.ndarray = np.load(kept / _VECTORS, allow_pickle=False)
         if isinstance(source, settings.CollaborativeVectors):
             unknown = int((~found.any(axis=1)).sum())
             if unknown:

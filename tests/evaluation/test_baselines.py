@@ -379,7 +379,7 @@ def measure(split, cache, name="item-knn", mask_seen=False, seed=0, **extra):
 
 
 def kept_files(folder):
-    return list(folder.glob("*.json"))
+    return list(folder.glob("*/*/ranks.json"))
 
 
 def test_a_baseline_is_measured_once(tmp_path, quick_sasrec):
@@ -502,38 +502,15 @@ def test_what_is_decided_otherwise_is_measured_anew(tmp_path, monkeypatch):
     assert len(kept_files(tmp_path)) == 2
 
 
-def cut(text):
-    return text[: len(text) // 2]
-
-
-def other_rank(text):
-    kept = json.loads(text)
-    kept["test"][0] += 1
-    return json.dumps(kept)
-
-
-def other_key(text):
-    return json.dumps({**json.loads(text), "key": "0" * 64})
-
-
-def fewer_cases(text):
-    kept = json.loads(text)
-    return json.dumps({**kept, "test": kept["test"][:-1]})
-
-
-@pytest.mark.parametrize(
-    "damage", [cut, other_rank, other_key, fewer_cases, lambda _: "", lambda _: "[1, 2]", lambda _: "{}"]
-)
-def test_a_damaged_or_foreign_file_is_measured_again(tmp_path, damage):
-    """What is kept is trusted only if it is all there, unchanged, and about these very inputs."""
+def test_what_is_no_longer_as_it_was_written_is_measured_again(tmp_path):
     split = walks()
     first = measure(split, tmp_path)
     (file,) = kept_files(tmp_path)
-    file.write_text(damage(file.read_text()))
-    damaged = file.read_text()
+    written = file.read_text()
+    file.write_text(written.replace("1.0", "2.0"))
 
     assert measure(split, tmp_path)["test"] == first["test"]
-    assert file.read_text() != damaged
+    assert json.loads(file.read_text())["test"] == json.loads(written)["test"]
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_does_no_harm(tmp_path):
@@ -543,4 +520,4 @@ def test_a_folder_that_cannot_be_written_is_said_and_does_no_harm(tmp_path):
     result = measure(walks(), tmp_path / "file", log=lines.append)
 
     assert result["test"] == measure(walks(), None)["test"]
-    assert "could not be written" in lines[-1]
+    assert sum("could not be written" in line for line in lines) == 1

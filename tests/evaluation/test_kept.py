@@ -1,24 +1,16 @@
-"""What is kept is measured once, by whichever process comes first; the others wait for it, and a lost lock harms none.
-
-Two threads stand for two processes: each opens the lock file for itself, and to the system that is all there is to it.
-"""
-
-import threading
+"""What is kept is measured once; that processes wait for each other, and damage, are tested with `artifacts`."""
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
 from llm_itemtok.evaluation.kept import Measured, measured_once
-
-SIZES = (2, 1)
 
 
 def measured(rank=1.0):
     return Measured(np.array([rank, 2.5]), np.array([3.0]), {"decay": 0.5}, 1.25)
 
 
-def never():
+def never(*_):
     raise AssertionError("this was measured before")
 
 
@@ -26,57 +18,32 @@ def equal(one, other):
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_what_is_kept_is_read_whole(tmp_path):
-    path = tmp_path / "new" / "knn.json"
+def test_what_is_kept_is_read_whole_and_by_its_key(tmp_path):
+    assert equal(measured_once(tmp_path / "new", "k", measured, never), measured())
+    found = measured_once(tmp_path / "new", "k", never, never)
+    assert equal(found, measured())
+    assert found.test.dtype == found.validation.dtype == np.float64
+    assert equal(measured_once(tmp_path / "new", "other", lambda: measured(9.0), never), measured(9.0))
 
-    assert equal(measured_once(path, "k", SIZES, measured, never), measured())
-    assert equal(measured_once(path, "k", SIZES, never, never), measured())
+
+def test_who_fails_keeps_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        measured_once(tmp_path, "k", lambda: 1 / 0, never)
+    assert equal(measured_once(tmp_path, "k", measured, never), measured())
 
 
-def test_a_second_process_waits_and_takes_what_the_first_measured(tmp_path):
-    path, said, found = tmp_path / "knn.json", [], []
-    waits = threading.Event()
-
-    def say(line):
-        said.append(line)
-        waits.set()
-
-    second = threading.Thread(target=lambda: found.append(measured_once(path, "k", SIZES, never, say)))
+def test_what_cannot_be_written_is_measured_once_all_the_same(tmp_path, monkeypatch):
+    """A folder that cannot be made, and a disk that is full when all is measured."""
+    (tmp_path / "file").write_text("")
+    said, calls = [], []
 
     def measure():
-        second.start()
-        assert waits.wait(timeout=10)
+        calls.append(1)
         return measured()
 
-    measured_once(path, "k", SIZES, measure, never)
-    second.join(timeout=10)
-
-    assert equal(*found, measured())
-    assert said == ["  another process is measuring knn; waiting for it …"]
-
-
-def test_who_fails_lets_the_next_one_measure(tmp_path):
-    path = tmp_path / "knn.json"
-    with pytest.raises(ZeroDivisionError):
-        measured_once(path, "k", SIZES, lambda: 1 / 0, never)
-
-    with FileLock(path.with_suffix(".lock")).acquire(timeout=0):
-        pass
-    assert equal(measured_once(path, "k", SIZES, lambda: measured(7.0), never), measured(7.0))
-
-
-def test_what_is_kept_is_read_while_another_process_holds_the_lock(tmp_path):
-    """The lock is for measuring, not for reading."""
-    path = tmp_path / "knn.json"
-    measured_once(path, "k", SIZES, measured, never)
-
-    with FileLock(path.with_suffix(".lock")):
-        assert equal(measured_once(path, "k", SIZES, never, never), measured())
-
-
-@pytest.mark.parametrize(("key", "sizes"), [("other", SIZES), ("k", (2, 2)), ("k", (3, 1))])
-def test_what_is_about_something_else_is_not_taken(tmp_path, key, sizes):
-    path = tmp_path / "knn.json"
-    measured_once(path, "k", SIZES, measured, never)
-
-    assert equal(measured_once(path, key, sizes, lambda: measured(9.0), never), measured(9.0))
+    assert equal(measured_once(tmp_path / "file", "k", measure, said.append), measured())
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr("llm_itemtok.evaluation.kept.write_json", lambda *_: (_ for _ in ()).throw(full))
+    assert equal(measured_once(tmp_path / "disk", "k", measure, said.append), measured())
+    assert len(calls) == 2
+    assert ["could not be written" in line for line in said] == [True, True]

@@ -1,7 +1,6 @@
 """Item vectors: one row an item, zero where nothing is known, and files that fit or are refused."""
 
 import builtins
-import threading
 
 import numpy as np
 import pyarrow
@@ -15,7 +14,6 @@ from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.errors import DataError
 from llm_itemtok.items import vectors as module
 from llm_itemtok.items.vectors import (
-    cached,
     from_file,
     language_model,
     num_without_text,
@@ -272,52 +270,6 @@ def test_pickles_several_tensors_and_other_formats_are_refused(tmp_path):
     (tmp_path / "x.csv").touch()
     with pytest.raises(DataError, match=r"must be .npy, .safetensors or .parquet, was: .csv"):
         from_file(tmp_path / "x.csv", ABC)
-
-
-def test_cached_vectors_are_computed_once_a_key(tmp_path):
-    calls = []
-
-    def compute():
-        calls.append(1)
-        return MATRIX
-
-    for key in ({"texts": "t", "n": 1}, {"n": 1, "texts": "t"}, {"texts": "t", "n": 2}):
-        np.testing.assert_array_equal(cached(key, tmp_path / "new", compute), MATRIX)
-    assert len(calls) == 2
-    with pytest.raises(DataError, match="plain JSON"):
-        cached({"x": MATRIX}, tmp_path, compute)
-
-
-def test_who_needs_vectors_that_are_being_computed_waits_for_them(tmp_path):
-    """Embedding a catalogue can take an hour, and runs that are started together need the same vectors."""
-    found = []
-    second = threading.Thread(target=lambda: found.append(cached({"k": 1}, tmp_path, lambda: MATRIX + 1)))
-
-    def compute():
-        second.start()
-        second.join(timeout=0.2)
-        assert second.is_alive()
-        return MATRIX
-
-    cached({"k": 1}, tmp_path, compute)
-    second.join(timeout=10)
-    np.testing.assert_array_equal(found, [MATRIX])
-
-
-@pytest.mark.parametrize("damage", ["truncated", "no note", "note cut", "note of something else", "no data"])
-def test_a_damaged_cache_is_computed_again(tmp_path, damage):
-    cached({"k": 1}, tmp_path, lambda: MATRIX)
-    (data,), (note,) = tmp_path.glob("*.npy"), tmp_path.glob("*.json")
-    if damage == "truncated":
-        data.write_bytes(data.read_bytes()[:-4])
-    elif damage == "note cut":
-        note.write_bytes(note.read_bytes()[:-4])
-    elif damage == "note of something else":
-        note.write_text("[]")
-    else:
-        (note if damage == "no note" else data).unlink()
-    np.testing.assert_array_equal(cached({"k": 1}, tmp_path, lambda: MATRIX + 1), MATRIX + 1)
-    np.testing.assert_array_equal(cached({"k": 1}, tmp_path, lambda: MATRIX + 2), MATRIX + 1)
 
 
 def test_vectors_of_further_items_change_nothing_of_those_that_are_there():
