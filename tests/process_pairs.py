@@ -8,14 +8,13 @@ from collections.abc import Sequence
 
 RUN = """
 import runpy, sys
-from torch import distributed
+from llm_itemtok.processes import leave
 
 del sys.argv[0]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-if distributed.is_initialized():
-    distributed.destroy_process_group()
+leave()
 """
-"""Runs a module, and ends what it talked by: threads of a group that is left to the interpreter's end may abort it."""
+"""Runs a module, and ends what it talked by, as a run does."""
 
 
 def free_port() -> int:
