@@ -93,7 +93,7 @@ def test_the_second_order_gradient_is_that_of_finite_differences_and_the_first_o
         step = min(0.01, 5e-4 / slope)  # losses are in single precision, so they must differ by enough
         difference = (moved(parameter, step * direction) - moved(parameter, -step * direction)) / (2 * step)
         assert slope == pytest.approx(difference, rel=0.03)
-        assert abs((first[name] * direction).sum().item() / difference - 1) > 0.05
+        assert abs((first[name] * direction).sum().item() / difference - 1) > (0.05 if dropout else 0.1)
 
 
 def test_dropout_is_on_with_masks_of_its_own_in_each_pass():
