@@ -91,11 +91,11 @@ def test_the_log_likelihoods_of_two_sources_add_up(family):
         return {(item, *code): value for item, code, value in zip(
             part.items.tolist(), part.codes.tolist(), part.log_likelihoods.tolist(), strict=True)}  # fmt: skip
 
-    first, second = values(ours), values(theirs)
-    shared = [key for key in values(found) if key[0] in known and key in first and key in second]
+    first, second, either = values(ours), values(theirs), values(found)
+    shared = [key for key in either if key[0] in known and key in first and key in second]
     assert len(shared) > 100
     for key in shared:
-        assert values(found)[key] == pytest.approx(first[key] + second[key], abs=1e-3)
+        assert either[key] == pytest.approx(first[key] + second[key], abs=1e-3)
     alone = np.setdiff1d(found.items, known)
     np.testing.assert_allclose(found.keep[alone], (ours.keep + theirs.keep)[alone], atol=1e-4)
 
