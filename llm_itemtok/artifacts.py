@@ -26,9 +26,9 @@ from filelock import FileLock, Timeout
 
 from llm_itemtok.errors import ArtifactError
 
-_TEMPORARY = r"\.[^.].*\.[a-z0-9_]{8}"
-"""Names that `tempfile` makes for the functions below."""
-_ASIDE = r"\.(?P<name>[^.].*)\.aside\.[a-z0-9_]{8}"
+_TEMPORARY = r"\.[^.].*\.(itemtok-new|itemtok-old)\.[a-z0-9_]{8}"
+"""Names that `tempfile` makes for the functions below; nobody else's look like them, since leftovers are deleted."""
+_ASIDE = r"\.(?P<name>[^.].*)\.itemtok-old\.[a-z0-9_]{8}"
 """Those among them of folders that stepped aside for new ones, and whose place may still be empty."""
 CONTENT = "content.json"
 """In a kept folder: the hash of each of its files, written last."""
@@ -199,7 +199,7 @@ def write_bytes(path: Path | str, content: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.itemtok-new.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -271,7 +271,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path).resolve()  # of a link to a folder elsewhere the folder is meant, of `.` the one with a name
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.itemtok-new."))
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
@@ -317,7 +317,7 @@ def _swap_in(new: Path, path: Path) -> None:
         os.replace(new, path)
         return
     # A folder that is not empty cannot be replaced in one call: it steps aside first and comes back on failure.
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.aside."))
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.itemtok-old."))
     os.replace(path, aside)
     try:
         os.replace(new, path)

@@ -142,12 +142,14 @@ def test_names_of_the_run_folder_are_the_contract():
 def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path):
     artifacts.write_text(tmp_path / "codes" / "v0" / "quality.json", "{}")
     (tmp_path / ".hidden").touch()
-    (tmp_path / ".run-0.lock").touch()
-    handle, _ = tempfile.mkstemp(dir=tmp_path / "codes", prefix=".stages.json.")
+    others = {".hidden", ".run-0.lock", ".env.template", ".vimrc.original", ".app.settings"}
+    for name in others:
+        (tmp_path / name).touch()
+    handle, _ = tempfile.mkstemp(dir=tmp_path / "codes", prefix=".stages.json.itemtok-new.")
     os.close(handle)
-    os.mkdir(tempfile.mkdtemp(dir=tmp_path, prefix=".model.") + "/inside")
+    os.mkdir(tempfile.mkdtemp(dir=tmp_path, prefix=".model.itemtok-new.") + "/inside")
     artifacts.remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.rglob("*")} == {".hidden", ".run-0.lock", "codes", "v0", "quality.json"}
+    assert {path.name for path in tmp_path.rglob("*")} == {*others, "codes", "v0", "quality.json"}
 
 
 def test_a_kill_between_the_old_folder_and_the_new_one_loses_neither_name_nor_content(tmp_path, monkeypatch):
@@ -248,7 +250,7 @@ def test_where_filling_fails_nothing_is_kept_and_the_next_one_begins_anew(cache)
 
     with pytest.raises(ValueError, match="stopped"):
         artifacts.kept_folder(cache / "kind", "0" * 64, fail)
-    (cache / "kind" / f".{'0' * 32}.abcdefgh").mkdir()  # of a process that was killed
+    (cache / "kind" / f".{'0' * 32}.itemtok-new.abcdefgh").mkdir()  # of a process that was killed
     calls = []
     place = artifacts.kept_folder(cache / "kind", "0" * 64, filler(calls))
     assert calls == ["content"]

@@ -189,6 +189,12 @@ def test_a_bundle_alone_has_its_quantizer_and_takes_vectors(finished, tmp_path):
     items = new_items(tmp_path, "new-1", "new-2")
     with pytest.raises(DataError, match=r"without its run folder cannot make item vectors of `tfidf-svd`"):
         extend(bundle, items)
+    settings = json.loads((bundle / "generation.json").read_text())
+    for place in (None, str(tmp_path), "../elsewhere/encoder"):
+        named = settings | {"vectors": {"kind": "sentence-transformers", "model": place}}
+        (bundle / "generation.json").write_text(json.dumps(named))
+        with pytest.raises(DataError, match=r"of `sentence-transformers` by a folder of another machine, which takes"):
+            extend(bundle, items)
     np.save(tmp_path / "new.npy", np.eye(2, 16, dtype=np.float32))
     done = extend(bundle, items, vectors=tmp_path / "new.npy")
     assert (done.version, done.folder) == (None, bundle)

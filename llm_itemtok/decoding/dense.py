@@ -89,9 +89,11 @@ class Rescorer:
             raise ArtifactError(f"{path}: the model says that a dense model re-scores its items, and this is missing")
         header, tensors = _read(path)
         try:
-            with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to use up
+            if header["layers"] > len(tensors):
+                raise DataError(f"{header['layers']:,} layers, and {len(tensors)} weights")
+            with torch.device("meta"):  # takes no memory: the sizes may be anything until the weights fit them
                 network = SASRec(**{name: header[name] for name in _SIZES}, dropout=0.0)
-            network.load_state_dict(tensors)
+            network.load_state_dict(tensors, assign=True)
             return cls(network, str(header["items_sha256"]))
         except (KeyError, TypeError, RuntimeError, DataError) as error:
             raise ArtifactError(

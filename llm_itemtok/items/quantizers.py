@@ -57,6 +57,8 @@ def load_quantizer(folder: str | Path) -> Quantizer:
     if header.get("class") not in _CLASSES:
         raise ArtifactError(f"{path}: unknown kind of quantizer {header.get('class')!r}; known: {', '.join(_CLASSES)}")
     try:
+        with torch.device("meta"):  # takes no memory: the sizes may be anything until the weights fit them
+            _CLASSES[header["class"]](**header["settings"]).load_state_dict(tensors, assign=True)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to use up
             quantizer = _CLASSES[header["class"]](**header["settings"])
         quantizer.load_state_dict(tensors)

@@ -120,7 +120,7 @@ def sentence_transformers(
             "`pip install llm-itemtok[sentence-transformers]`, or use `vectors.kind: tfidf-svd`"
         ) from error
     try:
-        encoder = SentenceTransformer(model)
+        encoder = SentenceTransformer(model, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
         raise DataError(
             f"`vectors.model` must be a folder or a Hub id of a sentence-transformers model that can be reached, was: "

@@ -11,6 +11,7 @@ metadata of the adapter's weights.
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.nn import Embedding, Linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from llm_itemtok.artifacts import write_bytes, write_json
+from llm_itemtok.artifacts import read_json, write_bytes, write_json
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.likelihood import Normaliser
@@ -41,6 +42,13 @@ _MIXED = "were files mixed from two runs?"
 _PASSING = ("is_local", "local_files_only", "max_length", "stride", "truncation_strategy",
             "pad_to_multiple_of", "pad_token_type_id", "padding")  # fmt: skip
 """What a tokenizer remembers of how it was loaded and called last."""
+_PLAIN = ("task_type", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "use_dora",
+          "base_model_name_or_path", "revision")  # fmt: skip
+_NAMES = ("target_modules", "target_parameters")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+"""The settings of LoRA that this package writes. PEFT has many more, some of which change the answers unseen."""
+_NAME = re.compile(r"[\w.]+")
+"""Of a module: what else stands there PEFT takes for a pattern, and a pattern may take any time."""
 _NAME_THE_BASE = "name the model that the adapter was trained on as `base` in generation.json"
 
 
@@ -181,20 +189,61 @@ def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], Tensor | 
     Raises:
         ArtifactError: if the files are not such an adapter.
     """
-    config = LoraConfig.from_pretrained(str(folder))
     tensors = load_file(folder / ADAPTER_WEIGHTS)
+    config = _lora(folder, widest=max((size for value in tensors.values() for size in value.shape), default=0))
     rows = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_ROWS)}
     output = [value for name, value in rows.items() if ".lm_head." in name]
     inputs = [value for name, value in rows.items() if ".lm_head." not in name]
-    expected = bool(config.trainable_token_indices) == bool(inputs)
+    expected = bool(_trained_tokens(folder)) == bool(inputs)
     if not expected or len(output) > 1 or any(not torch.equal(inputs[0], copy) for copy in inputs[1:]):
         raise ArtifactError(
             f"{folder / ADAPTER_WEIGHTS}: an adapter must hold one table of item rows for the input and at most one "
             f"for the output, found: {sorted(rows)}; was it written by another program?"
         )
-    config.trainable_token_indices = None
-    config.inference_mode = False
     return config, tensors, inputs[0] if inputs else None, output[0] if output else None
+
+
+def _lora(folder: Path, *, widest: int) -> LoraConfig:
+    """The LoRA settings of an adapter, those that this package writes and no other.
+
+    Args:
+        folder: of the adapter.
+        widest: the largest size of any of its weights, which no rank is above.
+
+    Raises:
+        ArtifactError: if the file holds anything else.
+    """
+    settings = _adapter_settings(folder)
+    given = {name: settings[name] for name in (*_PLAIN, *_NAMES, *_PATTERNS) if settings.get(name)}
+    names = [name for part in (*_NAMES, *_PATTERNS) for name in given.get(part, [])]
+    ranks = [given.get("r"), *given.get("rank_pattern", {}).values()]
+    usual = LoraConfig().to_dict()
+    others = {"trainable_token_indices", "inference_mode", "peft_version"}
+    strange = sorted(
+        name for name in settings.keys() - given.keys() - others if settings[name] and settings[name] != usual.get(name)
+    )
+    wrong = (
+        not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names)
+        or not all(type(rank) is int and 0 < rank <= widest for rank in ranks)
+        or not all(isinstance(given.get(part, []), list) for part in _NAMES)
+    )
+    if wrong or strange:
+        raise ArtifactError(
+            f"{folder / ADAPTER_CONFIG}: an adapter must have settings of LoRA as this package writes them: names of "
+            f"layers and ranks that its weights have, found: {f'others {strange[:5]}' if strange else 'other values'}; "
+            "was it written by another program?"
+        )
+    return LoraConfig(**given)
+
+
+def _adapter_settings(folder: Path) -> dict[str, Any]:
+    settings = read_json(folder / ADAPTER_CONFIG)
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise ArtifactError(
+            f"{folder / ADAPTER_CONFIG}: an adapter must be of PEFT's kind LORA, found: {str(settings)[:80]}; was it "
+            "written by another program?"
+        )
+    return settings
 
 
 def from_merged(
@@ -319,7 +368,7 @@ def _refuse_other_codes(trained_with: str | None, vocab: ItemVocab, folder: Path
 
 def _trained_tokens(folder: Path) -> list[int]:
     """Ids of the tokens that an adapter has rows for, ascending; none where it has no rows."""
-    given = LoraConfig.from_pretrained(str(folder)).trainable_token_indices or []
+    given = _adapter_settings(folder).get("trainable_token_indices") or []
     return sorted({token for ids in (given.values() if isinstance(given, dict) else [given]) for token in ids})
 
 

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from llm_itemtok.errors import ItemTokError, UnsupportedModelError
 from llm_itemtok.items.codes import ItemCodes
@@ -65,7 +66,7 @@ def load_base(
             refuse_four_bits(config)
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
         lm = load_lm(name, config, dtype=dtype, quantization=quantization, **where)
-    except UnsupportedModelError:
+    except ItemTokError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a type that the library does not know, or code not trusted
         if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
@@ -97,7 +98,16 @@ def load_lm(
         dtype: `float32`, `bfloat16` or `auto` (as the checkpoint has it).
         quantization: `none`, or `nf4` to hold the linear layers of the body in 4 bits.
         where: further arguments of `from_pretrained`, such as `revision`.
+
+    Raises:
+        ItemTokError: if an adapter lies beside the model: the library would load it unasked, over the weights or, if it
+            names another base, in their place.
     """
+    if find_adapter_config_file(str(name), revision=where.get("revision")) is not None:
+        raise ItemTokError(
+            f"a whole model must have no adapter beside it, found: adapter_config.json in {name}; move it away, or "
+            "make model and adapter one by `itemtok merge`"
+        )
     if quantization == "nf4":
         where["quantization_config"] = _nf4()
     lm: PreTrainedModel = auto_class(config).from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True, **where)

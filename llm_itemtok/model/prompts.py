@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_itemtok.errors import ItemTokError
 from llm_itemtok.model.item_lm import ItemTokenModel, Reads
 from llm_itemtok.model.load import start_id
-from llm_itemtok.vocab.item_vocab import ItemVocab
+from llm_itemtok.vocab.item_vocab import ITEM_TOKEN, ItemVocab
 
 TITLE, ITEM = "Title: ", "\nItem: "
 """`title-to-item` reads `Title: <text> Item: <item tokens>`,
@@ -137,9 +137,15 @@ class Prompts:
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Tokenise texts without special tokens, each cut to `MAX_TEXT_TOKENS`.
 
+    A text that spells a special token or an item's (`</s>`, `<a_3>`) has nothing in its place: who writes titles must
+    not end prompts, nor name other items. Unknown letters stay.
+
     Cut here, because a tokenizer that was told to cut goes on doing it, and is saved with it.
     """
     if not texts:
         return []
+    added = tokenizer.added_tokens_decoder
+    barred = {id for id, token in added.items() if token.special or ITEM_TOKEN.fullmatch(token.content)}
+    barred -= {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
     encoded = tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False)
-    return [list(ids[:MAX_TEXT_TOKENS]) for ids in encoded["input_ids"]]
+    return [[id for id in ids if id not in barred][:MAX_TEXT_TOKENS] for ids in encoded["input_ids"]]

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm_itemtok import bundle
+from llm_itemtok import bundle, hub
 from llm_itemtok.artifacts import (
     CATEGORIES,
     CODES,
@@ -205,7 +205,7 @@ def _matrices(
         known = item_vectors.from_file(given, _named(recommender.item_ids)) if wants_known else None
         return item_vectors.from_file(given, new), known
     if run is None or config is None:
-        return _of_a_bundle(recommender, new)
+        return _of_a_bundle(recommender, new, log)
     sources = _sources(recommender, run, config, log)
     return sources.of_new(new, log), sources.make(log) if wants_known else None
 
@@ -216,12 +216,16 @@ def _named(item_ids: tuple[str, ...]) -> Catalog:
     return Catalog(item_ids, nothing, ((),) * len(item_ids), nothing, nothing)
 
 
-def _of_a_bundle(recommender: Recommender, new: Catalog) -> tuple[np.ndarray, None]:
-    """Vectors where there is no run to ask."""
+def _of_a_bundle(recommender: Recommender, new: Catalog, log: Log) -> tuple[np.ndarray, None]:
+    """Vectors where there is no run to ask: by the encoder that the bundle names, which must be one of the Hub."""
     source = recommender.generation.vectors
-    if recommender.quantizer is not None and source.get("kind") == "sentence-transformers":
-        return item_vectors.sentence_transformers(new.texts(), model=source["model"]), None
+    encoder, is_text = source.get("model"), source.get("kind") == "sentence-transformers"
+    if recommender.quantizer is not None and is_text and isinstance(encoder, str) and hub.is_id(encoder):
+        log(f"item vectors by {encoder}, which the model names")
+        return item_vectors.sentence_transformers(new.texts(), model=encoder), None
     kind = f"`{source['kind']}`" if "kind" in source else "a kind that it does not tell"
+    if is_text:
+        kind += " by a folder of another machine"
     raise DataError(
         f"a model without its run folder cannot make item vectors of {kind}, which takes the data of the run; "
         f"{GIVE_VECTORS}, or extend the run folder and push it again"

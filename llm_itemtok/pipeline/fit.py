@@ -336,6 +336,12 @@ def _trainer(
     return trainer
 
 
+def _told(vectors: dict[str, Any]) -> dict[str, Any]:
+    """What a bundle says of its item vectors: not by which folder here, whose name could be another's."""
+    told = redacted(vectors)
+    return told if told.get("model") == vectors.get("model") else {**told, "model": None}
+
+
 def make_recommender(
     config: RunConfig,
     data: Dataset,
@@ -365,7 +371,7 @@ def make_recommender(
         quantization=config.model.quantization,
         items_sha256=items_sha256(data.catalog.item_ids),
         protocol={name: value for name, value in config.to_dict()["data"].items() if name in PROTOCOL},
-        vectors=redacted(config.to_dict()["vectors"]) if needs_vectors(config) else {},
+        vectors=_told(config.to_dict()["vectors"]) if needs_vectors(config) else {},
         reads=model.reads,
         repeats=repeats,
     )

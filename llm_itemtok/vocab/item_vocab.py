@@ -8,6 +8,7 @@ vocabulary over the same tokens.
 Knows codes and token ids; knows nothing of models, prompts or losses.
 """
 
+import re
 import string
 from typing import Self
 
@@ -19,6 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_itemtok.errors import ItemTokError
 from llm_itemtok.items.codes import ItemCodes
+
+ITEM_TOKEN = re.compile(r"<[a-z]_\d+>")
+"""How every item token is spelt, whatever the sizes of the levels."""
 
 
 def spellings(sizes: tuple[int, ...]) -> list[str]:
@@ -95,8 +99,13 @@ class ItemVocab:
         Raises:
             ItemTokError: if a token is missing or the ids are not contiguous.
         """
-        tokens = spellings(codes.sizes)
         vocab = tokenizer.get_vocab()
+        if sum(codes.sizes) > len(vocab):  # before their spellings fill the memory: a file may name any size
+            raise ItemTokError(
+                f"the tokenizer must have all {sum(codes.sizes):,} item tokens, but it has {len(vocab):,} tokens in "
+                "all; its codes and its tokenizer come from different runs"
+            )
+        tokens = spellings(codes.sizes)
         missing = [token for token in tokens if token not in vocab]
         if missing:
             raise ItemTokError(

@@ -86,6 +86,8 @@ def test_files_that_are_none_are_refused(rescorer: Rescorer, tmp_path: Path) -> 
         ({"format_version": 99}, "format 99"),
         ({}, "belong together"),
         ({"layers": 2, "heads": 2, "max_length": 4, "items_sha256": ""}, "belong together"),
+        ({"layers": 10**12, "heads": 2, "max_length": 4}, "belong together: 1,000,000,000,000 layers"),
+        ({"layers": 2, "heads": 2, "max_length": 4, "num_items": 10**14}, "belong together"),
     ):
         tensors = dict(rescorer.network.state_dict())
         save_file(tensors, path, metadata={"rescorer": json.dumps({**header, **also})})

@@ -118,6 +118,32 @@ def test_an_adapter_of_another_program_is_refused(tmp_path):
         export.load_adapter(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "must be of PEFT's kind LORA, found:"),
+        ({"target_modules": "((([a-z_0-9.])+)+)+!"}, "found: other values"),
+        ({"target_modules": ["((([a-z_0-9.])+)+)+!"]}, "found: other values"),
+        ({"rank_pattern": {"(.+)+!": 1}}, "found: other values"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "found: other values"),
+        ({"r": 10**9}, "found: other values"),
+        ({"r": "2"}, "found: other values"),
+        (
+            {"init_lora_weights": "pissa", "layer_replication": [[0, 9]]},
+            r"others \['init_lora.*', 'layer_replication'\]",
+        ),
+    ],
+)
+def test_of_an_adapter_nothing_is_taken_but_what_was_written(changes, message, tmp_path):
+    """PEFT would take any of these: other answers, any memory, any time."""
+    model, _, peft_model = stirred("llama", tied=True)
+    export.save_adapter(model, peft_model, tmp_path, base="somewhere", revision=None)
+    settings = json.loads((tmp_path / export.ADAPTER_CONFIG).read_text())
+    (tmp_path / export.ADAPTER_CONFIG).write_text(json.dumps(settings | changes))
+    with pytest.raises(ArtifactError, match=message):
+        export.load_adapter(tmp_path)
+
+
 @pytest.mark.parametrize(("padding", "size"), [(0, 36), (7, 36), (40, 61)])
 def test_tables_grow_only_when_the_item_tokens_do_not_fit_into_the_padding(padding, size):
     model, _ = tiny_item_model(padding=padding)
