@@ -240,7 +240,8 @@ def read_json(path: Path | str) -> Any:
     """Read a JSON file.
 
     Raises:
-        ArtifactError: if there is no such file, or it is not JSON in UTF-8; the message names the file and line.
+        ArtifactError: if there is no such file, or it is not JSON in UTF-8 that can be read; the message names the
+            file and line.
     """
     path = Path(path)
     if not path.is_file():
@@ -252,6 +253,8 @@ def read_json(path: Path | str) -> Any:
         raise ArtifactError(f"{path}: JSON must be UTF-8, found another byte at {error.start}") from error
     except json.JSONDecodeError as error:
         raise ArtifactError(f"{path}:{error.lineno}: not JSON: {error.msg}; was the file cut short?") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets without end
+        raise ArtifactError(f"{path}: JSON must have numbers and depths that can be read: {error}") from error
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from llm_itemtok.errors import ArtifactError, HubError, ItemTokError
 from llm_itemtok.items import codes as item_codes
 from llm_itemtok.items.base import QUANTIZER_FILE, Quantizer
 from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.listing import read_listing
 from llm_itemtok.items.quantizers import read_quantizer
 from llm_itemtok.model import export, item_network
 from llm_itemtok.model.item_lm import ItemTokenModel, Reads
@@ -358,21 +359,7 @@ def _check_settings(settings: dict[str, Any], path: Path) -> None:
 
 def read_items(path: Path, vocab: ItemVocab) -> list[dict[str, str]]:
     """Id, title and code of each item; the codes must be those of `vocab`, row by row."""
-    if not path.is_file():
-        raise ArtifactError(f"{path}: a bundle must hold this file, which is missing")
-    items = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path}: items must be UTF-8, found another byte at {error.start}") from error
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ArtifactError(f"{path}:{number}: not JSON: {error.msg}; was the file cut short?") from error
-        if not isinstance(item, dict) or not item.keys() >= {"id", "title", "code"}:
-            raise ArtifactError(f"{path}:{number}: an item must have an id, a title and a code, was: {line[:80]}")
-        items.append(item)
+    items = read_listing(path, ("id", "title", "code"))
     if [item["code"] for item in items] != [vocab.spell(row) for row in range(vocab.codes.num_items)]:
         raise ArtifactError(
             f"{path}: codes and {ITEMS} must belong together, but their codes differ; were files mixed from two runs?"

@@ -87,6 +87,8 @@ def test_written_files_are_readable_as_the_umask_allows(tmp_path):
         (b'{"a": 1,\n "b"', r"x\.json:2: not JSON"),
         (b"", r"x\.json:1: not JSON"),
         (b"\xff\xfe", r"x\.json: JSON must be UTF-8"),
+        (b"[" * 100_000, r"x\.json: JSON must have numbers and depths that can be read: maximum recursion"),
+        (b"1" * 5000, r"x\.json: JSON must have numbers and depths that can be read: Exceeds the limit"),
     ],
 )
 def test_broken_json_is_answered_with_its_place(tmp_path, content, message):

@@ -196,6 +196,39 @@ def test_a_file_of_an_adapter_cut_short_is_one_message(name, tmp_path):
         Recommender.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": ["x"]}, "1: a line must hold an item with `id` and `title` and `code`, each a text in UTF-8, was: "),
+        ({"id": None}, "1: a line must hold"),
+        ({"id": 7}, "1: a line must hold"),
+        ({"id": "\ud800"}, "1: a line must hold"),
+        ({"title": {"en": "x"}}, "1: a line must hold"),
+        ({"title": None}, "1: a line must hold"),
+        ({"title": "\ud800"}, "1: a line must hold"),
+        ({"code": 1}, "1: a line must hold"),
+        ({"id": "item-1"}, " each item must be there once, but 'item-1' is there 2 times"),
+        ("[" * 100_000, "1: not JSON: maximum recursion"),
+        ('{"id": ' + "1" * 5000 + "}", "1: not JSON: Exceeds the limit"),
+    ],
+)
+def test_items_have_distinct_ids_and_titles_that_are_texts(changes, message, tmp_path, capsys):
+    """What they are is printed, encoded and looked up later, far from the file that would have to be named."""
+    folder = merged().save_pretrained(tmp_path / "bundle")
+    first, *others = (folder / "items.jsonl").read_text().split("\n")
+    line = changes if isinstance(changes, str) else json.dumps(json.loads(first) | changes)
+    (folder / "items.jsonl").write_text("\n".join([line, *others]))
+    assert main(["recommend", str(folder), "--history", "item-3"]) == 2
+    assert f"items.jsonl:{message}" in capsys.readouterr().err
+
+
+def test_items_may_have_no_title(tmp_path):
+    folder = merged().save_pretrained(tmp_path / "bundle")
+    lines = [json.loads(line) | {"title": ""} for line in (folder / "items.jsonl").read_text().splitlines()]
+    (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert {item.title for item in Recommender.from_pretrained(folder).recommend([], 3)} == {""}
+
+
 def shifted(folder: Path, recommender: Recommender) -> None:
     """Put the tokenizer of another run there, whose item tokens are the same and stand elsewhere."""
     tokenizer = tiny_tokenizer()

@@ -390,7 +390,7 @@ def _read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         with safetensors.safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get("item_codes", "null"))
             table = file.get_tensor("table") if "table" in file.keys() else None  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a readable safetensors file of item codes: {error}") from error
     if table is None or not isinstance(header, dict) or header.get("format") != _FORMAT:
         raise ArtifactError(f"{path}: a safetensors file, but not of item codes written by this package")

@@ -33,6 +33,7 @@ import numpy as np
 from llm_itemtok.artifacts import ITEMS, sha256_of_file, write_text
 from llm_itemtok.errors import DataError
 from llm_itemtok.items.codes import FILE_NAME, ItemCodes
+from llm_itemtok.items.listing import read_listing
 
 Format = Literal["index", "catalogue", "csv", "safetensors"]
 Code = tuple[int, ...]
@@ -334,12 +335,7 @@ def _read_safetensors(path: Path, item_ids: Sequence[str], unknown_items: str) -
                 f"was: {saved.num_items:,} codes; put {ITEMS} of their bundle beside them to join by id"
             )
         return saved
-    # Not `splitlines`: titles may hold other line ends, which JSON leaves as they are.
-    lines = beside.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    try:
-        rows = {str(json.loads(line)["id"]): row for row, line in enumerate(lines)}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{beside}: a line must hold an item with `id`: {error}") from error
+    rows = {item["id"]: row for row, item in enumerate(read_listing(beside))}
     if len(rows) != saved.num_items:
         raise DataError(f"{beside}: must hold the {saved.num_items:,} items of {path.name}, was: {len(rows):,}")
     _refuse_other_items(rows, item_ids, unknown_items, beside)

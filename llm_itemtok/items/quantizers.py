@@ -45,7 +45,7 @@ def load_quantizer(folder: str | Path) -> Quantizer:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("quantizer", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a readable safetensors file of a quantizer: {error}") from error
     if not isinstance(header, dict) or header.get("format") != QUANTIZER_FORMAT:
         raise ArtifactError(f"{path}: a safetensors file, but not of a quantizer written by this package")

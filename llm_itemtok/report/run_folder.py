@@ -22,6 +22,7 @@ from llm_itemtok import artifacts
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.items.codes import FILE_NAME as CODES_FILE
 from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.listing import read_listing
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _read_lines(path: Path, what: str, notes: list[str]) -> tuple[dict[str, Any]
     for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             line = json.loads(text) if text.strip() else {}
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             line = None
         if isinstance(line, dict):
             lines.append(line)
@@ -249,14 +250,7 @@ def read_items(path: Path, num_items: int | None, notes: list[str]) -> tuple[Ite
     if not path.exists():
         notes.append(f"Missing: the model to use. There is no {path.parent.name}/{path.name} in the run folder.")
         return ()
-    items = []
-    # Not `splitlines`: titles may hold other line ends, which JSON leaves as they are.
-    for number, text in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
-        try:
-            item = json.loads(text)
-            items.append(Item(str(item["id"]), item.get("title") or ""))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{path}:{number}: a line must hold an item with `id`, found: {text[:60]!r}") from error
+    items = [Item(item["id"], item.get("title", "")) for item in read_listing(path)]
     _check_number(path, len(items), num_items)
     return tuple(items)
 
