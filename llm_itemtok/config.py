@@ -140,7 +140,7 @@ class RunConfig:
 
 def _contradictions(config: RunConfig) -> Iterator[str]:
     """Settings that are each right alone but not together, with the reason and the way out."""
-    yield from _data_contradictions(config.data)
+    yield from data_contradictions(config.data)
     yield from _model_contradictions(config)
     yield from _segment_contradictions(config)
     yield from _evaluation_contradictions(config.evaluation)
@@ -372,7 +372,8 @@ def _vectors_contradictions(config: RunConfig) -> Iterator[str]:
             )
 
 
-def _data_contradictions(data: Data) -> Iterator[str]:
+def data_contradictions(data: Data) -> Iterator[str]:
+    """What of a `data` section is each right alone but not together, with the reason and the way out."""
     if data.source != "synthetic" and not data.path:
         yield "`data.path` must be given: the folder to read; or `data.source: synthetic`, which needs none"
     if data.validation_share + data.test_share >= 1:

@@ -347,6 +347,29 @@ def test_a_bundle_alone_is_tested_on_the_split_it_was_trained_with(folder: Path,
     assert metrics["test"] == json.loads((tmp_path / "run/metrics.json").read_text())["test"]
 
 
+@pytest.mark.parametrize(
+    ("protocol", "message"),
+    [
+        ({"source": "hub"}, r"must have settings of split, .* only, found: \['source'\]"),
+        ({"path": "elsewhere", "k_core": 0}, r"must have settings of split, .* only, found: \['path'\]"),
+        ({"k_core": "abc"}, r"`data.k_core` must be a whole number at least 0, was: the text 'abc'"),
+        ({"split": []}, r"`data.split` must be one of leave-last-out, temporal, was"),
+        ({"filter": {"col": "x"}}, r"`data.filter.col` is not a setting"),
+        ({"filter": {"column": "x", "keep": ["a"], "min": 1}}, r"`data.filter` takes either `keep`"),
+        ({"split": "temporal", "validation_share": 0.5, "test_share": 0.5}, r"must leave something to train on"),
+    ],
+)
+def test_a_bundle_says_how_data_are_split_and_nothing_else_of_them(
+    protocol: dict, message: str, finished: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Where the data are and what they are read by is for whoever names them to say."""
+    shutil.copytree(finished / "model", tmp_path / "alone")
+    settings = json.loads((tmp_path / "alone/generation.json").read_text())
+    (tmp_path / "alone/generation.json").write_text(json.dumps(settings | {"protocol": protocol}))
+    with pytest.raises(ArtifactError, match=f"the `protocol` in the model's generation.json.*{message}"):
+        evaluate_path(str(tmp_path / "alone"), folder)
+
+
 SEGMENTS = "{brand: {kind: item-order, column: shelf}, home: {kind: user-column, column: country}}"
 
 

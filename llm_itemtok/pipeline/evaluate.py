@@ -29,21 +29,22 @@ from llm_itemtok.artifacts import (
     write_json,
     write_text,
 )
-from llm_itemtok.bundle import CARD
-from llm_itemtok.config import RunConfig
+from llm_itemtok.bundle import CARD, GENERATION
+from llm_itemtok.config import RunConfig, data_contradictions
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.ensemble import Ensemble
-from llm_itemtok.errors import ArtifactError
+from llm_itemtok.errors import ArtifactError, RecipeError
 from llm_itemtok.evaluation import baselines
 from llm_itemtok.evaluation.full_ranking import Ranking
 from llm_itemtok.evaluation.metrics import bootstrap, metrics_from_ranks, ranks_from_scores
 from llm_itemtok.evaluation.segments import item_order_masks, segment_masks, segment_metrics, user_column_masks
 from llm_itemtok.items.quality import quality
-from llm_itemtok.pipeline.prepare import Dataset, Log, load_data, progress_lines
+from llm_itemtok.pipeline.prepare import PROTOCOL, Dataset, Log, load_data, progress_lines
 from llm_itemtok.pipeline.updates import newest_version
 from llm_itemtok.recommender import Recommender
-from llm_itemtok.settings import Data, Evaluation, Filter, ItemOrderSegments, Segments
+from llm_itemtok.settings import Data, Evaluation, ItemOrderSegments, Segments
+from llm_itemtok.strict import Checker
 
 
 def rank(answers: Answering, cases: Cases, *, batch_size: int, log: Log, what: str) -> Ranking:
@@ -296,13 +297,20 @@ def _bundle_data(recommender: Recommender, path: str) -> Data:
     """A data folder, split as the data were that a bundle was trained on.
 
     Raises:
-        ArtifactError: if the bundle does not say how that was.
+        ArtifactError: if the bundle does not say how that was, or says what is no way to split.
     """
-    protocol = dict(recommender.generation.protocol)
+    protocol, here = recommender.generation.protocol, f"the `protocol` in the model's {GENERATION}"
     if not protocol:
         raise ArtifactError("this model does not say how its data were split, so what to test on is not known")
-    rule = protocol.pop("filter", None)
-    return Data(path=path, filter=None if rule is None else Filter(**rule), **protocol)
+    if others := sorted(protocol.keys() - set(PROTOCOL)):
+        raise ArtifactError(f"{here} must have settings of {', '.join(PROTOCOL)} only, found: {others}")
+    try:
+        data: Data = Checker(here).section((Data,), Data, {**protocol, "path": path}, ("data",))
+    except RecipeError as error:
+        raise ArtifactError(str(error)) from error
+    for contradiction in data_contradictions(data):
+        raise ArtifactError(f"{here}: {contradiction}")
+    return data
 
 
 def write_ranks(path: Path, ranking: Ranking, cases: Cases) -> None:

@@ -48,7 +48,7 @@ from llm_itemtok.pipeline.alternate import with_alignments
 from llm_itemtok.pipeline.base_model import base_model, refuse_model
 from llm_itemtok.pipeline.engines import asks_for_fsdp, on_processors
 from llm_itemtok.pipeline.objective import make_aim, token_figures
-from llm_itemtok.pipeline.prepare import Dataset, Log, item_vectors
+from llm_itemtok.pipeline.prepare import PROTOCOL, Dataset, Log, item_vectors
 from llm_itemtok.pipeline.rescoring import chosen_metrics, with_rescoring
 from llm_itemtok.pipeline.scoring import give_items, path_figures
 from llm_itemtok.pipeline.stages import environment
@@ -75,10 +75,6 @@ from llm_itemtok.training.late_binding import LateBinding
 from llm_itemtok.training.limits import limits
 from llm_itemtok.training.sharding import ShardedTrainer, is_sharded
 from llm_itemtok.training.trainer import ItemTokenTrainer
-
-PROTOCOL = ("split", "k_core", "deduplicate", "unknown_items", "filter", "validation_share", "test_share")
-"""Settings of `data` that decide what is trained on and tested; a bundle carries them."""
-
 
 class Stopped(Exception):
     """Training was stopped by a signal, after a checkpoint."""

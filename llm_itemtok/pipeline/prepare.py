@@ -57,6 +57,9 @@ from llm_itemtok.pipeline.base_model import base_model
 from llm_itemtok.pipeline.stages import made_by
 from llm_itemtok.pipeline.vectors import Log, Sources, needs_vectors, text_sources
 
+PROTOCOL = ("split", "k_core", "deduplicate", "unknown_items", "filter", "validation_share", "test_share")
+"""Settings of `data` that decide what is trained on and tested; a bundle carries them."""
+
 DOCTORS_LOG = 2_000_000
 """Training interactions, of users drawn at random, by which the doctor says which items are neighbours: for 8 million
 it would take 3 GB and a minute and a half."""
