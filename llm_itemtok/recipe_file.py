@@ -1,9 +1,8 @@
 """Recipe files as layers of plain values: the recipe, its parents below it, `--set` on top.
 
 A recipe is a YAML mapping. `extends: base.yaml` names at most one parent, relative to the
-recipe that says so; mappings merge, everything else replaces. Anchors and aliases are refused:
-`extends` and `--set` do their work where a reader can see it. A key written twice is an error,
-because YAML would silently keep the last.
+recipe that says so; mappings merge, everything else replaces. The YAML is plain (`plain_yaml.py`), without anchors:
+`extends` and `--set` do their work where a reader can see it.
 
 Which layer gave a setting last is kept, so that a recipe that changes a `kind` can leave its
 parent's options of the old kind behind, while its own stay errors. Knows files and merging;
@@ -12,7 +11,7 @@ plain values, and how these are written.
 """
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import yaml
 
 from llm_itemtok import strict
 from llm_itemtok.errors import RecipeError
+from llm_itemtok.plain_yaml import parse
 
 Settings = dict[str, Any]
 
@@ -81,50 +81,12 @@ def _read(path: Path, child: Path | None) -> Settings:
         raise RecipeError(f"{path}: there is no such recipe{said_by}") from error
     except OSError as error:
         raise RecipeError(f"{path}: the recipe cannot be read: {error.strerror}") from error
-    settings = _parse(content, str(path))
+    settings = parse(content, str(path))
     if settings is None:
         raise RecipeError(f"{path}: the recipe is empty; it needs at least `data: {{path: ...}}`")
     if not isinstance(settings, dict):
         raise RecipeError(f"{path}: a recipe must be a mapping `setting: value`, was: {type(settings).__name__}")
     return settings
-
-
-def _parse(content: bytes | str, source: str) -> Any:
-    try:
-        return yaml.load(content, Loader=_StrictLoader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{source}{line}: broken YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # Bytes that are no text, a date such as 2024-13-45, a number of thousands of digits, brackets without end.
-        raise RecipeError(f"{source}: broken YAML: {' '.join(str(error).split())}") from error
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without its surprises: no key twice, no key but text, no anchors."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
-        if getattr(event, "anchor", None) is not None:
-            problem = (
-                "anchors (&name) and aliases (*name) are not used in recipes; write the value out, or use `extends`"
-            )
-            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                problem = f"a key must be text, was: {key!r} (YAML reads it as {type(key).__name__}); put it in quotes"
-                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
-            if key in keys:
-                problem = f"`{key}` is given twice; YAML would keep only the last"
-                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
-            keys.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def _parse_overrides(overrides: Sequence[str]) -> Settings:
@@ -141,7 +103,7 @@ def _parse_overrides(overrides: Sequence[str]) -> Settings:
             if not isinstance(place.get(name), dict):
                 place[name] = {}
             place = place[name]
-        place[names[-1]] = _parse(text, f"--set {dotted}")
+        place[names[-1]] = parse(text, f"--set {dotted}")
     return settings
 
 

@@ -5,13 +5,18 @@ import dataclasses
 import pytest
 
 from llm_itemtok.config import RunConfig
-from llm_itemtok.pipeline.stages import SECTIONS, STAGE_NAMES, keys
+from llm_itemtok.errors import RecipeError
+from llm_itemtok.pipeline.stages import SECTIONS, STAGE_NAMES, Stages, claim, keys
+
+
+def recipe_in(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("data: {source: synthetic}\n", encoding="utf-8")
+    return path
 
 
 def keys_of(tmp_path, *overrides, data="d", files=None, columns="c"):
-    path = tmp_path / "recipe.yaml"
-    path.write_text("data: {source: synthetic}\n", encoding="utf-8")
-    return keys(RunConfig.load(path, overrides), data, files or {}, columns)
+    return keys(RunConfig.load(recipe_in(tmp_path), overrides), data, files or {}, columns)
 
 
 def changed(before, after):
@@ -69,3 +74,23 @@ def test_a_changed_setting_changes_its_stage_and_all_after_it(tmp_path, override
 def test_changed_inputs_change_the_stage_that_reads_them(tmp_path, change, stage):
     before, after = keys_of(tmp_path), keys_of(tmp_path, **change)
     assert changed(before, after) == list(STAGE_NAMES[STAGE_NAMES.index(stage) :])
+
+
+@pytest.fixture
+def claimed(tmp_path):
+    """Make a run folder a recipe's; what it takes but for `fresh`."""
+    config, found = RunConfig.load(recipe_in(tmp_path)), keys_of(tmp_path)
+    folder = tmp_path / "run"
+    book = Stages(folder, finished={}, trained=None, writes=False)
+    claim(folder, config, fresh=False, book=book, keys=found)
+    return folder, {"config": config, "book": book, "keys": found}
+
+
+def test_the_recipe_of_a_run_folder_is_read_as_recipes_are(claimed):
+    """A few lines of anchors and aliases stand for gigabytes."""
+    folder, what = claimed
+    (folder / "recipe.yaml").write_text("a: &a [1]\nb: *a\n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml:1: broken YAML: anchors"):
+        claim(folder, **what, fresh=False)
+    claim(folder, **what, fresh=True)
+    assert (folder / "recipe.yaml").read_text() == what["config"].to_yaml()

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from llm_itemtok import plain_yaml
 from llm_itemtok.artifacts import (
     CHECKPOINTS,
     ENVIRONMENT,
@@ -210,7 +210,7 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
             )
         old = recipe.read_text(encoding="utf-8")
         same = all(book.done(stage, keys[stage]) for stage in book.finished)
-        moved = same and _without_paths(old) == _without_paths(text)
+        moved = not fresh and same and _without_paths(old) == _without_paths(text)
         trained = all(book.done(stage, keys[stage]) for stage in ("data", "items", "vocab", "train"))
         lost = set(book.finished) - {"data"} or there & {CHECKPOINTS, MODEL}
         if not fresh and lost and old != text and not moved and not trained:
@@ -230,7 +230,9 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
 
 def _without_paths(text: str) -> Any:
     """A resolved recipe without the settings that may name a local path, and without what came later."""
-    recipe = yaml.safe_load(text)
+    recipe = plain_yaml.parse(text, RECIPE)
+    if not isinstance(recipe, dict):
+        return recipe  # nothing of ours
     names = {"data": ("path",), "vectors": ("path", "model"), "tokenizer": ("path",), "model": ("name",)}
     if recipe.get("rescoring") == {"kind": "none"}:
         del recipe["rescoring"]  # as in runs from before there was such a section

@@ -16,10 +16,9 @@ from typing import Any
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
-import yaml
 
-from llm_itemtok import artifacts
-from llm_itemtok.errors import ArtifactError
+from llm_itemtok import artifacts, plain_yaml
+from llm_itemtok.errors import ArtifactError, RecipeError
 from llm_itemtok.items.codes import FILE_NAME as CODES_FILE
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.items.listing import read_listing
@@ -172,9 +171,9 @@ def read_run(folder: Path) -> RunFolder:
 
 def _parsed_recipe(path: Path, text: str) -> Mapping[str, Any]:
     try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ArtifactError(f"{path}: the recipe of a run must be YAML, found: {error}") from error
+        recipe = plain_yaml.parse(text, path.name)
+    except RecipeError as error:
+        raise ArtifactError(f"{path}: the recipe of a run must be YAML as runs write it, found: {error}") from error
     if not isinstance(recipe, dict):
         raise ArtifactError(f"{path}: the recipe of a run must be a mapping, found: {type(recipe).__name__}")
     return recipe

@@ -529,6 +529,7 @@ def test_what_training_took_is_said_as_far_as_it_is_known(tmp_path):
         ("metrics.json", "[1, 2]", r"metrics.json: must hold a dict, found: list"),
         ("metrics.json", "{", r"metrics.json:1: not JSON"),
         ("recipe.yaml", "a: [", r"recipe.yaml: the recipe of a run must be YAML"),
+        ("recipe.yaml", "a: &a [1]\nb: *a", r"recipe.yaml: the recipe of a run must be YAML .*yaml:1: .*anchors"),
         ("recipe.yaml", "- a", r"recipe.yaml: the recipe of a run must be a mapping, found: list"),
         ("predictions.parquet", "no", r"predictions.parquet: must be parquet with columns user, rank and item"),
         ("categories.parquet", "no", r"categories.parquet: must be parquet with the columns categories"),
