@@ -20,6 +20,7 @@ from llm_itemtok.decoding.beams import Beams
 from llm_itemtok.errors import ArtifactError, DataError
 from llm_itemtok.evaluation.full_ranking import Ranking, best_lists
 from llm_itemtok.evaluation.metrics import ranks_from_lists
+from llm_itemtok.printable import one_line
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,8 @@ class Answering(abc.ABC):
             row = next(at for at, pair in enumerate(zip(theirs, self.item_ids, strict=True)) if pair[0] != pair[1])
             raise ArtifactError(
                 "the data must have the items in the order that the model was trained on, but it is another: from item "
-                f"{row + 1:,} on, {theirs[row]} stands where {self.item_ids[row]} was; sort the items file so"
+                f"{row + 1:,} on, {one_line(theirs[row])} stands where {one_line(self.item_ids[row])} was; sort the "
+                "items file so"
             )
         if theirs != self.item_ids:
             raise ArtifactError(

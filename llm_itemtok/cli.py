@@ -13,8 +13,11 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llm_itemtok.printable import lines, one_line
 
 if TYPE_CHECKING:
     from llm_itemtok.answering import Answering
@@ -55,16 +58,16 @@ def _report(error: Exception) -> int:
     from llm_itemtok.errors import ItemTokError
 
     if isinstance(error, ItemTokError):
-        print(f"itemtok: {error}", file=sys.stderr)
+        _tell(f"itemtok: {error}")
         return 2
     files = FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError
     if isinstance(error, files) and error.filename is not None:
-        print(f"itemtok: {error.filename}: {error.strerror}", file=sys.stderr)
+        _tell(f"itemtok: {error.filename}: {error.strerror}")
         return 2
     if "no space left on device" in str(error).lower():  # torch and safetensors have errors of their own for it
         print("itemtok: failed: the disk is full; make room and go on (a training with `--resume`)", file=sys.stderr)
         return 1
-    print(f"itemtok: failed: {type(error).__name__}: {error}\n  `--debug` shows where", file=sys.stderr)
+    _tell(f"itemtok: failed: {type(error).__name__}: {error}\n  `--debug` shows where")
     return 1
 
 
@@ -252,7 +255,7 @@ def _next_steps(folder: Path, *, own: bool) -> str:
     from llm_itemtok.artifacts import EXAMPLES, REPORT, read_json
 
     history = [item["item_id"] for item in read_json(folder / EXAMPLES)[0]["history"]]
-    ids = shlex.quote(",".join([item_id for item_id in history if "," not in item_id][-3:]))
+    ids = shlex.quote(",".join([item_id for item_id in history if item_id == one_line(item_id).replace(",", "")][-3:]))
     lines = [
         "next:",
         f"  open {folder / REPORT} in a browser",
@@ -271,14 +274,14 @@ def _check(options: argparse.Namespace) -> int:
     config = RunConfig.load(options.recipe, options.overrides)
     from llm_itemtok.pipeline.check import check
 
-    print(check(config))
+    _say(check(config))
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from llm_itemtok.pipeline.inspect import inspect
 
-    print(inspect(options.path, options.compare, export=options.export, html=options.html))
+    _say(inspect(options.path, options.compare, export=options.export, html=options.html))
     return 0
 
 
@@ -286,14 +289,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     from llm_itemtok.pipeline.evaluate import evaluate_path, table
 
     _quiet()
-    metrics = evaluate_path(options.path, options.data, options.others, log=lambda line: print(line, file=sys.stderr))
-    print(json.dumps(metrics, indent=2) if options.json else table(metrics))
+    metrics = evaluate_path(options.path, options.data, options.others, log=_tell)
+    _say(json.dumps(metrics, indent=2) if options.json else table(metrics))
     return 0
 
 
 def _recommend(options: argparse.Namespace) -> int:
     from llm_itemtok.ensemble import load
-    from llm_itemtok.serving import BATCH, answer, answer_lines, ids_of
+    from llm_itemtok.serving import BATCH, answer, answer_lines, ids_of, text_lines
 
     _quiet()
     if options.history is None and (sys.stdin is None or sys.stdin.isatty()):
@@ -319,11 +322,8 @@ def _recommend(options: argparse.Namespace) -> int:
         print("itemtok: no id of the history (commas between) is known; a new user gets this", file=sys.stderr)
     items = recommender.recommend(history, options.k, **lists)
     reply = answer(None, items, unknown, unknown_allow=unknown_allow, unknown_deny=unknown_deny)
-    if options.json:
-        print(json.dumps(reply, ensure_ascii=False))
-    else:
-        for item in reply["items"]:
-            print(f"{item['rank']:>3}  {item['score']:8.3f}  {item['item_id']:<14}  {item['title']}")
+    for line in [json.dumps(reply, ensure_ascii=False)] if options.json else text_lines(items):
+        print(line)
     return 0
 
 
@@ -331,8 +331,8 @@ def _known(recommender: "Answering", ids: list[str], option: str) -> tuple[list[
     """Known and unknown ids; standard error names some of the unknown ones."""
     unknown = recommender.known(ids)[1]
     if unknown:
-        few = ", ".join(unknown[:5])
-        print(f"itemtok: skipped {len(unknown)} unknown items of {option}: {few}", file=sys.stderr)
+        few = one_line(", ".join(unknown[:5]))
+        _tell(f"itemtok: skipped {len(unknown)} unknown items of {option}: {few}")
     absent = set(unknown)
     return [item_id for item_id in ids if item_id not in absent], unknown
 
@@ -340,7 +340,7 @@ def _known(recommender: "Answering", ids: list[str], option: str) -> tuple[list[
 def _write_report(options: argparse.Namespace) -> int:
     from llm_itemtok.report.page import write_report
 
-    print(write_report(options.run))
+    _say(write_report(options.run))
     return 0
 
 
@@ -348,7 +348,7 @@ def _merge(options: argparse.Namespace) -> int:
     from llm_itemtok.pipeline.merge import merge
 
     _quiet()
-    print(merge(options.model, options.out))
+    _say(merge(options.model, options.out))
     return 0
 
 
@@ -369,7 +369,7 @@ def _push(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("itemtok: interrupted; the same command goes on, and the Hub shows no half of it", file=sys.stderr)
         return 130
-    print(told(pushed))
+    _say(told(pushed))
     return 0
 
 
@@ -377,7 +377,7 @@ def _export(options: argparse.Namespace) -> int:
     from llm_itemtok.pipeline.export import export
 
     _quiet()
-    print(export(options.model, options.out, options.format))
+    _say(export(options.model, options.out, options.format))
     return 0
 
 
@@ -385,8 +385,7 @@ def _extend(options: argparse.Namespace) -> int:
     from llm_itemtok.pipeline.extend import extend
 
     _quiet()
-    places = {"vectors": options.vectors, "out": options.out}
-    print(extend(options.model, options.items, **places, log=lambda line: print(line, file=sys.stderr)))
+    _say(extend(options.model, options.items, vectors=options.vectors, out=options.out, log=_tell))
     return 0
 
 
@@ -396,12 +395,12 @@ def _reproduce(options: argparse.Namespace) -> int:
     _quiet()
     places = {"results": options.results, "runs": options.runs}
     if options.dry_run:
-        print(plans.dry_run(options.plan, workers=options.workers, **places))
+        _say(plans.dry_run(options.plan, workers=options.workers, **places))
         return 0
     try:
         if options.rerun is not None:
             same, text = plans.rerun(options.plan, options.rerun, log=_say_with_time, **places)
-            print(text)
+            _say(text)
             return 0 if same else 1
         page = plans.reproduce(
             options.plan, workers=options.workers, minutes=options.minutes, log=_say_with_time, **places
@@ -410,20 +409,18 @@ def _reproduce(options: argparse.Namespace) -> int:
         print("itemtok: stopped after checkpoints; the same command goes on", file=sys.stderr)
         return 130 if stop.signal == signal.SIGINT else STOPPED
     except plans.Failed as failure:
-        print(f"itemtok: {failure}\n  the same command tries again", file=sys.stderr)
+        _tell(f"itemtok: {failure}\n  the same command tries again")
         return 1
     _say(f"results: {page}")
     return 0
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
     from llm_itemtok.bench import run
 
     _quiet()
-    results = run.bench(options.group, log=lambda line: print(line, file=sys.stderr, flush=True))
-    print(json.dumps([asdict(result) for result in results], indent=2) if options.json else run.details(results))
+    results = run.bench(options.group, log=_tell)
+    _say(json.dumps([asdict(result) for result in results], indent=2) if options.json else run.details(results))
     return 0
 
 
@@ -441,9 +438,13 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _say(text: object) -> None:
+    print(lines(str(text)), flush=True)
+
+
+def _tell(text: str) -> None:
+    print(lines(text), file=sys.stderr, flush=True)
 
 
 def _say_with_time(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+    _say(f"{time.strftime('%H:%M:%S')}  {line}")

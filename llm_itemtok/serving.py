@@ -16,6 +16,7 @@ from typing import Any
 
 from llm_itemtok.answering import Answering, Recommendation, item_id_list
 from llm_itemtok.errors import DataError
+from llm_itemtok.printable import one_line
 
 BATCH = 32
 """Requests answered at a time when all of them are there already, as in a file."""
@@ -45,6 +46,13 @@ def answer(
     reply: dict[str, Any] = {"user": user, "items": [asdict(item) for item in items]}
     skipped = {"unknown": unknown, "unknown_allow": unknown_allow, "unknown_deny": unknown_deny}
     return reply | {name: list(ids) for name, ids in skipped.items() if ids}
+
+
+def text_lines(items: Iterable[Recommendation]) -> list[str]:
+    """Recommendations for people, a line each whatever is in their ids and titles."""
+    return [
+        f"{item.rank:>3}  {item.score:8.3f}  {one_line(item.item_id):<14}  {one_line(item.title)}" for item in items
+    ]
 
 
 def answer_lines(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,22 @@ def test_recommend_prints_json_alone(finished: Path, capsys: pytest.CaptureFixtu
     assert [item["rank"] for item in reply["items"]] == [1, 2, 3]
     assert {item["item_id"] for item in reply["items"]} <= set(items)
     assert "unheard-of" in output.err
+
+
+def test_texts_of_a_bundle_cannot_write_to_the_terminal_but_as_text(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A title is anybody's, and `\x1b]0;` sets a window's name."""
+    shutil.copytree(finished / "model", tmp_path / "model")
+    items = tmp_path / "model/items.jsonl"
+    titled = [json.loads(line) | {"title": "\x1b]0;x\x07\n  1 \x9b2J"} for line in items.read_text().splitlines()]
+    items.write_text("".join(json.dumps(item) + "\n" for item in titled))
+    assert main(["recommend", str(tmp_path / "model"), "--history", "", "-k", "3"]) == 0
+    output = capsys.readouterr().out
+    assert output.replace("\n", "").isprintable()
+    assert output.count("\n") == output.count(r"\x1b]0;x\x07\n  1 \x9b2J") == 3
+    assert main(["inspect", "\x1b[2Jnowhere"]) == 2
+    assert r"itemtok: \x1b[2Jnowhere" in capsys.readouterr().err
 
 
 def test_recommend_keeps_to_lists_given_as_ids_or_as_a_file(

@@ -8,7 +8,7 @@ import pytest
 
 from llm_itemtok.answering import Recommendation
 from llm_itemtok.errors import DataError
-from llm_itemtok.serving import BATCH, answer, answer_lines
+from llm_itemtok.serving import BATCH, answer, answer_lines, text_lines
 from tests.test_recommender import IDS, merged
 
 RECOMMENDER = merged()
@@ -108,6 +108,14 @@ def test_replies_are_one_line_each_and_keep_letters_as_they_are():
     assert "\n" not in line
     assert "Zoë" in line
     assert "“" in line
+
+
+def test_no_id_or_title_makes_a_line_of_its_own_or_moves_the_cursor():
+    (line,) = text_lines(
+        [Recommendation(1, "a\x1b[2J", "x\n  1     0.000  b               Best\x9b1A\u2028\u202e東京 é", -1.5)]
+    )
+    assert line.isprintable()
+    assert line == r"  1    -1.500  a\x1b[2J        x\n  1     0.000  b               Best\x9b1A\u2028\u202e東京 é"
 
 
 def test_half_a_letter_is_answered_like_any_other_text():

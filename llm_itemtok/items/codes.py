@@ -29,6 +29,7 @@ import safetensors.numpy
 
 from llm_itemtok.artifacts import FORMAT_VERSION, sha256_of_arrays, write_bytes
 from llm_itemtok.errors import ArtifactError, DataError
+from llm_itemtok.printable import one_line
 
 FILE_NAME = "item_codes.safetensors"
 ENDED = ""
@@ -340,8 +341,9 @@ def _check_names(names: Sequence[str] | None, num_levels: int) -> tuple[str, ...
     if names is None:
         return tuple(f"level-{level}" for level in range(num_levels))
     checked = tuple(names)
-    if len(checked) != num_levels or len(set(checked)) != num_levels or not all(isinstance(n, str) for n in checked):
-        raise DataError(f"`names` must be {num_levels} distinct texts, one a level, was: {checked!r}")
+    texts = all(isinstance(name, str) and one_line(name) == name for name in checked)
+    if not texts or len(checked) != num_levels or len(set(checked)) != num_levels:
+        raise DataError(f"`names` must be {num_levels} distinct texts on one line, one a level, was: {checked!r}")
     return checked
 
 

@@ -18,6 +18,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from llm_itemtok.errors import ArtifactError
 from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.printable import one_line
 
 BIGGEST = 10
 """Movers that are named."""
@@ -119,7 +120,8 @@ def comparison_text(found: Mapping[str, Any], old: ItemCodes, new: ItemCodes, la
         lines.append(f"  {level['name']}: {level['churn']:.1%} have another codeword; {told}")
     if found["moved"]:
         lines.append("Moved most:")
-        lines += [f"  {labels[row]}: {_spelled(old, row)} → {_spelled(new, row)}" for row in found["movers"]]
+        rows = found["movers"]
+        lines += [one_line(f"  {labels[row]}: {_spelled(old, row)} → {_spelled(new, row)}") for row in rows]
     return "\n".join(lines)
 
 

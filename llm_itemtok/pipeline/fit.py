@@ -76,6 +76,7 @@ from llm_itemtok.training.limits import limits
 from llm_itemtok.training.sharding import ShardedTrainer, is_sharded
 from llm_itemtok.training.trainer import ItemTokenTrainer
 
+
 class Stopped(Exception):
     """Training was stopped by a signal, after a checkpoint."""
 

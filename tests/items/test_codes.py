@@ -138,6 +138,7 @@ def test_with_provenance_leaves_the_old_codes_as_they_were():
         ({"sizes": (3, 0)}, "between 1 and"),
         ({"names": ("a", "a")}, "2 distinct texts"),
         ({"names": ("a",)}, "2 distinct texts"),
+        ({"names": ("a", "b\nVerdict: healthy.")}, "2 distinct texts on one line"),
         ({"provenance": {"x": float("nan")}}, "plain JSON"),
         ({"provenance": {"x": TABLE}}, "plain JSON"),
     ],

@@ -77,6 +77,12 @@ def test_the_text_names_the_biggest_movers():
     assert text.splitlines()[-3:] == ["  D: 1 1 → 2 3", "  C: 1 0 → 3 0", "  B: 0 1 → 0 2"]
 
 
+def test_a_label_cannot_end_its_line():
+    new = ItemCodes([[0, 0], [0, 1], [1, 0], [1, 3], [2, 2]], (4, 4))
+    text = comparison_text(compare_codes(OLD, new), OLD, new, ["A", "B", "C", "x\nNo item moved.\x1b[2J", "E"])
+    assert text.splitlines()[-1].startswith(r"  x\nNo item moved.\x1b[2J: 1 1 → 1 3")
+
+
 def test_other_numbers_of_items_are_refused():
     with pytest.raises(ArtifactError, match="5 items and 1"):
         compare_codes(OLD, ItemCodes([[0, 0]], (4, 4)))
