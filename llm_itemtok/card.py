@@ -239,7 +239,7 @@ def _rescored(subject: Subject) -> str:
 def _introduction(subject: Subject, base: str | None) -> str:
     way = "It is an adapter for" if subject.generation.layout == "adapter" else "It was trained from"
     told = "" if base is None else f"\n{way} [{base}](https://huggingface.co/{base})."
-    spelled = "" if subject.codes is None else f" (`{subject.codes[0]}` is `{_escaped(subject.example[0])}`)"
+    spelled = "" if subject.codes is None else f" ({_span(subject.codes[0])} is {_span(subject.example[0])})"
     kind = "words that it has" if subject.codes is None else "tokens that were added to its vocabulary"
     most = "at most " if subject.varied else ""
     if subject.reads == "items":
@@ -275,15 +275,15 @@ def _usage(subject: Subject) -> str:
     )
     shown = ", ".join(map(_escaped, subject.example))
     prompt = (
-        f"A prompt is the item tokens of the history, oldest first, and `{subject.end}`"
+        f"A prompt is the item tokens of the history, oldest first, and {_span(str(subject.end))}"
         if encoder
-        else f"A prompt is `{subject.start}` and the item tokens of the history, oldest first"
+        else f"A prompt is {_span(subject.start)} and the item tokens of the history, oldest first"
     )
     return ours + _PLAIN.format(
         peft=" and `peft`" if adapter else "",
         imports=("from peft import PeftModel\n" if adapter else "") + f"from transformers import {auto}, AutoTokenizer",
         load=load,
-        history="".join(subject.codes) + str(subject.end) if encoder else subject.start + "".join(subject.codes),
+        history=_escaped("".join([*subject.codes, str(subject.end)] if encoder else [subject.start, *subject.codes])),
         comment=f"  # {shown}" if len(shown) <= 40 else "",
         k=min(10, subject.items),
         bundle=", bundle=HERE" if adapter else "",
@@ -305,6 +305,17 @@ def _escaped(text: str) -> str:
     """A text as it stands between double quotes, on one line: ids are the catalogue's makers' to choose."""
     quoted = json.dumps(text, ensure_ascii=False)[1:-1]
     return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)
+
+
+def _span(text: str) -> str:
+    """A text as code within a line of Markdown, which it cannot leave: between more backticks than it has in a row."""
+    text = _escaped(text)
+    ticks, edge = _ticks(text, 1), " " if not text or "`" in (text[0], text[-1]) else ""
+    return f"{ticks}{edge}{text}{edge}{ticks}"
+
+
+def _ticks(text: str, least: int) -> str:
+    return "`" * max([least, *(len(row) + 1 for row in re.findall("`+", text))])
 
 
 def _dataset(recipe: Mapping[str, Any] | None) -> str:
@@ -396,13 +407,14 @@ def _item_tokens(metrics: Mapping[str, Any]) -> str:
 def _made(recipe: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("llm-itemtok", "torch", "transformers", "peft"))
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+    fence = _ticks(text, 3)
     return f"""## How it was made
 
 With {versions}, by this recipe (of local paths, the last name):
 
-```yaml
+{fence}yaml
 {text.rstrip()}
-```
+{fence}
 """
 
 

@@ -1,6 +1,7 @@
 """A model card tells what was measured and how, and nothing of the machine or the people it was made by."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -213,6 +214,24 @@ def test_ids_are_texts_in_the_code_whatever_they_hold(item):
     ]
     assert [ast.literal_eval(call) for call in calls] == [[item, "item-1"]]
     assert "import os; os.system" not in text.replace("\\nimport os", "")
+
+
+@pytest.mark.parametrize("item", ["`<img src=x>", "a``b", "```", "x`\n\n# Injected\n[a](b)", "", "`"])
+def test_ids_are_code_in_the_text_whatever_they_hold(item):
+    recommender = merged()
+    subject = Subject(
+        recommender.generation, items=9, levels=4, example=[item], codes=["<a_0>"], start="<s>`#", end=None, tied=True
+    )
+    text = card(subject, recipe={"note": f"x\n```\n{item}"})
+    (told,) = re.findall(r"^.*`<a_0>` is (.*)\)\.$", text, re.MULTILINE)
+    ticks = re.match("`*", told)[0]
+    inner = told[len(ticks) : -len(ticks)]
+    assert told == ticks + inner + ticks
+    assert ticks not in re.findall("`+", inner)  # so CommonMark ends the code at the last ones, and no sooner
+    assert json.loads(f'"{inner.strip()}"') == item
+    assert "A prompt is ``<s>`#`` and" in text
+    recipe = text[text.index("````yaml") :]
+    assert recipe.index("note:") < recipe.index("```\n") < recipe.index("\n````\n")
 
 
 def test_items_of_several_lengths_have_at_most_so_many_words():
