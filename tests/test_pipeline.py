@@ -565,6 +565,26 @@ def test_a_catalogue_without_any_text_is_refused_where_text_is_needed(folder: Pa
     assert (run(config, tmp_path / "run") / "report.html").is_file()
 
 
+@pytest.mark.parametrize("setting", ["vectors.model", "model.name"])
+def test_check_neither_runs_the_code_of_a_model_nor_asks_whether_to(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever presses `y` at a prompt of the library would have run it."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "custom", "auto_map": {"AutoConfig": "evil.C"}}))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').write('ran')")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    overrides = [f"{setting}={model}"]
+    if setting == "vectors.model":
+        overrides += ["vectors.kind=sentence-transformers"]
+    with pytest.raises(ItemTokError, match=f"`{setting}` must be a model without code of its own"):
+        check(recipe(tmp_path, *overrides))
+    assert not asked
+    assert not (tmp_path / "marker").exists()
+
+
 def test_check_refuses_what_the_stage_items_would_refuse(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"vectors\.npy"):
         check(recipe(tmp_path, "vectors.kind=file", f"vectors.path={tmp_path / 'vectors.npy'}"))

@@ -133,8 +133,12 @@ def estimate_seconds(config: RunConfig) -> float | None:
 def _vector_lines(config: RunConfig, data: Dataset) -> list[str]:
     """Lines on item vectors that are made of interactions; the others take their model's time, where it is in reach."""
     lines = []
-    for source in config.vector_sources.values():
-        if isinstance(source, SentenceTransformersVectors) and needs_vectors(config) and not _in_reach(source.model):
+    for name, source in config.vector_sources.items():
+        if (
+            isinstance(source, SentenceTransformersVectors)
+            and needs_vectors(config)
+            and not _in_reach(source.model, f"{name}.model")
+        ):
             lines.append(f"  `{source.model}` cannot be reached from here, so its vectors cannot be made here")
         if not isinstance(source, CollaborativeVectors) or not needs_vectors(config):
             continue
@@ -240,12 +244,27 @@ def _validation_line(config: RunConfig, data: Dataset, epochs: float) -> str:
     return f"  validation ranks {users:,} users, {passes:,} times; the test {len(data.split.test):,} users once{more}"
 
 
-def _in_reach(name: str) -> bool:
+def _in_reach(model: str, setting: str) -> bool:
+    """Whether a model of sentence-transformers is here or on a Hub that is.
+
+    Raises:
+        ItemTokError: if it needs code of its own, which is not run for item vectors.
+    """
     try:
-        AutoConfig.from_pretrained(name)
-    except (OSError, ValueError):
+        AutoConfig.from_pretrained(model, trust_remote_code=False)  # left out, the library asks at the terminal
+    except (OSError, ValueError) as error:
+        if _wants_trust(error):
+            raise ItemTokError(
+                f"`{setting}` must be a model without code of its own, which is never run for item vectors, was: "
+                f"{model}; choose another one, or make the vectors elsewhere (`vectors.kind: file`)"
+            ) from error
         return False
     return True
+
+
+def _wants_trust(error: Exception) -> bool:
+    """Whether the library did not read a model because it brings code; it has no error of its own for that."""
+    return "trust_remote_code" in str(error)
 
 
 def _arguments(config: RunConfig) -> TrainingArguments:
@@ -390,6 +409,11 @@ def _empty_model(config: RunConfig) -> PreTrainedModel | None:
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
+        if _wants_trust(error):
+            raise ItemTokError(
+                "`model.name` must be a model without code of its own unless `model.trust_remote_code: true` says to "
+                f"run it, was: {model.name}; read that code first, or choose another model"
+            ) from error
         if model.name.startswith((".", "/", "~")) or Path(model.name).exists():
             first = str(error).splitlines()[0]
             raise ItemTokError(f"`model.name` must be a folder with a model, was: {model.name}\n  {first}") from error
