@@ -237,6 +237,7 @@ def test_the_page_has_verdict_and_pictures_and_says_nothing_of_a_run(made, tmp_p
     assert "Neighbours that share a prefix" in page
     assert "Items of the most frequent category of their prefix" in page
     assert '<h2 id="made">' not in page
+    assert "private" not in page
     assert "Verdict: " in page
     ItemCodes.load(made / "codes" / "v0").save(tmp_path)
     inspect(tmp_path, html=tmp_path / "alone.html")

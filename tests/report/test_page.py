@@ -339,6 +339,14 @@ def test_example_users_stand_under_the_rule_that_chose_them(tmp_path):
     assert "Median" not in text
 
 
+def test_the_page_of_a_run_says_that_it_is_private(tmp_path):
+    """It looks like something to share: it is one file, and loads nothing."""
+    assert (
+        "It is private: users, their histories and places on this machine"
+        in Page(write_report(make_run(tmp_path))).text
+    )
+
+
 def test_examples_of_a_run_that_did_not_note_its_rule_are_shown_without(tmp_path):
     run = make_run(tmp_path, ("examples",))
     examples = artifacts.read_json(run / "examples.json")
