@@ -17,7 +17,7 @@ from llm_itemtok import strict
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.model_settings import ALL_POSITIONS_REASON, LOST_STEPS, Model
 from llm_itemtok.objective_settings import NextTokenObjective, Objective, TokenWeightedObjective
-from llm_itemtok.recipe_file import Dumper, as_plain, defaults_of, read_layers
+from llm_itemtok.recipe_file import Dumper, as_plain, defaults_of, place_of, read_layers
 from llm_itemtok.settings import (
     ConcatVectors,
     Data,
@@ -129,10 +129,7 @@ class RunConfig:
         """
         plain = self.to_dict()
         for dotted, content in path_hashes.items():
-            *above, name = dotted.split(".")
-            place: Any = plain
-            for step in above:
-                place = place[int(step) if isinstance(place, list) else step]
+            place, name = place_of(plain, dotted)
             assert isinstance(place[name], str), f"{dotted} is not a path of this recipe"
             place[name] = f"sha256:{content}"
         return plain

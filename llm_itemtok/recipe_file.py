@@ -147,6 +147,15 @@ def as_plain(value: Any) -> Any:
     return value
 
 
+def place_of(plain: Settings, dotted: str) -> tuple[Settings, str]:
+    """The mapping that a setting such as `vectors.parts.0.path` stands in, and its name there."""
+    *above, name = dotted.split(".")
+    place: Any = plain
+    for step in above:
+        place = place[int(step) if isinstance(place, list) else step]
+    return place, name
+
+
 def defaults_of(section: Any) -> Any:
     """The defaults of all settings of the kinds that a section has chosen, nested; required ones are left out."""
     found = {}

@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from llm_itemtok.bundle import _YOUNGER, items_sha256
 from llm_itemtok.cli import main
+from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import ArtifactError
+from llm_itemtok.pipeline import stages
 from llm_itemtok.pipeline.merge import merge
 from llm_itemtok.pipeline.push import card_of
 from llm_itemtok.recommender import Recommender
@@ -116,3 +119,27 @@ def test_numbers_are_told_of_the_model_that_they_were_measured_with(place, catal
     measured["protocol"]["counts"] = {"items": items} | counts
     (run / "metrics.json").write_text(json.dumps(measured))
     assert ("## Measured" in card_of(saved.with_generation(catalog_sha256=catalog), run)) == told
+
+
+def test_a_folder_that_a_run_began_with_is_no_name_on_the_hub_when_seen_from_elsewhere(tmp_path, monkeypatch):
+    """Neither is its path told, nor is somebody's model of that name said to be the base."""
+    for place in ("client-x/finetune-2024", "away"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "client-x/v.npy").write_bytes(b"")
+    vectors = "vectors: {kind: concat, parts: [{kind: tfidf-svd}, {kind: file, path: client-x/v.npy}]}"
+    text = f"data: {{source: synthetic}}\n{vectors}\nmodel: {{name: client-x/finetune-2024}}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    config, run = RunConfig.load("recipe.yaml"), tmp_path / "run"
+    stages.claim(run, config, fresh=False, book=stages.Stages(run, {}, None, writes=False), keys={})
+    merged().save_pretrained(run / "model")
+    cards = {card_of(merged(), run)}
+    monkeypatch.chdir(tmp_path / "away")
+    cards.add(card_of(merged(), run))
+    (told,) = cards
+    assert "client-x" not in told
+    assert "name: finetune-2024\n" in told
+    assert ModelCard(told).data.base_model is None
+    (run / "environment.json").unlink()
+    (run / "recipe.yaml").write_text(config.to_yaml().replace("client-x/finetune-2024", "org/base"))
+    assert ModelCard(card_of(merged(), run)).data.base_model == "org/base"

@@ -4,12 +4,16 @@ What is pushed is the bundle on disk, model card included, so what was measured 
 Only a merged model is made anew, and with it the card: of the run's numbers where there is a run around the bundle.
 """
 
+import os
 from pathlib import Path
+from typing import Any
 
 from llm_itemtok import bundle
-from llm_itemtok.artifacts import METRICS, MODEL, RECIPE, read_json
+from llm_itemtok.artifacts import ENVIRONMENT, METRICS, MODEL, RECIPE, read_json
 from llm_itemtok.config import RunConfig
 from llm_itemtok.hub import Pushed
+from llm_itemtok.pipeline.stages import LOCAL
+from llm_itemtok.recipe_file import place_of
 from llm_itemtok.recommender import Recommender, push_folder
 
 
@@ -69,8 +73,17 @@ def card_of(recommender: Recommender, run: Path) -> str:
         or metrics["protocol"]["counts"]["items"] != len(recommender.item_ids)
     ):
         metrics = None
-    recipe = RunConfig.load(run / RECIPE).to_dict() if (run / RECIPE).is_file() else None
-    return recommender.card(metrics, recipe)
+    return recommender.card(metrics, _recipe_of(run) if (run / RECIPE).is_file() else None)
+
+
+def _recipe_of(run: Path) -> dict[str, Any]:
+    """The recipe of a run folder, in which what was a place then looks like one, wherever one stands now."""
+    recipe = RunConfig.load(run / RECIPE).to_dict()
+    known = read_json(run / ENVIRONMENT) if (run / ENVIRONMENT).is_file() else {}
+    for dotted in known.get(LOCAL, ()):
+        place, name = place_of(recipe, dotted)
+        place[name] = os.path.join(".", place[name])
+    return recipe
 
 
 def told(pushed: Pushed) -> str:

@@ -48,6 +48,9 @@ STAGE_NAMES = ("data", "items", "vocab", "train", "evaluate", "report")
 _TRAINED = "trained"
 """In `stages.json` beside the stages: `Stages.trained`."""
 
+LOCAL = "local"
+"""In `environment.json`: settings that named a file or folder of this machine, other than the data."""
+
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "data": ("seed", "data"),
     "items": ("vectors", "tokenizer", "model"),
@@ -165,6 +168,11 @@ def _sorted(value: Any) -> Any:
 
 def input_hashes(config: RunConfig) -> dict[str, str]:
     """Hash local files and folders that the recipe names, other than the data, by recipe key."""
+    return {key: _hash_path(path) for key, path in _local_inputs(config).items()}
+
+
+def _local_inputs(config: RunConfig) -> dict[str, Path]:
+    """Those files and folders."""
     settings = config.to_dict()
     sources = {"vectors": settings["vectors"]}
     sources |= {f"vectors.parts.{place}": part for place, part in enumerate(settings["vectors"].get("parts", ()))}
@@ -172,7 +180,7 @@ def input_hashes(config: RunConfig) -> dict[str, str]:
         "tokenizer.path": settings["tokenizer"].get("path"),
         "model.name": None if settings["model"]["name"] == "scratch" else settings["model"]["name"],
     }
-    return {key: _hash_path(Path(path)) for key, path in paths.items() if path and Path(path).exists()}
+    return {key: Path(path) for key, path in paths.items() if path and Path(path).exists()}
 
 
 def _hash_path(path: Path) -> str:
@@ -224,7 +232,9 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
         with atomic_folder(folder):
             pass
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / ENVIRONMENT, environment())
+    # Seen from another folder, `models/ours` looks like a name on the Hub; here it is known which of the two it is.
+    local = sorted(_local_inputs(config))
+    write_json(folder / ENVIRONMENT, environment() | ({LOCAL: local} if local else {}))
     write_text(recipe, text)
 
 
