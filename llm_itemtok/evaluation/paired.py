@@ -12,7 +12,7 @@ that the part's own variance was estimated below zero; it is raised to the rest'
 an interval shorter than the other part alone asks for. Few seeds have a price that no formula takes away: where seeds
 differ more than users explain, three of them give 2 degrees of freedom and intervals 2.2 times as wide as many would.
 Simulated coverage of the 95 % interval is 92 to 98 % with three seeds and 86 to 98 % with two. One seed leaves only
-users random, and `PairedDifference.seeds` says so.
+users random; `PairedDifference.by_seed` says how many there were.
 
 This module knows numbers only: no ranks, no files, no torch.
 
@@ -56,7 +56,8 @@ class PairedDifference:
         p: two-sided p value of no difference, in [0, 1].
         detectable: the smallest true difference that a test like this one sees with probability 0.8, at least 0.
         detectable_relative: the same as a share of the control's mean, or None.
-        seeds: how many; with 1, interval and p hold for other users but not for other seeds.
+        by_seed: difference under each seed, in the order given: how far they agree. With one, interval and p hold for
+            other users but not for other seeds.
         users: how many.
     """
 
@@ -65,7 +66,7 @@ class PairedDifference:
     p: float
     detectable: float
     detectable_relative: float | None
-    seeds: int
+    by_seed: tuple[float, ...]
     users: int
 
 
@@ -104,7 +105,8 @@ def paired_difference(method: NDArray[np.floating], control: NDArray[np.floating
         p,
         detectable,
         detectable / abs(base) if base else None,
-        *difference.shape,
+        tuple(difference.mean(axis=1).tolist()),
+        difference.shape[1],
     )
 
 

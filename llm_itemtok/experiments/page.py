@@ -47,6 +47,7 @@ from llm_itemtok.experiments.wording import (
     percent,
     plain,
     plateau,
+    seeds_gain_text,
     table,
 )
 from llm_itemtok.report.page import segment_hints
@@ -215,7 +216,7 @@ def _block(block: Block, call: Call) -> list[str]:
             gain_text(of),
             p_text(of.p),
             "–" if of.detectable_relative is None else percent(of.detectable_relative, signed=False),
-            str(of.seeds),
+            seeds_gain_text(of),
             f"{of.users:,}",
         ]
         for arm in block.arms
@@ -235,7 +236,7 @@ def _block(block: Block, call: Call) -> list[str]:
     lines += table(["Arm", "Seeds", *headings, "Validation NDCG@10", "Minutes a run"], arms)
     if differences:
         lines += ["", "Against the control:", ""]
-        lines += table(["Arm", "Metric", "Gain", "p", "Detectable", "Seeds", "Users"], differences)
+        lines += table(["Arm", "Metric", "Gain", "p", "Detectable", "By seed", "Users"], differences)
     if baselines:
         lines += ["", "Baselines on the same split, with the settings that they chose on validation:", ""]
         lines += table(["Baseline", *headings, "Validation NDCG@10", "Settings"], baselines, left=(0, 4))

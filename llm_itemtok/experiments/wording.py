@@ -79,6 +79,14 @@ def gain_text(of: PairedDifference) -> str:
     return f"{percent(of.relative.value)} [{percent(of.relative.low)}, {percent(of.relative.high)}]"
 
 
+def seeds_gain_text(of: PairedDifference) -> str:
+    """Write the difference under each seed, as shares of the control's mean over all of them where there is one."""
+    if of.relative is None or not of.relative.value:
+        return ", ".join(f"{value:+.4f}".replace("-", "−") for value in of.by_seed)
+    base = of.difference.value / of.relative.value
+    return ", ".join(percent(value / base) for value in of.by_seed)
+
+
 def seeds_text(count: int) -> str:
     """`three seeds`."""
     return f"{_NUMBERS[count] if count < len(_NUMBERS) else count} seed{'' if count == 1 else 's'}"
@@ -159,8 +167,8 @@ def _against_control(block: Block, arm: Arm, call: Call) -> str:
     if key not in arm.differences:
         return f"{against}; the difference is not tested, because no seed of both has ranks."
     of = arm.differences[key]
-    numbers = f"{gain_text(of)}, {seeds_text(of.seeds)}, {_p_phrase(of.p)}."
-    if of.seeds == 1:
+    numbers = f"{gain_text(of)}, {seeds_text(len(of.by_seed))}, {_p_phrase(of.p)}."
+    if len(of.by_seed) == 1:
         numbers += " With one seed this holds for other users, not for other seeds."
     if direction := _direction(of):
         return f"{against} and is {direction}: {numbers}"
@@ -174,7 +182,7 @@ def _probes(block: Block, call: Call) -> list[str]:
         if arm.probe and KEYS[0] in arm.differences:
             of = arm.differences[KEYS[0]]
             verdict = _direction(of) or "cannot be told apart"
-            parts.append(f"{plain(call(arm.name))} {gain_text(of)} ({verdict}, {seeds_text(of.seeds)})")
+            parts.append(f"{plain(call(arm.name))} {gain_text(of)} ({verdict}, {seeds_text(len(of.by_seed))})")
     return [f"Side comparisons with the control: {'; '.join(parts)}."] if parts else []
 
 

@@ -34,7 +34,7 @@ def test_the_worked_example():
     assert found.detectable == pytest.approx((t.ppf(0.975) + t.ppf(0.8)) * np.sqrt(2))
     assert found.detectable_relative == pytest.approx(found.detectable / 2)
     assert found.relative == Estimate(1.5, pytest.approx(1.5 - half / 2), pytest.approx(1.5 + half / 2))
-    assert (found.seeds, found.users) == (2, 2)
+    assert (found.by_seed, found.users) == ((4.0, 2.0), 2)
 
 
 def test_with_one_seed_it_is_the_paired_t_test_over_users():
@@ -47,7 +47,7 @@ def test_with_one_seed_it_is_the_paired_t_test_over_users():
     assert found.p == pytest.approx(textbook.pvalue)
     interval = textbook.confidence_interval()
     assert (found.difference.low, found.difference.high) == pytest.approx((interval.low, interval.high))
-    assert found.seeds == 1
+    assert found.by_seed == (pytest.approx(found.difference.value),)
 
 
 def test_swapping_the_arms_turns_the_sign_and_nothing_else():

@@ -209,7 +209,7 @@ def test_the_verdict_is_that_of_the_interval_that_is_printed():
         p=0.049,
         detectable=0.003,
         detectable_relative=0.045,
-        seeds=3,
+        by_seed=(0.0, 0.0, 0.0),
         users=400,
     )
     (block,) = confirmed((found := _results(datasets=("beauty",))).rows, found.table, found.records)
