@@ -28,6 +28,7 @@ from huggingface_hub import (
     get_token,
     is_offline_mode,
     snapshot_download,
+    try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -84,6 +85,14 @@ class Pushed:
 def is_id(name: str) -> bool:
     """Whether a name can be that of a model on the Hub, `NAME` or `OWNER/NAME`, and is no place on this machine."""
     return re.fullmatch(f"(?:{_NAME}/)?{_NAME}", name) is not None and not Path(name).exists()
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a model of the Hub has in this machine's cache, from where it was loaded; None for a folder."""
+    if not is_id(name):
+        return None
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def push(

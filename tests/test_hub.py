@@ -9,6 +9,8 @@ import pytest
 
 from llm_itemtok.cli import main
 from llm_itemtok.errors import ArtifactError, HubError, ItemTokError
+from llm_itemtok.hub import commit_of
+from llm_itemtok.model.load import load_base
 from llm_itemtok.recommender import Recommender
 from tests import hub_server
 from tests.test_recommender import adapter, answers, merged
@@ -81,6 +83,17 @@ def test_one_commit_takes_the_place_of_another_layout_and_leaves_what_is_not_our
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(pushed.uploaded)
     assert set(repo.files()) == {*pushed.uploaded, *pushed.unchanged, ".gitattributes", "LICENSE", "plots/loss.png"}
     assert len(repo.messages) == 4
+
+
+def test_a_base_model_of_the_hub_is_remembered_by_its_commit(hub, tmp_path):
+    """An adapter's base is pinned by it: after the next commit the branch is another model."""
+    first = merged().push_to_hub(REPO)
+    load_base(REPO)
+    assert commit_of(REPO, None) == commit_of(REPO, first.commit) == first.commit
+    second = merged(beam=33).push_to_hub(REPO)
+    load_base(REPO)
+    assert commit_of(REPO, None) == second.commit != first.commit
+    assert commit_of(str(merged().save_pretrained(tmp_path / "here")), None) is None
 
 
 def test_nothing_of_users_is_pushed_whatever_lies_in_the_folder(hub, tmp_path):

@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from llm_itemtok import hub
 from llm_itemtok.artifacts import (
     CHECKPOINTS,
     CODES,
@@ -356,7 +357,8 @@ def make_recommender(
     generation = Generation(
         layout=layout,
         base=place if layout == "adapter" else None,  # a whole model needs none, and a path tells of this machine
-        revision=config.model.revision if layout == "adapter" else None,
+        # The very commit, since a branch moves on and an adapter is of no use beside other weights.
+        revision=hub.commit_of(name, config.model.revision) or config.model.revision if layout == "adapter" else None,
         normaliser=decode_normaliser(config),
         training_normaliser=config.objective.normaliser,
         beam=config.evaluation.beam,
