@@ -163,7 +163,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("rescorer", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a readable safetensors file of a dense model: {error}") from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         raise ArtifactError(f"{path}: a safetensors file, but not of a dense model written by this package")

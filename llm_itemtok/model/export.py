@@ -219,9 +219,10 @@ def _lora(folder: Path, *, widest: int) -> LoraConfig:
     ranks = [given.get("r"), *given.get("rank_pattern", {}).values()]
     usual = LoraConfig().to_dict()
     others = {"trainable_token_indices", "inference_mode", "peft_version"}
-    strange = sorted(
-        name for name in settings.keys() - given.keys() - others if settings[name] and settings[name] != usual.get(name)
-    )
+    strange = sorted(  # settings that this PEFT does not know are of a newer one, and of no effect here
+        name for name in (settings.keys() & usual.keys()) - given.keys() - others
+        if settings[name] and settings[name] != usual[name]
+    )  # fmt: skip
     wrong = (
         not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names)
         or not all(type(rank) is int and 0 < rank <= widest for rank in ranks)
