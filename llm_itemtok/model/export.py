@@ -215,20 +215,20 @@ def _lora(folder: Path, *, widest: int) -> LoraConfig:
     """
     settings = _adapter_settings(folder)
     given = {name: settings[name] for name in (*_PLAIN, *_NAMES, *_PATTERNS) if settings.get(name)}
-    names = [name for part in (*_NAMES, *_PATTERNS) for name in given.get(part, [])]
-    ranks = [given.get("r"), *given.get("rank_pattern", {}).values()]
+    kinds = {**dict.fromkeys(_NAMES, list), **dict.fromkeys(_PATTERNS, dict)}
+    right = all(isinstance(given.get(part, kind()), kind) for part, kind in kinds.items())
+    if right:
+        names = [name for part in kinds for name in given.get(part, ())]
+        ranks = [given.get("r"), *given.get("rank_pattern", {}).values()]
+        right = all(isinstance(name, str) and _NAME.fullmatch(name) for name in names)
+        right &= all(type(rank) is int and 0 < rank <= widest for rank in ranks)
     usual = LoraConfig().to_dict()
     others = {"trainable_token_indices", "inference_mode", "peft_version"}
     strange = sorted(  # settings that this PEFT does not know are of a newer one, and of no effect here
         name for name in (settings.keys() & usual.keys()) - given.keys() - others
         if settings[name] and settings[name] != usual[name]
     )  # fmt: skip
-    wrong = (
-        not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names)
-        or not all(type(rank) is int and 0 < rank <= widest for rank in ranks)
-        or not all(isinstance(given.get(part, []), list) for part in _NAMES)
-    )
-    if wrong or strange:
+    if strange or not right:
         raise ArtifactError(
             f"{folder / ADAPTER_CONFIG}: an adapter must have settings of LoRA as this package writes them: names of "
             f"layers and ranks that its weights have, found: {f'others {strange[:5]}' if strange else 'other values'}; "

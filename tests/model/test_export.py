@@ -126,6 +126,7 @@ def test_an_adapter_of_another_program_is_refused(tmp_path):
         ({"target_modules": ["((([a-z_0-9.])+)+)+!"]}, "found: other values"),
         ({"rank_pattern": {"(.+)+!": 1}}, "found: other values"),
         ({"rank_pattern": {"q_proj": 10**9}}, "found: other values"),
+        ({"rank_pattern": ["q_proj"]}, "found: other values"),
         ({"r": 10**9}, "found: other values"),
         ({"r": "2"}, "found: other values"),
         (
