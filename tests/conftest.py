@@ -68,5 +68,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.
         }
         for name, value in settings.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
+        # transformers keeps a client, and with it the address of the test that asked first.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
         yield server
