@@ -141,8 +141,17 @@ _KINDS: dict[str, tuple[type, ...]] = {
 _COUNTS = ("beam", "history_length")
 
 
-def locate(path: str | Path, revision: str | None) -> Path:
-    """Folder of a bundle: itself, `model/` below it, or a download."""
+def locate(path: str | Path, revision: str | None = None) -> Path:
+    """Folder of a bundle: itself, `model/` below it, or a download.
+
+    Args:
+        path: folder (a bundle, or a run folder that holds one as `model/`), or Hub id, which may say its revision as
+            `OWNER/NAME@REVISION`.
+        revision: branch, tag or commit of the Hub repository; the one in `path`, or else the main branch, when None.
+
+    Raises:
+        ArtifactError: if there is no bundle, or there are two revisions.
+    """
     folder = Path(path)
     for candidate in (folder, folder / "model"):
         if (candidate / GENERATION).is_file():
@@ -154,7 +163,10 @@ def locate(path: str | Path, revision: str | None) -> Path:
             f"{folder}: a bundle must be a folder with {GENERATION}, which is missing; "
             "name one that a run wrote (`runs/NAME` or `runs/NAME/model`) or a Hub id"
         )
-    downloaded = hub.pull(path, ours=FILES, revision=revision)
+    repo, _, named = path.partition("@")
+    if named and revision is not None:
+        raise ArtifactError(f"{path}: the revision must be said once, was: {named} and {revision}")
+    downloaded = hub.pull(repo if named else path, ours=FILES, revision=named or revision)
     if not (downloaded / GENERATION).is_file():
         raise ArtifactError(f"{path}: a bundle must hold {GENERATION}, which this Hub repository lacks")
     return downloaded

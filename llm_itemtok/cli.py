@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     _inspect_arguments(inspect)
 
     evaluate = _command(commands, "evaluate", _evaluate, "measure a run or a model by full ranking")
-    evaluate.add_argument("path", help="run folder, model folder or Hub id")
+    evaluate.add_argument("path", help="run folder, model folder, or Hub id, OWNER/NAME or OWNER/NAME@REVISION")
     _together(evaluate)
     evaluate.add_argument("--data", type=Path, help="data folder (default: the run's own)")
     evaluate.add_argument("--json", action="store_true", help="print metrics.json instead of a table")
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     recommend = _command(
         commands, "recommend", _recommend, "recommend items for a history, or for many on standard input"
     )
-    recommend.add_argument("model", help="run folder, model folder or Hub id")
+    recommend.add_argument("model", help="run folder, model folder, or Hub id, OWNER/NAME or OWNER/NAME@REVISION")
     _together(recommend)
     recommend.add_argument(
         "--history",
@@ -181,7 +181,7 @@ def _positive(text: str) -> float:
 def _model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """What a trained model is made into."""
     merge = _command(commands, "merge", _merge, "write an adapter and its base model as one whole model")
-    merge.add_argument("model", help="run folder, model folder or Hub id, with an adapter")
+    merge.add_argument("model", help="adapter: run folder, model folder, or Hub id, OWNER/NAME or OWNER/NAME@REVISION")
     merge.add_argument("out", type=Path, help="folder of the merged model")
 
     push = _command(commands, "push", _push, "put a run's model into a Hub repository, private unless said otherwise")
@@ -194,12 +194,12 @@ def _model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     push.add_argument("--license", metavar="ID", help="for the model card, such as apache-2.0")
 
     export = _command(commands, "export", _export, "write a model and its items for a server that keeps beams to them")
-    export.add_argument("model", help="run folder, model folder or Hub id")
+    export.add_argument("model", help="run folder, model folder, or Hub id, OWNER/NAME or OWNER/NAME@REVISION")
     export.add_argument("out", type=Path, help="folder to write")
     export.add_argument("--format", choices=("flashrec", "paths"), required=True, help="a catalogue, or token ids")
 
     extend = _command(commands, "extend", _extend, "let a model recommend new items, without training")
-    extend.add_argument("model", help="run folder, model folder or Hub id")
+    extend.add_argument("model", help="run folder, model folder, or Hub id, OWNER/NAME or OWNER/NAME@REVISION")
     extend.add_argument("--items", type=Path, required=True, help="file of the new items: .jsonl, .csv or .parquet")
     extend.add_argument("--vectors", type=Path, help="their vectors (default: made as the run made those of its items)")
     extend.add_argument("--out", type=Path, help="folder of the extended model (default: in place of the model)")

@@ -105,8 +105,9 @@ class Recommender(Answering):
         """Load a bundle from a folder or a Hub repository.
 
         Args:
-            path: folder (a bundle, or a run folder that holds one as `model/`) or Hub id.
-            revision: branch, tag or commit of the Hub repository.
+            path: folder (a bundle, or a run folder that holds one as `model/`), or Hub id, `OWNER/NAME` or
+                `OWNER/NAME@REVISION`.
+            revision: branch, tag or commit of the Hub repository, unless `path` says it; its main branch when None.
             trust_remote_code: run code that comes with the base model of an adapter.
             device: where the model answers; a GPU if there is one when None.
 

@@ -14,6 +14,7 @@ from llm_itemtok.model.load import load_base
 from llm_itemtok.recommender import Recommender
 from tests import hub_server
 from tests.test_recommender import adapter, answers, merged
+from tests.tiny import tiny_codes
 
 # 2026-11: huggingface_hub 2.4 hands files to httpx2 by a name that this one no longer likes; not ours to change.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -24,6 +25,11 @@ MERGED_FILES = {
     "generation_config.json", "item_codes.safetensors", "items.jsonl", "model.safetensors", "tokenizer.json",
     "tokenizer_config.json",
 }  # fmt: skip
+
+
+def another() -> Recommender:
+    """A model that answers otherwise than `merged()`."""
+    return merged(codes=tiny_codes(seed=1))
 
 
 @pytest.fixture
@@ -123,7 +129,8 @@ SLOWER = [pytest.param(place, marks=pytest.mark.slow) for place in ("/preupload/
 def test_a_push_that_breaks_off_leaves_the_old_bundle_and_can_be_repeated(hub, impatient, place):
     old = merged()
     before = old.push_to_hub(REPO).commit
-    new = merged(tied=False)
+    new = another()
+    assert answers(new) != answers(old)
     hub.breaks = lambda method, path: place in path
     with pytest.raises(HubError, match=r"anna/toys: .*the repository shows what it did before; give the same command"):
         new.push_to_hub(REPO)
@@ -161,7 +168,8 @@ def test_a_push_on_top_of_somebody_elses_is_refused(hub):
 
 
 def test_an_answer_can_be_pinned_to_a_branch_or_a_commit(hub):
-    old, new = merged(), merged(tied=False)
+    old, new = merged(), another()
+    assert answers(new) != answers(old)
     first = old.push_to_hub(REPO)
     second = new.push_to_hub(REPO, revision="next")
     assert (first.revision, second.revision) == ("main", "next")
@@ -173,6 +181,22 @@ def test_an_answer_can_be_pinned_to_a_branch_or_a_commit(hub):
     assert newest.commit != first.commit
     with pytest.raises(ArtifactError, match="anna/toys: the repository has no branch, tag or commit 'v9'"):
         Recommender.from_pretrained(REPO, revision="v9")
+    with pytest.raises(ArtifactError, match="anna/toys: the repository has no branch, tag or commit 'v9'"):
+        Recommender.from_pretrained(f"{REPO}@v9")
+    with pytest.raises(ArtifactError, match="anna/toys@next: the revision must be said once, was: next and main"):
+        Recommender.from_pretrained(f"{REPO}@next", revision="main")
+    with pytest.raises(ArtifactError, match=r"anna/toys@: neither a folder here nor a Hub repository \(OWNER/NAME\)"):
+        Recommender.from_pretrained(f"{REPO}@")
+
+
+def test_a_command_takes_a_revision_after_the_name(hub, capsys):
+    first = merged().push_to_hub(REPO)
+    another().push_to_hub(REPO)
+    said = {}
+    for path in (REPO, f"{REPO}@{first.commit}", f"{REPO}@main"):
+        assert main(["recommend", path, "--history", "item-3,item-5", "-k", "4", "--json"]) == 0
+        said[path] = capsys.readouterr().out
+    assert said[REPO] == said[f"{REPO}@main"] != said[f"{REPO}@{first.commit}"]
 
 
 def test_what_was_pulled_answers_offline(hub, monkeypatch):

@@ -54,7 +54,7 @@ def export(model: str | Path, out: Path, format: Format) -> Path:
         UnsupportedModelError: if such servers cannot serve the model.
     """
     _refuse_place(out)
-    folder = bundle.locate(model, None)
+    folder = bundle.locate(model)
     recommender = Recommender.from_pretrained(folder, device="cpu").merged()
     _refuse_model(recommender, format)
     with atomic_folder(out) as new:

@@ -115,7 +115,7 @@ def extend(
         CollisionError: if not all new items can have a code.
         DataError: if the file cannot be read, no item of it is new, or there are no vectors to be had.
     """
-    folder = bundle.locate(model, None)
+    folder = bundle.locate(model)
     run = folder.parent if folder.name == MODEL and (folder.parent / RECIPE).is_file() else None
     _refuse_place(model, folder, out)
     # From the beginning: two at once would begin with the same codes, and the items of one of them would be lost.

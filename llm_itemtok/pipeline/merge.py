@@ -25,7 +25,7 @@ def merge(path: str | Path, out: Path) -> Path:
         ArtifactError: if there is no adapter at `path`, its parts do not belong together, or `out` is in use.
     """
     bundle.refuse_others(out, "a merged bundle")
-    folder = bundle.locate(path, None)
+    folder = bundle.locate(path)
     if bundle.read_generation(folder / bundle.GENERATION).layout == "merged":
         raise ArtifactError(f"{path}: what is merged must be an adapter, found: a whole model; use it as it is")
     if out.resolve() == folder.resolve():

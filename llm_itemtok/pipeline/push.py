@@ -42,7 +42,7 @@ def push(
         ArtifactError: if there is no bundle at `path`, or its parts do not belong together.
         HubError: if it cannot be pushed; the repository then shows what it did before.
     """
-    folder = bundle.locate(path, None)
+    folder = bundle.locate(path)
     message = message or "Push a recommender"
     if not merged or bundle.read_generation(folder / bundle.GENERATION).layout == "merged":
         return push_folder(folder, repo, revision=revision, private=not public, message=message, licence=licence)
