@@ -381,9 +381,9 @@ def _baseline(name: str, part: Mapping[str, Any]) -> Baseline:
 def _disagreements(name: str, measured: Sequence[Mapping[str, Any]]) -> list[Note]:
     """Say where runs that should share a baseline do not: by other code, on other data or on another machine."""
     tests = [part["test"] for part in measured]
-    largest = max(max(test[key] for test in tests) - min(test[key] for test in tests) for key in KEYS)
+    largest = max(max(test[key] for test in tests) - min(test[key] for test in tests) for key in tests[0])
     if any(test != tests[0] for test in tests):
-        found = f"disagree on its test metrics (by up to {largest:.2g} in Recall@10 or NDCG@10)"
+        found = f"disagree on its test metrics (by up to {largest:.2g})"
     elif len({part["fingerprint"] for part in measured if "fingerprint" in part}) > 1:
         found = "agree on its test metrics, but made it with different code or settings"
     else:
