@@ -109,6 +109,8 @@ def test_settings_of_steps_reach_what_they_are_of(tmp_path: Path, monkeypatch) -
     (line,) = [json.loads(line) for line in (out / "updates.jsonl").read_text().splitlines()]
     assert line["moves"] == 0
     assert made == [True]
+    before, after = (load_quantizer(out / place).codebooks.detach() for place in ("codes/v0", "model"))
+    assert (after - before).abs().max().item() == pytest.approx(0.1, rel=1e-3)  # of AdamW, a first step is its rate
 
 
 @pytest.mark.parametrize(

@@ -184,9 +184,12 @@ def test_with_out_the_run_stays_and_the_bundle_stands_alone(finished, tmp_path):
 
 def test_a_bundle_alone_has_its_quantizer_and_takes_vectors(finished, tmp_path):
     """The same vectors give the same codes with the run and without it."""
+    with_run = Path(shutil.copytree(finished, tmp_path / "with run"))
     bundle = Path(shutil.move(finished / "model", tmp_path / "bundle"))
     assert read_quantizer(bundle) is not None
     items = new_items(tmp_path, "new-1", "new-2")
+    np.save(tmp_path / "new.npy", np.eye(2, 16, dtype=np.float32))
+    extend(with_run, items, vectors=tmp_path / "new.npy")
     with pytest.raises(DataError, match=r"without its run folder cannot make item vectors of `tfidf-svd`"):
         extend(bundle, items)
     settings = json.loads((bundle / "generation.json").read_text())
@@ -195,10 +198,10 @@ def test_a_bundle_alone_has_its_quantizer_and_takes_vectors(finished, tmp_path):
         (bundle / "generation.json").write_text(json.dumps(named))
         with pytest.raises(DataError, match=r"of `sentence-transformers` by a folder of another machine, which takes"):
             extend(bundle, items)
-    np.save(tmp_path / "new.npy", np.eye(2, 16, dtype=np.float32))
     done = extend(bundle, items, vectors=tmp_path / "new.npy")
     assert (done.version, done.folder) == (None, bundle)
     assert Recommender.from_pretrained(bundle).item_ids[60:] == ("new-1", "new-2")
+    assert ItemCodes.load(bundle) == ItemCodes.load(with_run / "model")
     (bundle / "notes.txt").write_text("mine")
     with pytest.raises(ArtifactError, match=r"must hold nothing else, found: \['notes.txt'\]"):
         extend(bundle, new_items(tmp_path, "new-3"), vectors=tmp_path / "new.npy")

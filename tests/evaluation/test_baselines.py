@@ -224,10 +224,10 @@ def test_seen_items_that_are_hardly_alike_are_told_apart():
 
 
 def test_neighbours_are_tuned_on_validation_and_on_nothing_else():
-    """Users go from a to b or back to a: the validation cases alone say which, and test cases say nothing."""
-    train = [[0, 1], [1, 0], [2, 3], [3, 2]] * 5
+    """Users go back to a or on to what is new: the validation cases alone say which, and test cases say nothing."""
+    train = [[0, 1], [1, 0], [2, 3], [3, 2]] * 5 + [[0, 4], [3, 4]]
     seen = (([0, 1], [3, 2]), (0, 3))
-    new = (([0], [3]), (1, 2))
+    new = (([0, 1], [3, 2]), (4, 4))
 
     settings = {}
     for name, validation in (("seen", seen), ("new", new)):
@@ -241,6 +241,7 @@ def test_neighbours_are_tuned_on_validation_and_on_nothing_else():
     assert settings["new"][0] == settings["new"][1]
     assert set(settings["seen"][0]) == set(ItemKNN.GRID)
     assert settings["seen"][0]["repeats"]
+    assert not settings["new"][0]["repeats"]
 
 
 @pytest.fixture
@@ -316,9 +317,9 @@ def test_evaluation_returns_the_part_of_metrics_json():
 
 
 def test_baselines_do_not_see_validation_or_test_targets():
-    """Only the training part is fitted: moving test targets about changes no score."""
+    """Only the training part is fitted: moving targets about changes no score."""
     train = [[0, 1], [1, 2]]
-    one, other = (make_split(train, test=([[0]], [target])) for target in (3, 4))
+    one, other = (make_split(train, test=([[0]], [at]), validation=([[0]], [7 - at])) for at in (3, 4))
 
     for fit in (Popularity.fit, Markov.fit, ItemKNN.fit):
         assert fit(one).scores(histories([0], [1])).tolist() == fit(other).scores(histories([0], [1])).tolist()

@@ -117,16 +117,18 @@ def test_sinkhorn_by_hand():
     assert moved.provenance["collisions"]["nearest_free"] == 0
 
 
+@pytest.mark.parametrize("codebook_size", [6, 16])
 @pytest.mark.parametrize("seed", range(5))
-def test_matching_costs_no_more_than_the_others(seed):
+def test_matching_costs_no_more_than_the_others(seed, codebook_size):
     """It takes the best assignment of candidates that hold those of `reassign`, also where prefixes are full."""
-    codes, vectors, quantizer = crowded(num=160 + 10 * seed, seed=seed)
+    codes, vectors, quantizer = crowded(num=160 + 10 * seed, codebook_size=codebook_size, seed=seed)
     costs = {
         move.__name__: move(codes, vectors, quantizer).provenance["collisions"]["squared_error_after"]
         for move in (reassign, sinkhorn, matching)
     }
     assert costs["matching"] <= costs["reassign"] * (1 + 1e-6)
     full = codes.prefix_counts(2)[1].max() > codes.sizes[-1]
+    assert full == (codebook_size == 6)
     assert full or costs["matching"] <= costs["sinkhorn"] * (1 + 1e-6)
 
 

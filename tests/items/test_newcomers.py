@@ -101,6 +101,18 @@ def test_codes_without_a_quantizer_are_read_off_estimated_codebooks(known):
     assert found.codes.is_injective
     assert np.array_equal(found.codes.table[:30], codes.table)
     assert set(found.codes.table[30:, 0].tolist()) <= set(codes.table[:known, 0].tolist())
+    room = np.bincount(codes.table[:, 0])[codes.table[:, 0]] < 8
+    beside = [add_items(codes, matrix[[row]], known=matrix[:known]).codes.table[30, 0] for row in range(known)]
+    assert room[:known].any()
+    assert (beside == codes.table[:known, 0])[room[:known]].all()
+
+
+def test_codewords_that_no_item_uses_are_not_read_off_estimated_codebooks():
+    """They would stand at 0, which a vector of next to nothing is nearest to."""
+    codes, matrix, _ = fitted()
+    few = ItemCodes(codes.table[:5], codes.sizes)
+    found = add_items(few, 0.01 * vectors(1, seed=1), known=matrix[:5])
+    assert found.codes.table[5, 0] in few.table[:, 0]
 
 
 def test_the_last_free_code_is_found_and_one_item_more_is_refused():

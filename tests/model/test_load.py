@@ -72,8 +72,13 @@ def test_lora_begins_as_the_base_model(family):
 
 
 def test_lora_is_the_same_for_the_same_seed():
-    states = [lora_model("llama")[0].state_dict() for _ in range(2)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    """Whatever random numbers were drawn before."""
+    lms = [tiny_lm("llama") for _ in range(3)]
+    one, same, other = (
+        add_lora(lm, **LORA | {"seed": seed})[0].state_dict() for lm, seed in zip(lms, (0, 0, 1), strict=True)
+    )
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
 @EVERY_FAMILY

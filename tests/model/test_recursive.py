@@ -216,12 +216,6 @@ def test_many_positions_are_the_same_targets_one_at_a_time():
     torch.testing.assert_close(together[whole["levels"] >= 0], alone[single["levels"] >= 0])
 
 
-def test_one_target_is_the_same_in_both_modes():
-    model, tokenizer = recursive_model()
-    many, last = (batch_of(model, tokenizer, [(NEXT, [5], 0)]) for _ in range(2))
-    torch.testing.assert_close(nll_of(model, many), nll_of(model, last))
-
-
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_padding_and_the_company_of_a_row_change_nothing(family):
     model, tokenizer = recursive_model(family)

@@ -101,15 +101,25 @@ def test_training_may_begin_with_the_recommender_and_without_alignments(tmp_path
 
 
 def test_turns_end_when_validation_stops_getting_better(tmp_path):
-    """The best is that of step 2; the second that is not better is that of step 4, and the turn at 4 is not taken."""
+    """The best is that of step 2; the second that is not better is that of step 4, and the turn at 4 is not taken.
+
+    Nor by a training that goes on from a checkpoint: of what came before it, it knows the best and the end.
+    """
     scores = {1: 0.1, 2: 0.4, 3: 0.2, 4: 0.3, 5: 0.9, 6: 0.1}
-    trainer = make_alternating(
-        tmp_path, Turns(every=2, rounds=9, patience=2), steps=6, every=1,
-        validate=lambda: {"ndcg@10": scores[trainer.state.global_step]},
-    )  # fmt: skip
-    trainer.train()
-    assert [line["step"] for line in rounds(tmp_path)] == [0, 2]
-    assert [line["step"] for line in training_lines(tmp_path) if f"loss/{SEQUENCE}" in line] == [1, 2, 3, 4]
+
+    def make():
+        trainer = make_alternating(
+            tmp_path, Turns(every=2, rounds=9, patience=2), steps=6, every=1,
+            validate=lambda: {"ndcg@10": scores[trainer.state.global_step]},
+        )  # fmt: skip
+        return trainer
+
+    make().train()
+    for step in (None, 3, 4):
+        if step is not None:
+            make().train(resume_from_checkpoint=str(tmp_path / "checkpoints" / f"checkpoint-{step}"))
+        assert [line["step"] for line in rounds(tmp_path)] == [0, 2]
+        assert [line["step"] for line in training_lines(tmp_path) if f"loss/{SEQUENCE}" in line] == [1, 2, 3, 4]
 
 
 def test_a_validation_that_is_as_good_as_the_best_is_not_better(tmp_path):
@@ -176,16 +186,17 @@ def test_without_turns_too_the_codes_at_the_end_are_those_of_the_quantizer(tmp_p
 
 @EVERY_KIND
 def test_a_turn_does_not_depend_on_how_the_steps_of_the_recommender_are_cut(tmp_path, family):
-    """Nor, but for the last digits, on how many examples are read at a time."""
+    """Nor, but for the last digits, on how many examples are read at a time: in the first turn with alignments."""
     found = {}
     for name, cut, piece in (("one", (8, 1), 4), ("many", (1, 8), 4), ("pieces", (8, 1), 16)):
         trainer = make_alternating(
-            tmp_path / name, Turns(every=9, rounds=1), family=family, batch=cut[0], accumulation=cut[1], steps=1,
-            tuning=Tuning(learning_rate=0.03, batch_size=16, piece=piece),
+            tmp_path / name, Turns(every=1, rounds=2), family=family, batch=cut[0], accumulation=cut[1], steps=2,
+            tuning=Tuning(learning_rate=0.03, batch_size=16, piece=piece), learning_rate=0.0,
         )  # fmt: skip
         watch = Watch(trainer)
         trainer.train()
-        found[name] = {at: value for at, value in watch.after[0].items() if at.startswith("quantizer.")}
+        assert rounds(tmp_path / name)[1]["aligned"]
+        found[name] = {at: value for at, value in watch.after[1].items() if at.startswith("quantizer.")}
     assert_close(found["many"], found["one"], atol=0, rtol=0)
     assert_close(found["pieces"], found["one"], atol=1e-5, rtol=1e-4)
 

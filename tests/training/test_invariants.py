@@ -200,11 +200,17 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_run_can_go_on(tmp_pa
 
 @EVERY_KIND
 def test_activation_checkpointing_trains_the_same(tmp_path, family):
-    runs = []
+    """And does compute the layers anew."""
+    runs, calls = [], []
     for checkpointing in (False, True):
         trainer = make_trainer(tmp_path / str(checkpointing), steps=2, family=family, **{CHECKPOINTING: checkpointing})
+        attention = next(each for each in trainer.model.modules() if "attention" in type(each).__name__.lower())
+        seen = []
+        attention.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         trainer.train()
         runs.append(weights(trainer))
+        calls.append(len(seen))
+    assert calls == [2, 4]
     assert_close(*runs, atol=1e-7, rtol=0)
 
 

@@ -237,6 +237,10 @@ class Telling(Shuffle):
         return Proposal(found.table, -100.0 * moment.step - rows, -rows, found.facts)
 
 
+class KilledTelling(Telling, KilledAt):
+    """The same, but killed in the middle of the work of a step."""
+
+
 @pytest.mark.parametrize("rules", [Rules(rounds=2, gate=None), Rules(rounds=1, gate="ndcg@10", adapt=1)])
 def test_a_trace_says_how_likely_an_items_codes_were_before_and_after(tmp_path, rules):
     """Without a gate, of the last round that moved it; both rounds come before the first checkpoint."""
@@ -279,15 +283,15 @@ def test_a_training_killed_inside_a_trial_goes_on_as_if_nothing_had_been(tmp_pat
     """The checkpoint of step 5 lies between the start of the trial, at 4, and its end, at 7."""
     settings = {"steps": 12, "every": 5, "dropout": 0.2, "train_sampling_strategy": "random", "family": family, **ADAM}
     rules = Rules(rounds=2, gate="ndcg@10", adapt=3, tolerance=100.0 if accepted else -100.0)
-    straight = make_updating(tmp_path / "straight", Shuffle(4, 0.3), rules, **settings)
+    straight = make_updating(tmp_path / "straight", Telling(4, 0.3), rules, **settings)
     straight.train()
     folder = tmp_path / "killed"
-    killed = make_updating(folder, KilledAt(8, 4, 0.3), rules, **settings)
+    killed = make_updating(folder, KilledTelling(8, 4, 0.3), rules, **settings)
     with pytest.raises(Killed):
         killed.train()
     checkpoint = folder / "checkpoints" / "checkpoint-5"
     assert (checkpoint / TRIAL_FILE).is_file()
-    resumed = make_updating(folder, Shuffle(4, 0.3), rules, **settings)
+    resumed = make_updating(folder, Telling(4, 0.3), rules, **settings)
     with torch.no_grad():
         for parameter in resumed.model.parameters():
             parameter.zero_()
