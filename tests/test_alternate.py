@@ -96,7 +96,8 @@ def test_the_bundle_has_the_quantizer_that_its_codes_are_read_off(tmp_path: Path
 
 def test_a_run_that_is_resumed_leaves_what_an_uninterrupted_one_does(tmp_path: Path, monkeypatch) -> None:
     """Killed when the third turn begins; the checkpoint before it lies inside the second cycle."""
-    straight = run(recipe(tmp_path), tmp_path / "straight", until="evaluate")
+    inside = "evaluation.every=0.3"
+    straight = run(recipe(tmp_path, inside), tmp_path / "straight", until="evaluate")
     propose = Alternate.propose
 
     def killed(self, moment):
@@ -106,9 +107,11 @@ def test_a_run_that_is_resumed_leaves_what_an_uninterrupted_one_does(tmp_path: P
 
     monkeypatch.setattr(Alternate, "propose", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(recipe(tmp_path), tmp_path / "resumed", until="evaluate")
+        run(recipe(tmp_path, inside), tmp_path / "resumed", until="evaluate")
     monkeypatch.setattr(Alternate, "propose", propose)
-    resumed = run(recipe(tmp_path), tmp_path / "resumed", until="evaluate", resume=True)
+    said = []
+    resumed = run(recipe(tmp_path, inside), tmp_path / "resumed", until="evaluate", resume=True, log=said.append)
+    assert "  resumed from checkpoint-6" in said
     assert rounds(resumed) == rounds(straight)
     ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (resumed, straight))
     assert ours["test"] == theirs["test"]

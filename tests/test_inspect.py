@@ -1,5 +1,6 @@
 """`itemtok inspect` and the stage before it: what the doctor is told at pipeline time, and says wherever codes lie."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -62,11 +63,15 @@ def test_quality_gains_the_doctors_figures_and_keeps_the_others(made):
 
 
 def test_the_doctor_sees_training_interactions_only(made, monkeypatch):
-    """Other validation and test items leave every figure as it is."""
+    """Other validation and test items leave every figure as it is, and so does a log without them."""
     config = RunConfig.load(made / "recipe.yaml")
     data = prepare.load_data(config.data, config.seed, {})
     codes = ItemCodes.load(made / "codes" / "v0")
     facts = prepare.doctor_facts(codes, data, None)
+    log = data.interactions
+    last = np.concatenate([log.offsets[1:] - 1, log.offsets[1:] - 2])
+    trained_on = log.take(~np.isin(np.arange(len(log)), last))
+    data = dataclasses.replace(data, raw=dataclasses.replace(data.raw, interactions=trained_on))
     data.split.validation.targets[:] = 0
     data.split.test.targets[:] = 0
     data.split.test.items[:] = 0

@@ -183,7 +183,9 @@ def test_a_resumed_run_leaves_what_an_uninterrupted_one_does(tmp_path):
     checkpoints = sorted((out / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     shutil.rmtree(checkpoints[-1])
     shutil.rmtree(out / "model")
-    out = run(recipe(tmp_path, *settings), out, start="train", until="evaluate", resume=True)
+    said = []
+    out = run(recipe(tmp_path, *settings), out, start="train", until="evaluate", resume=True, log=said.append)
+    assert f"  resumed from {checkpoints[-2].name}" in said
     assert (out / "model/item_network.safetensors").read_bytes() == (
         straight / "model/item_network.safetensors"
     ).read_bytes()

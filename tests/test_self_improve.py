@@ -88,7 +88,9 @@ def test_a_run_that_is_resumed_leaves_what_an_uninterrupted_one_does(tmp_path: P
         patch.setattr(SelfImprove, "propose", killed)
         with pytest.raises(KeyboardInterrupt):
             run(recipe(tmp_path, *settings), tmp_path / "killed", until="evaluate")
-    out = run(recipe(tmp_path, *settings), tmp_path / "killed", until="evaluate", resume=True)
+    said = []
+    out = run(recipe(tmp_path, *settings), tmp_path / "killed", until="evaluate", resume=True, log=said.append)
+    assert "  resumed from checkpoint-7" in said
     assert rounds(out) == rounds(straight)
     assert len(rounds(out)) == 2
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (straight, out))

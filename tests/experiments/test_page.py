@@ -140,6 +140,15 @@ def test_the_best_baseline_is_chosen_on_validation_and_compared_by_its_interval(
     )
 
 
+def test_the_best_model_is_chosen_on_validation_as_well():
+    other = _results(seeds=2)
+    for row in other.rows:
+        if row["arm"] == "joint":
+            row["validation"] = metrics_from_ranks(np.ones(USERS))
+
+    assert "Markov chain (.5000), is ahead of the best model, joint (.2000)." in other.page().markdown
+
+
 def test_a_baseline_without_validation_is_chosen_on_test_and_the_page_says_so():
     found = _results(seeds=1)
     for record in found.records.values():

@@ -60,14 +60,15 @@ def test_who_is_not_displaced_has_the_code_that_the_quantizer_gives(kind):
 
 
 def test_a_displaced_item_takes_the_nearest_codeword_that_is_free_under_its_prefix():
-    """Worked by hand: one level of four codewords at 0, 1, 2 and 10, of which 0 and 1 are taken."""
-    known = np.array([[0.0], [1.0], [2.0], [10.0]], dtype=np.float32)
+    """Worked by hand: one level of four codewords at -2, 0, 1 and 3, of which 0 and 1 are taken."""
+    known = np.array([[-2.0], [0.0], [1.0], [3.0]], dtype=np.float32)
     tokenizer = ResidualKMeans(levels=1, codebook_size=4, seed=0)
     words = tokenizer.fit(known).table[:, 0]
-    codes = ItemCodes(words[:2, None], (4,))
-    found = add_items(codes, np.array([[0.9]], dtype=np.float32), quantizer=tokenizer.quantizer)
-    assert found.displaced.tolist() == [True]
-    assert found.codes.table[2, 0] == words[2]
+    codes = ItemCodes(words[1:3, None], (4,))
+    for place, nearest in ((0.9, 3), (-0.9, 0)):
+        found = add_items(codes, np.array([[place]], dtype=np.float32), quantizer=tokenizer.quantizer)
+        assert found.displaced.tolist() == [True]
+        assert found.codes.table[2, 0] == words[nearest]
 
 
 def test_of_new_items_on_one_code_the_best_described_has_it_whatever_their_order():

@@ -184,17 +184,18 @@ def test_a_trial_is_never_the_best_checkpoint_nor_a_step_towards_stopping(tmp_pa
 
 
 def test_a_gate_can_ask_for_a_gain_or_allow_a_loss_and_patience_ends_the_rounds(tmp_path):
-    def accepted(name, after, **rules):
+    def accepted(name, after, checkpoint=None, **rules):
         folder = tmp_path / name
         trainer = make_updating(
             folder, Shuffle(2, 0.1), Rules(gate="likelihood", adapt=1, **rules), steps=12,
             validate=lambda: {"ndcg@10": 0.5, "likelihood": after if trainer.updates.on_trial else -10.0},
         )  # fmt: skip
-        trainer.train()
+        trainer.train(resume_from_checkpoint=checkpoint and str(folder / "checkpoints" / checkpoint))
         return [line["accepted"] for line in rounds(folder)]
 
     assert accepted("equal", -10.0, rounds=2) == [True, True]
     assert accepted("less", -10.1, rounds=9, patience=3) == [False] * 3
+    assert accepted("less", -10.1, "checkpoint-5", rounds=9, patience=3) == [False] * 3  # with two of them behind it
     assert accepted("tolerated", -10.1, rounds=1, tolerance=0.02) == [True]
     assert accepted("gain", -9.95, rounds=1, tolerance=-0.01) == [False]
 
