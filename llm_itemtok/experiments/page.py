@@ -102,13 +102,16 @@ def render_page(
     drawn = _pictures(name, blocks, found, call)
     shown = {part: f"![{alt}]({name}-{part}.svg)" for part, (alt, _) in drawn.items()}
     plateaus = _plateau_of(found)
-    rising = [plain(f"{call(arm)} on {data}") for (data, arm), (_, at) in plateaus.items() if at == STILL_RISING]
+    rising, settled = (
+        [plain(f"{call(arm)} on {data}") for (data, arm), (_, at) in plateaus.items() if (at == STILL_RISING) == rose]
+        for rose in (True, False)
+    )
     lines = [
         f"# Results: {plain(name)}",
         "",
         f"**Question.** {plain(question)}",
         "",
-        *answer(blocks, call, rising=rising, missing=len(not_run)),
+        *answer(blocks, call, rising=rising, settled=settled, missing=len(not_run)),
         *[line for part in ("metrics", "difference") if part in shown for line in (shown[part], "")],
         *[line for block in blocks for line in _block(block, call)],
         *_section("How to read it", how_to_read() if blocks else []),

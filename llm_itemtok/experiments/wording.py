@@ -105,13 +105,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequenc
     return [f"| {' | '.join(cells)} |" for cells in (header, marks, *rows)]
 
 
-def answer(blocks: Sequence[Block], call: Call, *, rising: Sequence[str], missing: int) -> list[str]:
+def answer(
+    blocks: Sequence[Block], call: Call, *, rising: Sequence[str], settled: Sequence[str], missing: int
+) -> list[str]:
     """The answer: a paragraph a block, then what stands against it.
 
     Args:
         blocks: what was confirmed; none yet is an answer too.
         call: what to call an arm or a baseline.
         rising: the arms, each with its data set, that still rose when training ended; escaped.
+        settled: those that did not.
         missing: how many runs of the plan are.
     """
     if not blocks:
@@ -123,7 +126,9 @@ def answer(blocks: Sequence[Block], call: Call, *, rising: Sequence[str], missin
         sentences += _probes(block, call) + _against_baseline(block, call)
         lines += [f"**On {plain(block.name)}**, " + " ".join(sentences), ""]
     if rising:
-        lines += [f"Still rising when training ended: {', '.join(rising)}. A gain over such an arm may be speed.", ""]
+        few = ", ".join(rising) if len(rising) <= len(settled) else "all arms"
+        but = f" but {', '.join(settled)}" if settled and few == "all arms" else ""
+        lines += [f"Still rising when training ended: {few}{but}. A gain over such an arm may be speed.", ""]
     if missing:
         words = f"{missing} runs of the plan are" if missing > 1 else "One run of the plan is"
         lines += [f"**Not finished.** {words} missing (see Not run), so this answer may change.", ""]

@@ -225,7 +225,7 @@ def test_the_verdict_is_that_of_the_interval_that_is_printed():
 
     def said(of: PairedDifference) -> str:
         arms = [arm if arm.name != "made" else replace(arm, differences={KEYS[0]: of}) for arm in block.arms]
-        return answer([replace(block, arms=tuple(arms))], str, rising=(), missing=0)[0]
+        return answer([replace(block, arms=tuple(arms))], str, rising=(), settled=(), missing=0)[0]
 
     assert "the two cannot be told apart: +3.0 % [−0.1 %, +6.1 %]" in said(of)
     apart = replace(of, relative=Estimate(0.03, 0.001, 0.059))
@@ -477,6 +477,19 @@ def test_an_arm_that_still_rises_is_named():
     page = found.page().markdown
     assert "Not at their plateau: made on beauty (still rising)." in page
     assert "Still rising when training ended: made on beauty. A gain over such an arm may be speed." in page
+
+    for row in found.rows:
+        found.records[row["recipe_sha256"]]["metrics"]["training"]["curve"] = [[1, 0.1], [2, 0.2], [3, 0.3]]
+    assert "Still rising when training ended: all arms. A gain over such an arm may be speed." in found.page().markdown
+
+
+def test_where_most_arms_rise_those_that_do_not_are_named():
+    found = _results(datasets=("beauty", "toys"))
+    for row in found.rows:
+        if (row["arm"], row["dataset"]) != ("made", "toys"):
+            found.records[row["recipe_sha256"]]["metrics"]["training"]["curve"] = [[1, 0.1], [2, 0.2], [3, 0.3]]
+
+    assert "Still rising when training ended: all arms but made on toys. A gain" in found.page().markdown
 
 
 def test_a_plateau_is_not_called_more_than_it_is(results):
