@@ -108,7 +108,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequenc
 def answer(
     blocks: Sequence[Block], call: Call, *, rising: Sequence[str], settled: Sequence[str], missing: int
 ) -> list[str]:
-    """The answer: a paragraph a block, then what stands against it.
+    """The answer: a paragraph a block, or a list where there are several methods; then what stands against it.
 
     Args:
         blocks: what was confirmed; none yet is an answer too.
@@ -122,9 +122,11 @@ def answer(
     lines = []
     for block in blocks:
         methods = [_against_control(block, arm, call) for arm in block.arms if not arm.control and not arm.probe]
-        sentences = methods or ["no method has run yet."]
-        sentences += _probes(block, call) + _against_baseline(block, call)
-        lines += [f"**On {plain(block.name)}**, " + " ".join(sentences), ""]
+        sentences = [*(methods or ["no method has run yet."]), *_probes(block, call), *_against_baseline(block, call)]
+        if len(methods) > 1:
+            lines += [f"**On {plain(block.name)}:**", "", *[f"- {sentence}" for sentence in sentences], ""]
+        else:
+            lines += [f"**On {plain(block.name)}**, " + " ".join(sentences), ""]
     if rising:
         few = ", ".join(rising) if len(rising) <= len(settled) else "all arms"
         but = f" but {', '.join(settled)}" if settled and few == "all arms" else ""

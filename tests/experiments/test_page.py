@@ -18,7 +18,9 @@ from llm_itemtok.experiments.plots import Line, Mark, curve_picture, interval_pi
 from llm_itemtok.experiments.wording import answer, number, percent, plain, table
 
 USERS = 400
-ARMS = {"random": {"control": True, "probe": False}, "made": {"control": False, "probe": False}}
+ARMS = {"random": {"control": True, "probe": False}} | dict.fromkeys(
+    ("made", "other"), {"control": False, "probe": False}
+)
 PROBE = {"joint": {"control": False, "probe": True}}
 
 
@@ -111,6 +113,17 @@ def test_the_answer_says_ahead_where_the_interval_leaves_zero_out(results):
     )
     assert "three seeds, p < .001" in page
     assert "joint 0.0 % [0.0 %, 0.0 %] (cannot be told apart, three seeds)" in page
+
+
+def test_the_answer_about_several_methods_is_a_list():
+    found = _results(datasets=("beauty",))
+    for seed in range(3):
+        found.add("confirm", "beauty", "other", seed, 0.1)
+    page = found.page().markdown
+    assert (
+        "**On beauty:**\n\n- made reaches Recall@10 .3000 against .2000 for random (control) and is ahead: +50" in page
+    )
+    assert "\n- other reaches Recall@10 .1000 against .2000 for random (control) and is behind: −50" in page
 
 
 def test_the_answer_says_behind_where_the_method_loses():
@@ -225,7 +238,7 @@ def test_the_verdict_is_that_of_the_interval_that_is_printed():
 
     def said(of: PairedDifference) -> str:
         arms = [arm if arm.name != "made" else replace(arm, differences={KEYS[0]: of}) for arm in block.arms]
-        return answer([replace(block, arms=tuple(arms))], str, rising=(), settled=(), missing=0)[0]
+        return "\n".join(answer([replace(block, arms=tuple(arms))], str, rising=(), settled=(), missing=0))
 
     assert "the two cannot be told apart: +3.0 % [−0.1 %, +6.1 %]" in said(of)
     apart = replace(of, relative=Estimate(0.03, 0.001, 0.059))
