@@ -18,9 +18,7 @@ from llm_itemtok.experiments.plots import Line, Mark, curve_picture, interval_pi
 from llm_itemtok.experiments.wording import answer, number, percent, plain, table
 
 USERS = 400
-ARMS = {"random": {"control": True, "probe": False}} | dict.fromkeys(
-    ("made", "other"), {"control": False, "probe": False}
-)
+ARMS = {arm: {"control": arm == "random", "probe": False} for arm in ("random", "made", "other")}
 PROBE = {"joint": {"control": False, "probe": True}}
 
 
