@@ -150,7 +150,7 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
         revision: branch, tag or commit of the Hub repository; the one in `path`, or else the main branch, when None.
 
     Raises:
-        ArtifactError: if there is no bundle, or there are two revisions.
+        ArtifactError: if there is no bundle, there are two revisions, or one of a folder.
     """
     folder = Path(path)
     for candidate in (folder, folder / "model"):
@@ -166,6 +166,8 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
     repo, _, named = path.partition("@")
     if named and revision is not None:
         raise ArtifactError(f"{path}: the revision must be said once, was: {named} and {revision}")
+    if named and Path(repo).exists():
+        raise ArtifactError(f"{path}: a revision must be one of a Hub repository, but {repo} is a folder here")
     downloaded = hub.pull(repo if named else path, ours=FILES, revision=named or revision)
     if not (downloaded / GENERATION).is_file():
         raise ArtifactError(f"{path}: a bundle must hold {GENERATION}, which this Hub repository lacks")

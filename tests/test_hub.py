@@ -189,6 +189,12 @@ def test_an_answer_can_be_pinned_to_a_branch_or_a_commit(hub):
         Recommender.from_pretrained(f"{REPO}@")
 
 
+def test_a_folder_has_no_revisions(tmp_path):
+    folder = merged().save_pretrained(tmp_path / "bundle")
+    with pytest.raises(ArtifactError, match=r"bundle@v1: a revision must be one of a Hub repository, but .* is a folder"):
+        Recommender.from_pretrained(f"{folder}@v1")
+
+
 def test_a_command_takes_a_revision_after_the_name(hub, capsys):
     first = merged().push_to_hub(REPO)
     another().push_to_hub(REPO)
