@@ -191,7 +191,7 @@ def test_an_answer_can_be_pinned_to_a_branch_or_a_commit(hub):
 
 def test_a_folder_has_no_revisions(tmp_path):
     folder = merged().save_pretrained(tmp_path / "bundle")
-    with pytest.raises(ArtifactError, match=r"bundle@v1: a revision must be one of a Hub repository, but .* is a folder"):
+    with pytest.raises(ArtifactError, match="bundle@v1: a revision must be one of a Hub repository"):
         Recommender.from_pretrained(f"{folder}@v1")
 
 
