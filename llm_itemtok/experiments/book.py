@@ -122,7 +122,7 @@ class Book:
     def _titled(self, cell: Cell) -> str:
         """What to call a cell on the page."""
         title = self.loaded.plan.arms[cell.arm].title or cell.arm
-        return f"{cell.block}, {title}, seed {cell.config.seed}"
+        return ", ".join([cell.block, title, *cell.own, f"seed {cell.config.seed}"])
 
     def _known(self, cell: Cell) -> Job:
         job = self.pool.job(cell)

@@ -124,6 +124,7 @@ class Cell:
         config: the recipe, resolved.
         codes_of: the run whose final item tokens it begins with, and where the pool keeps it is its tokenizer's path;
             None where the recipe says all.
+        own: what of `point` the block does not tell, in words: the variant, and tuned settings of this arm alone.
     """
 
     stage: Literal["screen", "confirm"]
@@ -134,6 +135,7 @@ class Cell:
     name: str
     config: RunConfig
     codes_of: "Cell | None" = None
+    own: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,11 @@ class LoadedPlan:
             block = ", ".join([tuning.dataset, *map(_short, shared)])
             for arm in [name for name, arm in self.plan.arms.items() if not arm.based_on]:
                 for own in _own_points(self.plan.arms[arm]):
-                    name = " · ".join([block, arm, *map(_short, own), f"seed {tuning.seed}"])
+                    words = tuple(map(_short, own))
+                    name = " · ".join([block, arm, *words, f"seed {tuning.seed}"])
                     config = self._config(tuning.dataset, arm, tuning.seed, (*shared, *own))
                     folder = self._folder(tuning.dataset)
-                    cells.append(Cell("screen", block, folder, arm, (*shared, *own), name, config))
+                    cells.append(Cell("screen", block, folder, arm, (*shared, *own), name, config, own=words))
         return cells
 
     def foregone(self) -> dict[str, Point]:

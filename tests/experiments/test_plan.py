@@ -61,6 +61,14 @@ def test_tuning_tries_every_point_for_every_arm_and_blocks_are_matched(load):
     assert [row.config.tokenizer.levels for row in blocks["first, learning_rate 0.001"][2:]] == [2, 3]
 
 
+def test_a_cell_of_tuning_is_named_by_what_sets_it_apart_in_its_block(load):
+    cells = load().tuning_cells()
+    assert [cell.own for cell in cells] == [(), (), ("levels 2",), ("levels 3",)] * 2
+    named = {(cell.block, cell.arm, cell.own) for cell in cells}
+    assert len(named) == len(cells)
+    assert {cell.own for cell in load().confirm_cells({})} == {()}
+
+
 def test_arms_differ_by_their_own_settings_only(load):
     cells = [cell for cell in load().confirm_cells({}) if (cell.dataset, cell.config.seed) == ("second", 1)]
     method, control, _side = (cell.config.to_dict() for cell in cells)

@@ -14,6 +14,9 @@ import yaml
 from llm_itemtok import artifacts
 from llm_itemtok.cli import main
 from llm_itemtok.errors import RecipeError
+from llm_itemtok.experiments.book import Book
+from llm_itemtok.experiments.plan import LoadedPlan
+from llm_itemtok.experiments.pool import Pool
 from llm_itemtok.experiments.reproduce import dry_run
 from llm_itemtok.items.codes import ItemCodes
 
@@ -249,3 +252,20 @@ def test_a_dry_run_looks_at_every_outcome_of_tuning(plan, tmp_path):
     other.write_text(yaml.safe_dump({**PLAN, "name": "uneven", "arms": arms}), encoding="utf-8")
     with pytest.raises(RecipeError, match=r"tokenizer\.iterations"):
         dry_run(other, results=tmp_path / "results", runs=tmp_path / "runs")
+
+
+def test_a_page_tells_the_variants_apart_that_have_not_run(plan, tmp_path):
+    other = plan.with_name("waiting.yaml")
+    demo = {"title": "k-means", "variants": {"deep": {"tokenizer": {"levels": 3}}, "flat": {}}}
+    arms = {"waiting": demo, "random": PLAN["arms"]["random"]}
+    other.write_text(yaml.safe_dump({**PLAN, "name": "waiting", "arms": arms}), encoding="utf-8")
+    book = Book(LoadedPlan.load(other), Pool(tmp_path / "results", tmp_path / "runs"))
+    book.tuning()
+    book.write()
+    page = (tmp_path / "results" / "waiting.md").read_text(encoding="utf-8")
+    listed = [line for line in page.partition("## Not run")[2].splitlines() if line.startswith("- shop, ")]
+    assert listed == [
+        f"- shop, learning_rate {rate}, {arm}, seed 9"
+        for rate in ("1e-05", "0.003")
+        for arm in ("random", "k-means, variant deep", "k-means, variant flat")
+    ]
