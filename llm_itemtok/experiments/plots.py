@@ -54,7 +54,7 @@ class Mark:
     """One dot with its interval.
 
     Attributes:
-        label: on the left, on two lines if it is long; what is longer still is cut.
+        label: on the left, on up to three lines if it is long; what is longer still is cut.
         value: where the dot is.
         low: end of the interval, at most `value`.
         high: end of the interval, at least `value`.
@@ -96,7 +96,7 @@ def interval_picture(
         one_scale: the same axis in all panels, for values that may be compared between them.
     """
     marks = [mark for _, of in panels for mark in of]
-    left = _MARGIN + 10 + _LETTER * max(len(line) for mark in marks for line in _two_lines(mark.label))
+    left = _MARGIN + 10 + _LETTER * max(len(line) for mark in marks for line in _label_lines(mark.label))
     right = _WIDTH - _MARGIN - 8 - _LETTER * max(len(mark.text) for mark in marks)
     keys = [(f'<circle cx="{{x:.1f}}" cy="{{y:.1f}}" r="4.2" class="{kind}"/>', text) for kind, text in legend]
     parts, y = _head(title, keys)
@@ -146,7 +146,7 @@ def _intervals(
 
     rows, y = [], top
     for mark in marks:
-        lines = _two_lines(mark.label)
+        lines = _label_lines(mark.label)
         height = _ROW + _LINE * (len(lines) - 1)
         middle = y + height / 2
         for number, line in enumerate(lines):
@@ -213,10 +213,10 @@ def _head(title: str, keys: Sequence[tuple[str, str]]) -> tuple[list[Markup], fl
     return parts, y + 14
 
 
-def _two_lines(label: str) -> list[str]:
-    """Break a long label once; what is still too long is cut."""
-    first, *rest = _wrapped(label, _LONGEST_LINE)
-    return [shortened(line, _LONGEST_LINE) for line in (first, " ".join(rest)) if line]
+def _label_lines(label: str) -> list[str]:
+    """Break a long label; what three lines do not hold is cut."""
+    first, second, *rest = [*_wrapped(label, _LONGEST_LINE), ""]
+    return [shortened(line, _LONGEST_LINE) for line in (first, second, " ".join(rest).strip()) if line]
 
 
 def _wrapped(text: str, letters: int) -> list[str]:
