@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_itemtok.printable import lines, one_line
+from llm_itemtok.printable import json_line, lines, one_line
 
 if TYPE_CHECKING:
     from llm_itemtok.answering import Answering
@@ -322,7 +322,7 @@ def _recommend(options: argparse.Namespace) -> int:
         print("itemtok: no id of the history (commas between) is known; a new user gets this", file=sys.stderr)
     items = recommender.recommend(history, options.k, **lists)
     reply = answer(None, items, unknown, unknown_allow=unknown_allow, unknown_deny=unknown_deny)
-    for line in [json.dumps(reply, ensure_ascii=False)] if options.json else text_lines(items):
+    for line in [json_line(reply)] if options.json else text_lines(items):
         print(line)
     return 0
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from llm_itemtok.answering import Answering, Recommendation, item_id_list
 from llm_itemtok.errors import DataError
-from llm_itemtok.printable import one_line
+from llm_itemtok.printable import json_line, one_line
 
 BATCH = 32
 """Requests answered at a time when all of them are there already, as in a file."""
@@ -131,8 +131,7 @@ def _answer_all(
                 unknown_allow=recommender.known(request.allow or ())[1],
                 unknown_deny=recommender.known(request.deny)[1],
             )
-        # Half of a pair of code units, which JSON can name and no file can hold, goes out as JSON names it.
-        yield json.dumps(reply, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+        yield json_line(reply)
 
 
 def _request(line: str | bytes, number: int) -> Request:

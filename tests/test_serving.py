@@ -118,6 +118,16 @@ def test_no_id_or_title_makes_a_line_of_its_own_or_moves_the_cursor():
     assert line == r"  1    -1.500  a\x1b[2J        x\n  1     0.000  b               Best\x9b1A\u2028\u202e東京 é"
 
 
+def test_a_reply_is_one_line_wherever_lines_are_thought_to_end_and_says_the_same():
+    user = "a\u2028b\x85c\x9b2J\x7f\u202e東京 é"
+    (line,) = answer_lines(RECOMMENDER, [json.dumps({"user": user, "history": ["x\x9b"]})], 60)
+    assert line.isprintable()
+    assert line.splitlines() == [line]
+    reply = json.loads(line)
+    assert (reply["user"], reply["unknown"]) == (user, ["x\x9b"])
+    assert "東京 é" in line
+
+
 def test_half_a_letter_is_answered_like_any_other_text():
     """JSON can name half of a pair of code units, which no file can hold: it goes out as it came in."""
     line = '{"user": "\\ud800", "history": ["\\udfff", "item-3"]}'
