@@ -180,8 +180,8 @@ class Answering(abc.ABC):
         Raises:
             DataError: if `k` is below 1, or there are not as many lists as histories.
         """
-        if k < 1:
-            raise DataError(f"the number of recommendations must be at least 1, was: {k}")
+        if not isinstance(k, int | np.integer) or k < 1:
+            raise DataError(f"the number of recommendations must be a whole number of at least 1, was: {k!r}")
         rows = [np.asarray(self.known(history)[0], dtype=np.int64) for history in histories]
         allowed, excluded = self._listed("allow", allow, len(rows)), self._listed("deny", deny, len(rows))
         if not rows:
@@ -254,6 +254,12 @@ class Answering(abc.ABC):
                 f"{row + 1:,} on, {one_line(theirs[row])} stands where {one_line(self.item_ids[row])} was; sort the "
                 "items file so"
             )
+        if len(theirs) and theirs == self.item_ids[: len(theirs)] != self.item_ids:
+            raise ArtifactError(
+                f"the data must have the model's {len(self.item_ids):,} items, but they lack the last "
+                f"{len(self.item_ids) - len(theirs):,}, such as `itemtok extend` gives it; name data that have them "
+                "behind the others (`itemtok evaluate … --data FOLDER`)"
+            )
         if theirs != self.item_ids:
             raise ArtifactError(
                 "the data must have the catalogue that the model was trained on, but their items differ: "
@@ -285,8 +291,10 @@ def item_id_list(given: Iterable[str]) -> list[str]:
     """Item ids as texts; a text itself is refused, because it would be taken for a list of letters.
 
     Raises:
-        DataError: if `given` is a text.
+        DataError: if `given` is a text, or no list of any kind.
     """
     if isinstance(given, str):
         raise DataError(f"a history, `allow` or `deny` must be a list of item ids, was: the text {given[:40]!r}")
+    if not isinstance(given, Iterable):
+        raise DataError(f"a history, `allow` or `deny` must be a list of item ids, was: {given!r}")
     return [str(item_id) for item_id in given]

@@ -9,7 +9,7 @@ adapter may, where the caller says so.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -116,6 +116,10 @@ class Generation:
     dense_share: float = 0.0
     repeats: bool = True
 
+    def __post_init__(self) -> None:
+        """Raise `ArtifactError` for the first setting that is not of its kind."""
+        _check_settings(vars(self))
+
     @property
     def leaves_out_seen(self) -> bool:
         """Whether items of a history are no answers to it, for either reason."""
@@ -133,10 +137,11 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "quantization": ("none", "nf4"),
     "reads": get_args(Reads),
 }
-_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("base", "revision"), (str, type(None))),
-    **dict.fromkeys(("catalog_sha256", "codes_sha256", "items_sha256"), (str,)),
-    **dict.fromkeys(("protocol", "vectors"), (dict,)),
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("base", "revision"), ((str, type(None)), "a text or null")),
+    **dict.fromkeys(("catalog_sha256", "codes_sha256", "items_sha256"), ((str,), "a text")),
+    **dict.fromkeys(("protocol", "vectors"), ((dict,), "a JSON object")),
+    **dict.fromkeys(("mask_seen", "repeats"), ((bool,), "true or false")),
 }
 _COUNTS = ("beam", "history_length")
 
@@ -344,31 +349,26 @@ def read_generation(path: Path) -> Generation:
     wrong = sorted(({field.name for field in fields(Generation)} ^ settings.keys()) - left_out)
     if wrong:
         raise ArtifactError(f"{path}: a bundle's settings must be all known and all there, these are not: {wrong}")
-    _check_settings(settings, path)
-    return Generation(**settings)
+    try:
+        return Generation(**settings)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
 
 
-def _check_settings(settings: dict[str, Any], path: Path) -> None:
-    """Raise `ArtifactError` for the first setting that is not of its kind."""
-
+def _check_settings(settings: Mapping[str, Any]) -> None:
     def check(name: str, right: bool, must: str) -> None:
         if not right:
-            raise ArtifactError(f"{path}: `{name}` must be {must}, was: {str(settings[name])[:80]!r}")
+            raise ArtifactError(f"`{name}` must be {must}, was: {str(settings[name])[:80]!r}")
 
     for name, choices in _CHOICES.items():
-        if name in settings:
-            check(name, settings[name] in choices, " or ".join(choices))
-    for name, kinds in _KINDS.items():
-        if name in settings:
-            told = "a text or null" if type(None) in kinds else "a text" if str in kinds else "a JSON object"
-            check(name, isinstance(settings[name], kinds), told)
+        check(name, settings[name] in choices, " or ".join(choices))
+    for name, (kinds, must) in _KINDS.items():
+        check(name, isinstance(settings[name], kinds), must)
     for name in _COUNTS:
         check(name, type(settings[name]) is int and settings[name] >= 1, "a whole number of at least 1")
-    share = settings.get("dense_share", 0.0)
-    right = isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1
-    check("dense_share", right, "a number in [0, 1]")
-    check("mask_seen", isinstance(settings["mask_seen"], bool), "true or false")
-    check("repeats", isinstance(settings.get("repeats", True), bool), "true or false")
+    share = settings["dense_share"]
+    is_number = isinstance(share, int | float) and type(share) is not bool
+    check("dense_share", is_number and 0 <= share <= 1, "a number in [0, 1]")
 
 
 def read_items(path: Path, vocab: ItemVocab) -> list[dict[str, str]]:

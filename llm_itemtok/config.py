@@ -81,18 +81,19 @@ class RunConfig:
     """Validation and test."""
 
     @classmethod
-    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
+    def load(cls, path: Path | str, overrides: Sequence[str] = (), *, whose: str = "--set") -> Self:
         """Read, merge and check a recipe.
 
         Args:
             path: the recipe file; its `extends` is followed.
             overrides: texts `a.b=value` of `--set`, the value in YAML.
+            whose: overrides they are, for messages.
 
         Raises:
             RecipeError: if anything about it is not right; the message names the file and the setting.
         """
         layers = read_layers(Path(path), overrides)
-        source = f"{path} with --set" if overrides else str(path)
+        source = f"{path} with {whose}" if overrides else str(path)
         checker = strict.Checker(source, layers.origins, also=("extends",))
         config: Self = checker.section((cls,), cls, layers.settings, ())
         for contradiction in _contradictions(config):

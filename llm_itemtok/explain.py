@@ -7,6 +7,7 @@ import itertools
 import json
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from llm_itemtok import strict
 from llm_itemtok.config import RunConfig
@@ -24,10 +25,11 @@ def explain(dotted: str = "") -> str:
         RecipeError: if there is no such setting, with the nearest one.
     """
     sections: list[type] = [RunConfig]
+    owners: list[type] = []
     path: tuple[str, ...] = ()
     names = [name for name in dotted.split(".") if name]
     while names:
-        path = (*path, names.pop(0))
+        path, holders = (*path, names.pop(0)), owners
         owners = [section for section in sections if path[-1] in strict.annotations_of(section)]
         if not owners:
             strict.Checker("explain").fail_unknown(path, {n for s in sections for n in strict.annotations_of(s)})
@@ -36,9 +38,11 @@ def explain(dotted: str = "") -> str:
         entries = [part for annotation in annotations for part in strict.entries_in(annotation)]
         if entries and names:
             path, sections = (*path, names.pop(0)), entries  # the recipe names its entries as it likes
+        elif not sections and len(owners) > 1 and path[-1] == "kind" and path[-2] in strict.annotations_of(holders[0]):
+            return _explain_kinds(dotted, owners, _default(holders[0], path[-2]))
         elif not sections:
             return _explain_leaf(dotted, path, names, owners, entries)
-    return "\n\n".join(_explain_section(dotted, section) for section in sections)
+    return "\n\n".join(dict.fromkeys(_explain_section(dotted, section) for section in sections))
 
 
 def _explain_leaf(
@@ -53,6 +57,15 @@ def _explain_leaf(
     return "\n\n".join([fields, *(_explain_section(f"{dotted}.NAME", entry) for entry in entries)])
 
 
+def _explain_kinds(dotted: str, owners: Sequence[type], section: Any) -> str:
+    """Explain which kinds a section may be of, `section` being what it is by default."""
+    texts = {strict.choices_of(strict.annotations_of(owner)["kind"])[0]: _field_docs(owner)["kind"] for owner in owners}
+    lines = [f"      {kind}: {text}" for kind, text in texts.items()]
+    facts = f"one of {', '.join(texts)}; default {json.dumps(section.kind)}"
+    text = "Each kind has settings of its own, beside those that kinds share."
+    return "\n".join([f"  {dotted}: {text}", *lines, f"      ({facts})"])
+
+
 def _explain_section(dotted: str, section: type) -> str:
     prefix = f"{dotted}." if dotted else ""
     fields = [_explain_field(prefix + name, section, name) for name in strict.annotations_of(section)]
@@ -61,12 +74,17 @@ def _explain_section(dotted: str, section: type) -> str:
 
 def _explain_field(dotted: str, section: type, name: str) -> str:
     annotation = strict.annotations_of(section)[name]
-    default = next(strict.default_of(part) for part in dataclasses.fields(section) if part.name == name)
+    default = _default(section, name)
     facts = [strict.type_name(annotation), *(f"only with {mark}" for mark in strict.conditions_of(annotation))]
     if not strict.sections_in(annotation):
         given = default is not dataclasses.MISSING
         facts.append(f"default {json.dumps(as_plain(default))}" if given else "must be given")
     return f"  {dotted}: {_field_docs(section)[name]}\n      ({'; '.join(facts)})"
+
+
+def _default(section: type, name: str) -> Any:
+    """A setting's default, or `dataclasses.MISSING`."""
+    return next(strict.default_of(part) for part in dataclasses.fields(section) if part.name == name)
 
 
 def _field_docs(section: type) -> dict[str, str]:

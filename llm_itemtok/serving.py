@@ -169,7 +169,7 @@ def ids_of(text: str) -> list[str]:
     """Item ids of `ID,ID`, or of the lines of `@FILE`, which may hold commas.
 
     Raises:
-        DataError: if the file is not text in UTF-8.
+        DataError: if there is no such file, or it is not text in UTF-8.
     """
     if not text.startswith("@"):
         return [item_id.strip() for item_id in text.split(",") if item_id.strip()]
@@ -177,4 +177,6 @@ def ids_of(text: str) -> list[str]:
         lines = Path(text[1:]).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{text[1:]}: must be text in UTF-8, one item id a line: {error}") from error
+    except OSError as error:
+        raise DataError(f"{text}: a file of item ids, one a line, must be behind `@`: {error.strerror}") from error
     return [line.strip() for line in lines if line.strip()]

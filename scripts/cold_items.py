@@ -101,8 +101,9 @@ def _table(scores: dict[str, np.ndarray], cases: list[tuple[np.ndarray, int]], c
         for name, values in scores.items():
             metrics = metrics_from_ranks(ranks_from_scores(values[:, first:], targets - first))
             print(f"{name:<28}" + "".join(f"{metrics[shown]:>12.4f}" for shown in SHOWN))
-        gains = 1 / np.log2(np.arange(2, 12))
-        chance = (10 / (items - first), gains.sum() / (items - first), 20 / (items - first))
+        among = items - first
+        gains = 1 / np.log2(np.arange(2, 12))[:among]
+        chance = (min(1.0, 10 / among), gains.sum() / among, min(1.0, 20 / among))
         print(f"{'chance':<28}" + "".join(f"{value:>12.4f}" for value in chance))
 
 

@@ -63,7 +63,7 @@ def test_commands_and_flags_are_frozen(capsys: pytest.CaptureFixture[str]) -> No
         (["check", "tiny.yaml", "--set", "data.k_core=500"], "k_core"),
         (["evaluate", "nowhere"], "nowhere"),
         (["recommend", "nowhere", "--history", "1"], "nowhere"),
-        (["recommend", ".", "--history", "1", "--allow", "@stock.txt"], "stock.txt"),
+        (["recommend", ".", "--history", "1", "--allow", "@stock.txt"], "@stock.txt: a file of item ids"),
         (["inspect", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["push", "nowhere", "anna/toys"], "nowhere"),

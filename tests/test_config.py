@@ -412,6 +412,22 @@ def test_explain_prints_the_text_under_the_field_once():
     assert "only with source: synthetic" in explain("data.items")
 
 
+def test_explain_gives_kinds_as_one_list_with_the_default_of_their_section():
+    """Each kind's class has its own name as default, which is the default of no recipe."""
+    for name in ("update", "tokenizer", "rescoring", "scoring", "objective", "vectors"):
+        text, default = explain(f"{name}.kind"), getattr(RunConfig(), name).kind
+        sections = strict.sections_in(strict.annotations_of(RunConfig)[name])
+        kinds = [strict.choices_of(strict.annotations_of(section)["kind"])[0] for section in sections]
+        assert len(kinds) > 1
+        assert text.count("default") == 1
+        assert text.endswith(f'(one of {", ".join(kinds)}; default "{default}")')
+        assert re.findall(r"^      ([\w-]+): \w", text, re.M) == kinds
+
+
+def test_explain_says_what_kinds_share_once():
+    assert explain("update.every").count("update.every.steps: ") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -247,6 +247,8 @@ def test_what_the_test_alone_depends_on_may_change_without_training_again(finish
 def test_a_folder_that_holds_another_recipe_is_refused_and_left_alone(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"another run.*: the folder has seed: 0, this recipe seed: 1\n.*--fresh"):
         run(recipe(tmp_path, "seed=1"), finished)
+    with pytest.raises(ArtifactError, match=r"has tokenizer.levels: \d, this recipe tokenizer.levels: 4\n"):
+        run(recipe(tmp_path, "tokenizer.levels=4"), finished)
     assert (finished / "metrics.json").is_file()
 
 
@@ -512,6 +514,7 @@ def test_a_folder_that_is_no_run_is_never_emptied(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match="found other files"):
             run(recipe(tmp_path), out, fresh=fresh)
     assert (out / "recipe.yaml").read_text() == RECIPE
+    assert not list(tmp_path.glob(".*.lock"))  # nothing of ours beside it, either
 
 
 def test_from_a_stage_whose_predecessors_never_ran_is_refused(tmp_path: Path) -> None:
@@ -678,6 +681,25 @@ def test_several_models_are_measured_together(finished: Path) -> None:
     assert together["test"] == pytest.approx(alone["test"], abs=1e-9)
     assert together["protocol"] == {**alone["protocol"], "models": 2}
     assert table(together).splitlines()[-1].startswith(("2 models", "oracle"))
+
+
+def test_models_of_different_splits_are_not_measured_together(finished: Path, tmp_path: Path) -> None:
+    """The users that one is tested on may be those that another was trained on."""
+    path = Path(shutil.copytree(finished / "model", tmp_path / "other")) / "generation.json"
+    settings = json.loads(path.read_text())
+    for protocol, message in (
+        (
+            {**settings["protocol"], "split": "temporal"},
+            "`data.split` is leave-last-out for .*, and temporal for .*other",
+        ),
+        ({**settings["protocol"], "k_core": 3}, "`data.k_core` is 0 for .*, and 3 for .*other"),
+        ({}, "does not say how its data were split"),
+    ):
+        path.write_text(json.dumps(settings | {"protocol": protocol}))
+        with pytest.raises(ArtifactError, match=message):
+            evaluate_path(str(finished), None, [str(tmp_path / "other")])
+    path.write_text(json.dumps(settings | {"protocol": {**settings["protocol"], "unknown_items": "drop"}}))
+    assert evaluate_path(str(finished), None, [str(tmp_path / "other")])["protocol"]["models"] == 2
 
 
 def test_evaluate_refuses_data_of_another_catalogue(finished: Path, tmp_path: Path) -> None:

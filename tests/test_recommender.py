@@ -241,10 +241,34 @@ def test_more_than_the_beam_are_given_too():
     assert len(merged(beam=3).recommend(["item-3"], 25)) == 25
 
 
-@pytest.mark.parametrize("k", [0, -3])
-def test_fewer_than_one_are_refused(k):
-    with pytest.raises(DataError, match=f"number of recommendations must be at least 1, was: {k}"):
+@pytest.mark.parametrize("k", [0, -3, 2.5, "5", None])
+def test_what_is_no_number_of_items_is_refused(k):
+    with pytest.raises(DataError, match=f"must be a whole number of at least 1, was: {k!r}"):
         merged().recommend([], k)
+    assert len(merged().recommend([], np.int64(2))) == 2
+
+
+@pytest.mark.parametrize("history", [None, 7, "item-3"])
+def test_what_is_no_list_of_ids_is_refused(history):
+    with pytest.raises(DataError, match="must be a list of item ids, was: "):
+        merged().recommend(history)
+    with pytest.raises(DataError, match="must be a list of item ids, was: "):
+        merged().score(history, ["item-3"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normaliser": "foo"}, "`normaliser` must be level or .*, was: 'foo'"),
+        ({"repeats": "no"}, "`repeats` must be true or false, was: 'no'"),
+        ({"beam": -3}, "`beam` must be a whole number of at least 1, was: '-3'"),
+        ({"beam": "x"}, "`beam` must be a whole number of at least 1, was: 'x'"),
+        ({"history_length": 0}, "`history_length` must be a whole number of at least 1, was: '0'"),
+    ],
+)
+def test_no_model_is_decoded_in_a_way_that_its_bundle_could_not_say(changes, message):
+    with pytest.raises(ArtifactError, match=message):
+        merged().with_generation(**changes)
 
 
 def test_no_histories_give_no_answers_and_no_items_no_scores():
@@ -421,6 +445,8 @@ def test_another_catalogue_is_refused():
     recommender = merged()
     recommender.check_catalog(catalog(IDS))
     with pytest.raises(ArtifactError, match="their items differ: 60 in the model, 59 in the data, 59 in both"):
+        recommender.check_catalog(catalog(IDS[1:]))
+    with pytest.raises(ArtifactError, match="the model's 60 items, but they lack the last 1, such as `itemtok extend`"):
         recommender.check_catalog(catalog(IDS[:-1]))
     with pytest.raises(ArtifactError, match=rf"from item 59 on, {IDS[-1]} stands where {IDS[-2]} was"):
         recommender.check_catalog(catalog([*IDS[:-2], IDS[-1], IDS[-2]]))

@@ -3,7 +3,10 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +16,18 @@ from llm_itemtok.decoding.dense import FILE_NAME, Rescorer
 from llm_itemtok.ensemble import Ensemble
 from llm_itemtok.errors import ArtifactError, RecipeError, UnsupportedModelError
 from llm_itemtok.evaluation import baselines
+from llm_itemtok.pipeline import fit
 from llm_itemtok.pipeline.check import check
 from llm_itemtok.pipeline.evaluate import evaluate_path
 from llm_itemtok.pipeline.export import export
 from llm_itemtok.pipeline.extend import extend
+from llm_itemtok.pipeline.rescoring import with_rescoring
 from llm_itemtok.pipeline.run import run
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.report.rescoring import charts
 from llm_itemtok.report.run_folder import read_run
 from llm_itemtok.sasrec import SASRec
+from llm_itemtok.training import effort
 from tests.hub_server import Hub
 from tests.test_extend import new_items
 from tests.test_pipeline import recipe, run_in_two_processes
@@ -181,6 +187,23 @@ def test_new_items_come_out_as_often_as_the_language_model_wants(pair: tuple[Pat
     assert 0.5 < how_often(after) / how_often(alone) < 2
 
 
+def test_seconds_of_the_dense_model_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = 0.0
+
+    def slowly(*given: Any) -> Any:
+        nonlocal ahead
+        ahead += 1e6
+        return with_rescoring(*given)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead)
+    monkeypatch.setattr(effort, "time", clock)
+    monkeypatch.setattr(fit, "with_rescoring", slowly)
+    folder = run(recipe(tmp_path, *DENSE), tmp_path / "run", until="train")
+    assert ahead == 1e6
+    dense = json.loads((folder / "rescoring.json").read_text())["training"]["seconds"]
+    assert dense < json.loads((folder / "training.json").read_text())["seconds"] < 1e5
+
+
 def test_a_bundle_without_its_dense_model_or_with_anothers_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pair[0] / "model", tmp_path / "model"))
     own = Rescorer.load(folder)
@@ -194,6 +217,8 @@ def test_a_bundle_without_its_dense_model_or_with_anothers_is_refused(pair: tupl
     plain = Recommender.from_pretrained(pair[1])
     with pytest.raises(ArtifactError, match="found: none"):
         plain.with_generation(dense_share=0.5)
+    with pytest.raises(ArtifactError, match=r"`dense_share` must be a number in \[0, 1\], was: '2'"):
+        plain.with_generation(dense_share=2)
     settings = json.loads((folder / "generation.json").read_text())
     for wrong in (1.5, "half", True):
         (folder / "generation.json").write_text(json.dumps({**settings, "dense_share": wrong}))

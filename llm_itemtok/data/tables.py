@@ -97,7 +97,7 @@ def find_file(folder: Path | str, pattern: str, *, what: str, folders: Collectio
     """
     folder = Path(folder)
     if not folder.exists():
-        raise fault(folder, "the data folder does not exist; check `data.path`")
+        raise fault(folder, "the data folder does not exist; check `data.path` of the recipe, or `--data`")
     if not folder.is_dir():
         raise fault(folder, "the data path must be a folder, was: a file; give the folder that holds the files")
     try:
@@ -201,7 +201,7 @@ def check_columns(
         advice = (
             f"fields must be separated by commas, not {separators[0]!r}"
             if separators
-            else f"add it, or map another one in the recipe: `data.columns: {{{missing[0]}: ITS NAME}}`"
+            else f"add it, or map another one (`data.columns: {{{missing[0]}: ITS NAME}}` of the run's recipe)"
         )
         found = ", ".join(map(shown, there[:20])) or "none"
         raise fault(path, f"the column `{theirs}`{mapped} is missing; there are: {found}; {advice}")

@@ -243,7 +243,8 @@ class LoadedPlan:
         if given.codes_of:
             overrides = [text for text in overrides if not text.startswith("tokenizer.")]
             overrides += ["tokenizer.kind=file", f"tokenizer.path={given.codes_of}"]
-        return RunConfig.load(self.path.parent / base.recipes.get(dataset, planned.recipe), overrides)
+        whose = f"arm `{arm}` of {self.path}"
+        return RunConfig.load(self.path.parent / base.recipes.get(dataset, planned.recipe), overrides, whose=whose)
 
 
 def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:

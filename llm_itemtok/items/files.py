@@ -93,7 +93,11 @@ def read_codes(
     """
     path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: a file of item codes (a recipe's `tokenizer.path`) must be here, found: nothing")
+        model = path.parent / "model"
+        advice = f"; a run has them in its model: {model}" if (model / FILE_NAME).is_file() else ""
+        raise DataError(
+            f"{path}: a file of item codes (a recipe's `tokenizer.path`) must be here, found: nothing{advice}"
+        )
     kind, provenance = format_of(path), {"kind": "file", "file": path.name, "sha256": sha256_of_file(path)}
     if kind == "safetensors":
         saved = _read_safetensors(path, item_ids, unknown_items)

@@ -1,5 +1,6 @@
 """The evaluation stage: a bundle, a split and the baselines → `metrics.json`, predictions and examples."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -255,12 +256,13 @@ def evaluate_path(
 
     Raises:
         ArtifactError: if `path` is a bundle without a run around it and no data folder is given, or the models do not
-            go together.
+            go together, such as by the split that they were trained on.
     """
     recommender = Recommender.from_pretrained(path)
     answers: Answering = recommender
     if others:
         answers = Ensemble([recommender, *(Recommender.from_pretrained(other) for other in others)])
+        _same_split([path, *others], answers.members)
     recipe = next((folder / RECIPE for folder in (Path(path), Path(path).parent) if (folder / RECIPE).is_file()), None)
     if recipe is None and data_folder is None:
         raise ArtifactError(f"{path}: a model without its run folder has no data; name a folder with `--data`")
@@ -291,6 +293,19 @@ def evaluate_path(
         speed=speed,
         log=log,
     )
+
+
+def _same_split(paths: Sequence[str], members: Sequence[Recommender]) -> None:
+    """Raise `ArtifactError` unless all had one split: one may have learnt what others are tested on."""
+    first, *others = (dataclasses.asdict(_bundle_data(member, ".")) for member in members)
+    for path, other in zip(paths[1:], others, strict=True):
+        for name in PROTOCOL:
+            if name != "unknown_items" and other[name] != first[name]:
+                raise ArtifactError(
+                    "models that are measured together must have been trained on the same split, or one may have "
+                    f"learnt what another is tested on; `data.{name}` is {first[name]} for {paths[0]}, and "
+                    f"{other[name]} for {path}"
+                )
 
 
 def _bundle_data(recommender: Recommender, path: str) -> Data:

@@ -233,8 +233,10 @@ def train(
         effort = trainer.effort
         quantizer = keep_quantizer(folder, model)
         alone = make_recommender(config, data, model, tokenizer, peft_model, quantizer, repeats=repeats)
+        seconds = effort.seconds
         recommender, shares = with_rescoring(config, data, alone, log)
-        facts = _took(trainer, training_flops(model, effort.positions, effort.context_positions), trainable, shares)
+        flops = training_flops(model, effort.positions, effort.context_positions)
+        facts = _took(trainer, seconds, flops, trainable, shares)
         facts |= by_repeats | ({"repeats": shares["repeats"]} if "repeats" in shares else {})
         write_json(folder / TRAINING, {**facts, "validation": chosen_metrics(shares) or validation})
         weights = token_figures(trainer.objective, table)
@@ -266,8 +268,18 @@ def _whole(
     return model.to(trainer.args.device), tokenizer, peft_model
 
 
-def _took(trainer: ItemTokenTrainer, flops: float, trainable: int, shares: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts about a finished training; seconds and parameters with those of a dense model, arithmetic without."""
+def _took(
+    trainer: ItemTokenTrainer, seconds: float, flops: float, trainable: int, shares: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Facts about a finished training; seconds and parameters with those of a dense model, arithmetic without.
+
+    Args:
+        trainer: that has ended.
+        seconds: that it took, without the dense model's.
+        flops: that it took, estimated.
+        trainable: parameters.
+        shares: of a dense model (`with_rescoring`); empty where there is none.
+    """
     dense = shares.get("training", {"seconds": 0.0, "parameters": 0})
     state, effort = trainer.state, trainer.effort
     key = "validation/ndcg@10"
@@ -276,7 +288,7 @@ def _took(trainer: ItemTokenTrainer, flops: float, trainable: int, shares: Mappi
         "best_step": state.best_global_step,
         "targets_seen": effort.targets,
         "flops": flops,
-        "seconds": round(effort.seconds + dense["seconds"], 1),
+        "seconds": round(seconds + dense["seconds"], 1),
         "peak_mb": round(effort.peak_mb),
         "parameters": trainable + dense["parameters"],
         "kind": "decoder" if trainer.effort.context_positions == 0 else "encoder-decoder",

@@ -67,6 +67,8 @@ def run(
     data = prepare.load_data(config.data, config.seed, config.evaluation.segments)
     prepare.refuse_textless(config, data.catalog)
     keys = stages.keys(config, data.sha256, stages.input_hashes(config), data.segments_sha256)
+    if state.is_main_process:
+        stages.refuse_others(folder)  # before there is a lock beside it
     state.wait_for_everyone()  # nobody writes before everybody has read
     with alone_in(folder) if state.is_main_process else nullcontext():
         book = stages.Stages.open(folder, fresh=fresh, writes=state.is_main_process)

@@ -5,6 +5,7 @@ sections of the recipe, the content of the data, the keys of the stages before i
 it stopped, and a changed input runs exactly what it touches.
 """
 
+import json
 import platform
 import subprocess
 import sys
@@ -205,17 +206,11 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
         keys: key of every stage for this recipe.
 
     Raises:
-        ArtifactError: if the folder holds another resolved recipe, or files that are no run, and `fresh` is not set.
+        ArtifactError: if the folder holds another resolved recipe, and `fresh` is not set.
     """
     recipe, text = folder / RECIPE, config.to_yaml()
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder}: the run folder must be a folder, found: a file; choose another `--out`")
-    there = {path.name for path in folder.iterdir() if not is_leftover(path)} if folder.is_dir() else set()
+    there = _there(folder)
     if there - {ENVIRONMENT}:
-        if not {RECIPE, ENVIRONMENT} <= there:
-            raise ArtifactError(
-                f"{folder}: the run folder must be new or a run, found other files; choose another `--out`"
-            )
         old = recipe.read_text(encoding="utf-8")
         same = all(book.done(stage, keys[stage]) for stage in book.finished)
         moved = not fresh and same and _without_paths(old) == _without_paths(text)
@@ -238,6 +233,19 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
     write_text(recipe, text)
 
 
+def refuse_others(folder: Path) -> None:
+    """Raise `ArtifactError` where a run folder would be something else: a file, or a folder with other files."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder}: the run folder must be a folder, found: a file; choose another `--out`")
+    there = _there(folder)
+    if there - {ENVIRONMENT} and not {RECIPE, ENVIRONMENT} <= there:
+        raise ArtifactError(f"{folder}: the run folder must be new or a run, found other files; choose another `--out`")
+
+
+def _there(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not is_leftover(path)} if folder.is_dir() else set()
+
+
 def _without_paths(text: str) -> Any:
     """A resolved recipe without the settings that may name a local path, and without what came later."""
     recipe = plain_yaml.parse(text, RECIPE)
@@ -256,11 +264,19 @@ def _without_paths(text: str) -> Any:
 
 
 def _difference(old: str, new: str) -> str:
-    before, after = old.splitlines(), new.splitlines()
+    before, after = (_settings(plain_yaml.parse(text, RECIPE)) for text in (old, new))
     sides = {"the folder has": [line for line in before if line not in after],
              "this recipe": [line for line in after if line not in before]}  # fmt: skip
-    told = {side: "; ".join(map(str.strip, lines[:3])) + (" …" * (len(lines) > 3)) for side, lines in sides.items()}
+    told = {side: "; ".join(lines[:3]) + (" …" * (len(lines) > 3)) for side, lines in sides.items()}
     return ", ".join(f"{side} {lines or 'nothing'}" for side, lines in told.items())
+
+
+def _settings(value: Any, name: str = "") -> list[str]:
+    """A line a setting, with its dotted name."""
+    if isinstance(value, dict) and value:
+        parts = [_settings(part, f"{name}.{key}" if name else str(key)) for key, part in value.items()]
+        return [line for lines in parts for line in lines]
+    return [f"{name}: {value if isinstance(value, str) else json.dumps(value, default=str)}"]
 
 
 def environment() -> dict[str, Any]:

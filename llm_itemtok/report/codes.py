@@ -20,7 +20,7 @@ from llm_itemtok.items.compare import movement_sentences
 from llm_itemtok.items.findings import gaps_text
 from llm_itemtok.report.plots import Chart, Dots, dot_chart, load_chart, usage_chart, value_text
 from llm_itemtok.report.run_folder import RunFolder
-from llm_itemtok.report.tree import category_groups, follows, fullest_codewords, spelled, tree_chart
+from llm_itemtok.report.tree import category_groups, fullest_codewords, spelled, tree_chart
 
 _QUALITY_NAMES = {
     "items": "Items",
@@ -231,8 +231,13 @@ def code_tree(run: RunFolder) -> Tree | None:
         entry = "the first entry" if groups.position == 0 else f"entry {groups.position + 1}, the first that differs,"
         reading += (
             f"Its colour is its most frequent category ({entry} of each item's list), paler where more of its items "
-            f"belong to others. {follows(run.codes, groups)}"
+            "belong to others."
         )
+        for row in _facts(run.quality).get("purity", {}).get("levels", [])[:1]:
+            reading += (
+                f" Of the items that have a category, {row['share']:.1%} have the most frequent one of their first "
+                f"codeword; {row['chance']:.1%} would by chance."
+            )
     elif run.categories is None:
         reading += "It has no colours, because the run folder does not say which categories the items have."
     else:

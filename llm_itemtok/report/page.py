@@ -390,7 +390,7 @@ def _observations(run: RunFolder) -> list[str]:
         if bad:
             notes.append(f"`{name}` was not a finite number at {len(bad)} logged steps, first at step {bad[0]}.")
     points = _curves(run.log).get("validation/ndcg@10", [])
-    if len(points) >= 3 and max(points, key=lambda point: point[1]) == points[-1]:
+    if len(points) >= 2 and max(points, key=lambda point: point[1]) == points[-1]:
         notes.append("Validation NDCG@10 was best at the last measurement: longer training may still help.")
     for level in codes.levels(run.quality):
         if level["used"] < level["size"] / 2 and not level.get("counts_only"):

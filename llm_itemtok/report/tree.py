@@ -152,8 +152,6 @@ def tree_chart(title: str, codes: ItemCodes, groups: Groups, labels: Sequence[st
             )
     counts = [f"{name} {len(codes.prefix_counts(depth + 1)[1]):,}" for depth, name in enumerate(codes.names)]
     summary = f"{title}: nodes from the first level to the last: " + ", ".join(counts) + "."
-    if coloured:
-        summary += " " + follows(codes, groups)
     svg = Markup(
         '<svg viewBox="0 0 {} {}" preserveAspectRatio="none" class="tree" style="height:{}px" role="img" '
         'aria-label="{}">{}</svg>'
@@ -185,20 +183,6 @@ def fullest_codewords(codes: ItemCodes, groups: Groups, labels: Sequence[str]) -
             }
         )
     return rows
-
-
-def follows(codes: ItemCodes, groups: Groups) -> str:
-    """Say in a sentence how far the first level follows the categories, against the catalogue as a whole.
-
-    Deeper levels say little: their nodes hold so few items that these agree by chance.
-    """
-    numbers = codes.prefix_groups(1)
-    agreeing = np.sum(_dominant(numbers, groups.of_items, groups.number)[1] * np.bincount(numbers)) / codes.num_items
-    largest = np.bincount(groups.of_items).max() / codes.num_items
-    return (
-        f"{agreeing:.0%} of the items are of the most frequent category of their first codeword; "
-        f"{largest:.0%} would be if the first level told no categories apart."
-    )
 
 
 def spelled(code: Iterable[int], words: Sequence[Sequence[str]] | None = None) -> str:

@@ -175,6 +175,9 @@ def test_what_is_no_file_of_codes_for_the_catalogue_is_refused(tmp_path, name, c
 def test_missing_and_broken_files_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"a file of item codes .* must be here, found: nothing"):
         read_codes(tmp_path / "x.csv", IDS)
+    ItemCodes(np.array([[0], [1]]), (2,)).save(tmp_path / "run" / "model")
+    with pytest.raises(DataError, match=r"found: nothing; a run has them in its model: .*run.model"):
+        read_codes(tmp_path / "run", IDS)
     (tmp_path / "item_codes.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ArtifactError, match="not a readable safetensors file"):
         read_codes(tmp_path, IDS)

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 
 from llm_itemtok import artifacts
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.report.codes import changes, code_tree
+from llm_itemtok.items.doctor import category_purity
+from llm_itemtok.report.codes import changes, code_tree, quality_rows
 from llm_itemtok.report.run_folder import read_run
 
 OLD = np.array([[0, 0], [0, 1], [1, 0], [1, 1], [2, 2]])
@@ -109,6 +110,25 @@ def test_a_tree_says_what_its_colours_are(tmp_path):
     tree = code_tree(read_run(run))
 
     assert "entry 2, the first that differs, of each item's list" in tree.reading
-    assert "100% of the items are of the most frequent category of their first codeword; 40% would be" in tree.reading
+    assert "by chance" not in tree.reading
     assert tree.chart.legend == (("s0", "Dolls 40%"), ("s1", "Kites 40%"), ("none", "no category 20%"))
     assert tree.fullest[0]["category"] == "Dolls, 100%"
+
+
+def test_the_tree_says_of_categories_what_the_table_below_it_says(tmp_path):
+    run = make_run(tmp_path, OLD)
+    categories = [("Dolls",), ("Dolls",), ("Kites",), ("Dolls",), ()]
+    lists = pa.array(list(map(list, categories)), pa.list_(pa.string()))
+    pq.write_table(pa.table({"item": [f"B{row}" for row in range(5)], "categories": lists}), run / "categories.parquet")
+    purity = category_purity(ItemCodes(OLD, (4, 4)), categories)
+    artifacts.write_json(run / "codes" / "v0" / "quality.json", {"doctor": {"purity": purity}})
+
+    found = read_run(run)
+
+    chance = f"{purity['levels'][0]['chance']:.1%}"
+    assert purity["levels"][0]["share"] == 0.75
+    assert f"75.0% have the most frequent one of their first codeword; {chance} would by chance." in (
+        code_tree(found).reading
+    )
+    rows = dict(quality_rows(found.quality))
+    assert rows["Items of the most frequent category of their first codeword (by chance)"] == [f"75.0% ({chance})"]

@@ -12,7 +12,6 @@ from llm_itemtok.report.plots import SERIES_COLOURS
 from llm_itemtok.report.tree import (
     LEAST_SHARE,
     category_groups,
-    follows,
     fullest_codewords,
     spelled,
     tree_chart,
@@ -181,11 +180,3 @@ def test_the_fullest_codewords_come_first_with_their_share():
     assert [row["items"] for row in rows] == np.sort(counts)[::-1][:12].tolist()
     assert rows[0]["token"] == f"<a_{counts.argmax()}>"
     assert rows[0]["share"] == counts.max() / 300
-
-
-def test_how_far_the_tree_follows_the_categories_is_a_share_of_items():
-    codes = ItemCodes(np.array([[0, 0], [0, 1], [1, 0], [1, 1]]), (2, 2))
-    groups = category_groups([("Dolls",), ("Dolls",), ("Kites",), ("Kites",)])
-
-    words = "100% of the items are of the most frequent category of their first codeword; 50% would be if "
-    assert follows(codes, groups) == words + "the first level told no categories apart."
