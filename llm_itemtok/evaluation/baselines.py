@@ -194,7 +194,8 @@ class ItemKNN:
         best = {name: values[0] for name, values in cls.GRID.items()}
         for name, values in [*cls.GRID.items()] * 2:
             best = max(({**best, name: value} for value in (best[name], *values)), key=score)
-        log(f"  item-knn: {best}, chosen of {len(seen)} settings")
+        told = ", ".join(f"{name} {value}" for name, value in best.items())
+        log(f"  item-knn: {told}; chosen of {len(seen)} settings")
         return make(best), best
 
     def scores(self, histories: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
@@ -255,7 +256,7 @@ def _tune_sasrec(split: Split, validate: Validate, device: str, log: Log) -> tup
     for setting in SASREC_SETTINGS:
         settings = {"every": every, "device": device, **setting}
         fitted = sasrec.fit(split.train_sequences(), split.num_items, validate=watched, seed=0, **settings)
-        log(f"  sasrec {dict(setting)}: validation NDCG@10 {fitted.score:.4f} after {fitted.step} steps")
+        log(f"  sasrec, dropout {setting['dropout']}: validation NDCG@10 {fitted.score:.4f} after {fitted.step} steps")
         if best is None or fitted.score > best.score:
             best, chosen = fitted, {**setting, "steps": fitted.step}
     assert best is not None

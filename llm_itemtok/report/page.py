@@ -202,11 +202,18 @@ def _systems(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             "validation": part.get("validation", {}),
             "segments": part.get("segments", {}),
             "seconds": part.get("training", {}).get("seconds") if ours else part.get("seconds"),
-            "settings": {} if ours else part.get("settings", {}),
+            "settings": _chosen(metrics) if ours else part.get("settings", {}),
             "ours": ours,
         }
         for name, part, ours in systems
     ]
+
+
+def _chosen(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What validation chose for the model beside its best step: whether items come out again, a dense model's share."""
+    protocol = metrics.get("protocol", {})
+    chosen = {"repeats": protocol.get("repeats", True)} if "repeats" in metrics.get("training", {}) else {}
+    return chosen | ({"dense share": protocol["dense_share"]} if "dense_share" in protocol else {})
 
 
 def _metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:

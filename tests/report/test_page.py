@@ -509,6 +509,12 @@ def test_baselines_say_their_time_settings_and_validation(tmp_path):
     ours = f"{metrics['validation']['ndcg@10']:.4f}"
     assert f"NDCG@10 on validation {ours} – 0.0777 Time 1.8 h – 0.31 s Settings chosen – – order 1 decay 0.8" in text
 
+    metrics["training"]["repeats"] = {"keep": 0.03, "drop": 0.04}
+    metrics["protocol"] |= {"repeats": False, "dense_share": 0.5}
+    artifacts.write_json(run / "metrics.json", metrics)
+
+    assert "Settings chosen repeats no dense share 0.5 – order 1 decay 0.8" in Page(write_report(run)).text
+
 
 def test_metrics_from_before_baselines_were_timed_have_no_empty_rows(tmp_path):
     text = Page(write_report(make_run(tmp_path, ("metrics",)))).text
