@@ -178,7 +178,8 @@ class Answering(abc.ABC):
             deny: one list per request, or None.
 
         Raises:
-            DataError: if `k` is below 1, or there are not as many lists as histories.
+            DataError: if `k` is no whole number of at least 1, a history is no list, or there are not as many lists as
+                histories.
         """
         if not isinstance(k, int | np.integer) or k < 1:
             raise DataError(f"the number of recommendations must be a whole number of at least 1, was: {k!r}")
@@ -257,8 +258,8 @@ class Answering(abc.ABC):
         if len(theirs) and theirs == self.item_ids[: len(theirs)] != self.item_ids:
             raise ArtifactError(
                 f"the data must have the model's {len(self.item_ids):,} items, but they lack the last "
-                f"{len(self.item_ids) - len(theirs):,}, such as `itemtok extend` gives it; name data that have them "
-                "behind the others (`itemtok evaluate … --data FOLDER`)"
+                f"{len(self.item_ids) - len(theirs):,}; where `itemtok extend` gave it these, name a data folder that "
+                "has them behind the others, else the data are those of another catalogue"
             )
         if theirs != self.item_ids:
             raise ArtifactError(

@@ -29,7 +29,7 @@ def explain(dotted: str = "") -> str:
     path: tuple[str, ...] = ()
     names = [name for name in dotted.split(".") if name]
     while names:
-        path, holders = (*path, names.pop(0)), owners
+        path, holder = (*path, names.pop(0)), owners[:1]
         owners = [section for section in sections if path[-1] in strict.annotations_of(section)]
         if not owners:
             strict.Checker("explain").fail_unknown(path, {n for s in sections for n in strict.annotations_of(s)})
@@ -37,9 +37,9 @@ def explain(dotted: str = "") -> str:
         sections = [part for annotation in annotations for part in strict.sections_in(annotation)]
         entries = [part for annotation in annotations for part in strict.entries_in(annotation)]
         if entries and names:
-            path, sections = (*path, names.pop(0)), entries  # the recipe names its entries as it likes
-        elif not sections and len(owners) > 1 and path[-1] == "kind" and path[-2] in strict.annotations_of(holders[0]):
-            return _explain_kinds(dotted, owners, _default(holders[0], path[-2]))
+            path, sections, owners = (*path, names.pop(0)), entries, []  # the recipe names its entries as it likes
+        elif not sections and not names and holder and path[-1] == "kind" and len(owners) > 1:
+            return _explain_kinds(dotted, owners, _default(holder[0], path[-2]))
         elif not sections:
             return _explain_leaf(dotted, path, names, owners, entries)
     return "\n\n".join(dict.fromkeys(_explain_section(dotted, section) for section in sections))

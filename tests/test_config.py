@@ -428,6 +428,14 @@ def test_explain_says_what_kinds_share_once():
     assert explain("update.every").count("update.every.steps: ") == 1
 
 
+def test_below_a_kind_there_is_nothing_and_entries_may_have_any_name():
+    for name in ("update.kind.x", "tokenizer.kind.levels", "seed.x"):
+        with pytest.raises(RecipeError, match="has none below it"):
+            explain(name)
+    for name in ("k", "repeats", "segments", "asin"):  # settings of the section that holds the entries, and another
+        assert explain(f"evaluation.segments.{name}.kind").count(f"evaluation.segments.{name}.kind: ") == 2
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

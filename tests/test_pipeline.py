@@ -252,6 +252,19 @@ def test_a_folder_that_holds_another_recipe_is_refused_and_left_alone(finished: 
     assert (finished / "metrics.json").is_file()
 
 
+def test_what_differs_is_told_also_where_it_looks_alike_and_of_a_damaged_recipe(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    text = (folder / "recipe.yaml").read_text()
+    for old, message in (
+        (text.replace("items: 60", "items: '60'"), 'the folder has data.items: "60".*, this recipe data.items: 60'),
+        (text + "seed: 0\n", "another run, whose recipe.yaml differs"),
+    ):
+        assert old != text
+        (folder / "recipe.yaml").write_text(old)
+        with pytest.raises(ArtifactError, match=message):
+            run(recipe(tmp_path, "vectors.dimensions=5"), folder)
+
+
 def test_a_corrected_recipe_takes_over_a_folder_where_nothing_but_data_was_finished(tmp_path: Path) -> None:
     faulty = ("vectors.kind=file", f"vectors.path={tmp_path / 'vectors.npy'}")
     with pytest.raises(DataError, match=r"vectors\.npy"):
@@ -690,10 +703,10 @@ def test_models_of_different_splits_are_not_measured_together(finished: Path, tm
     for protocol, message in (
         (
             {**settings["protocol"], "split": "temporal"},
-            "`data.split` is leave-last-out for .*, and temporal for .*other",
+            r'`data.split` is "leave-last-out" for .*, and "temporal" for .*other',
         ),
         ({**settings["protocol"], "k_core": 3}, "`data.k_core` is 0 for .*, and 3 for .*other"),
-        ({}, "does not say how its data were split"),
+        ({}, "other: this model does not say how its data were split"),
     ):
         path.write_text(json.dumps(settings | {"protocol": protocol}))
         with pytest.raises(ArtifactError, match=message):

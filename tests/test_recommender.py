@@ -446,7 +446,7 @@ def test_another_catalogue_is_refused():
     recommender.check_catalog(catalog(IDS))
     with pytest.raises(ArtifactError, match="their items differ: 60 in the model, 59 in the data, 59 in both"):
         recommender.check_catalog(catalog(IDS[1:]))
-    with pytest.raises(ArtifactError, match="the model's 60 items, but they lack the last 1, such as `itemtok extend`"):
+    with pytest.raises(ArtifactError, match="the model's 60 items, but they lack the last 1; where `itemtok extend`"):
         recommender.check_catalog(catalog(IDS[:-1]))
     with pytest.raises(ArtifactError, match=rf"from item 59 on, {IDS[-1]} stands where {IDS[-2]} was"):
         recommender.check_catalog(catalog([*IDS[:-2], IDS[-1], IDS[-2]]))

@@ -194,7 +194,7 @@ class ItemKNN:
         best = {name: values[0] for name, values in cls.GRID.items()}
         for name, values in [*cls.GRID.items()] * 2:
             best = max(({**best, name: value} for value in (best[name], *values)), key=score)
-        told = ", ".join(f"{name} {value}" for name, value in best.items())
+        told = ", ".join(f"{name} {json.dumps(value)}" for name, value in best.items())
         log(f"  item-knn: {told}; chosen of {len(seen)} settings")
         return make(best), best
 

@@ -297,15 +297,22 @@ def evaluate_path(
 
 def _same_split(paths: Sequence[str], members: Sequence[Recommender]) -> None:
     """Raise `ArtifactError` unless all had one split: one may have learnt what others are tested on."""
-    first, *others = (dataclasses.asdict(_bundle_data(member, ".")) for member in members)
+    first, *others = (_split_of(path, member) for path, member in zip(paths, members, strict=True))
     for path, other in zip(paths[1:], others, strict=True):
         for name in PROTOCOL:
             if name != "unknown_items" and other[name] != first[name]:
                 raise ArtifactError(
                     "models that are measured together must have been trained on the same split, or one may have "
-                    f"learnt what another is tested on; `data.{name}` is {first[name]} for {paths[0]}, and "
-                    f"{other[name]} for {path}"
+                    f"learnt what another is tested on; `data.{name}` is {json.dumps(first[name])} for {paths[0]}, "
+                    f"and {json.dumps(other[name])} for {path}"
                 )
+
+
+def _split_of(path: str, member: Recommender) -> dict[str, Any]:
+    try:
+        return dataclasses.asdict(_bundle_data(member, "."))
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
 
 
 def _bundle_data(recommender: Recommender, path: str) -> Data:

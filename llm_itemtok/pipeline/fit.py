@@ -275,12 +275,13 @@ def _took(
 
     Args:
         trainer: that has ended.
-        seconds: that it took, without the dense model's.
+        seconds: that it took, without the dense model and the choice of its share.
         flops: that it took, estimated.
         trainable: parameters.
         shares: of a dense model (`with_rescoring`); empty where there is none.
     """
     dense = shares.get("training", {"seconds": 0.0, "parameters": 0})
+    seconds += dense["seconds"] + shares.get("choosing_seconds", 0.0)
     state, effort = trainer.state, trainer.effort
     key = "validation/ndcg@10"
     return {
@@ -288,7 +289,7 @@ def _took(
         "best_step": state.best_global_step,
         "targets_seen": effort.targets,
         "flops": flops,
-        "seconds": round(seconds + dense["seconds"], 1),
+        "seconds": round(seconds, 1),
         "peak_mb": round(effort.peak_mb),
         "parameters": trainable + dense["parameters"],
         "kind": "decoder" if trainer.effort.context_positions == 0 else "encoder-decoder",

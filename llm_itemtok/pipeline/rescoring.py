@@ -54,7 +54,7 @@ def with_rescoring(
     cases = data.split.validation
     shares = (0.0, *sorted({*chosen.shares}), 1.0)
     ways = (True, False) if config.evaluation.repeats == "choose" else (recommender.generation.repeats,)
-    of_way, best_of = {}, {}
+    of_way, best_of, began = {}, {}, time.perf_counter()
     for way in ways:
         asked, progress = recommender.with_generation(repeats=way), progress_lines(log, "validation users")
         found = of_way[way] = _by_share(asked, rescorer, cases, shares, config, progress)
@@ -64,6 +64,7 @@ def with_rescoring(
     alone = f"{found[0.0][KEY]:.4f} as the language model ranks, {found[1.0][KEY]:.4f} as the dense one does"
     log(f"  re-scoring: validation NDCG@10 {found[best][KEY]:.4f} with a share of {best:g}; {alone}")
     facts: dict[str, Any] = {"share": best, "users": len(cases), "training": took}
+    facts["choosing_seconds"] = round(time.perf_counter() - began, 1)
     facts["validation"] = [{"share": share, **found[share]} for share in shares]
     if len(ways) > 1:
         facts["repeats"] = {WAYS[way]: of_way[way][best_of[way]][KEY] for way in ways}

@@ -7,6 +7,7 @@ it stopped, and a changed input runs exactly what it touches.
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -264,7 +265,10 @@ def _without_paths(text: str) -> Any:
 
 
 def _difference(old: str, new: str) -> str:
-    before, after = (_settings(plain_yaml.parse(text, RECIPE)) for text in (old, new))
+    try:
+        before, after = (_settings(plain_yaml.parse(text, RECIPE)) for text in (old, new))
+    except RecipeError:  # the old one is none of ours, or damaged
+        before, after = old.splitlines(), new.splitlines()
     sides = {"the folder has": [line for line in before if line not in after],
              "this recipe": [line for line in after if line not in before]}  # fmt: skip
     told = {side: "; ".join(lines[:3]) + (" …" * (len(lines) > 3)) for side, lines in sides.items()}
@@ -276,7 +280,10 @@ def _settings(value: Any, name: str = "") -> list[str]:
     if isinstance(value, dict) and value:
         parts = [_settings(part, f"{name}.{key}" if name else str(key)) for key, part in value.items()]
         return [line for lines in parts for line in lines]
-    return [f"{name}: {value if isinstance(value, str) else json.dumps(value, default=str)}"]
+    bare = (
+        isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and value not in ("null", "true", "false")
+    )
+    return [f"{name}: {value if bare else json.dumps(value, ensure_ascii=False, default=str)}"]
 
 
 def environment() -> dict[str, Any]:

@@ -233,7 +233,10 @@ def _metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[dict[str, A
 
 
 def _fitting_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    """List how each system was fitted, a cell of lines a system; rows that no baseline has are left out."""
+    """List how each system was fitted, a cell of lines a system.
+
+    Rows that no baseline has are left out, but for what was chosen for the model.
+    """
     systems = _systems(metrics)
     key = "ndcg@10"
     rows = [
@@ -244,8 +247,8 @@ def _fitting_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]
         ("Time", [[] if part["seconds"] is None else [duration_text(part["seconds"])] for part in systems]),
         ("Settings chosen", [_setting_lines(part["settings"]) for part in systems]),
     ]
-    others = [place for place, part in enumerate(systems) if not part["ours"]]
-    return [(name, cells) for name, cells in rows if any(cells[place] for place in others)]
+    telling = [place for place, part in enumerate(systems) if part["settings"] or not part["ours"]]
+    return [(name, cells) for name, cells in rows if any(cells[place] for place in telling)]
 
 
 def _setting_lines(settings: Mapping[str, Any]) -> list[str]:

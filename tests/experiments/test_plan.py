@@ -158,7 +158,7 @@ def test_every_outcome_of_tuning_is_looked_at_before_anything_runs(load):
     load(arms=arms).check()
     load(arms={**arms, "side": {"probe": True, "based_on": "demo", "settings": unique}}).check()
     kmeans = {"probe": True, "based_on": "demo", "settings": {"tokenizer": {"iterations": 7}}}
-    with pytest.raises(RecipeError, match=r"tokenizer\.iterations"):
+    with pytest.raises(RecipeError, match=r"base\.yaml with arm `side` of .*plan\.yaml: `tokenizer\.iterations"):
         load(arms={**arms, "side": kmeans}).check()
     load(arms={**arms, "side": {**kmeans, "variant": "few"}}).check()
 

@@ -441,6 +441,15 @@ def test_a_run_still_rising_and_levels_half_empty_are_noticed(tmp_path):
     assert "extra uses only" not in text
 
 
+@pytest.mark.parametrize(("values", "rising"), [((0.1, 0.2), True), ((0.2, 0.1), False), ((0.2,), False)])
+def test_two_measurements_are_enough_to_see_a_rise(tmp_path, values, rising):
+    run = make_run(tmp_path, ("log",))
+    lines = [json.dumps({"step": step, "validation/ndcg@10": value}) for step, value in enumerate(values, start=1)]
+    artifacts.write_text(run / "metrics.jsonl", "\n".join(lines) + "\n")
+
+    assert ("longer training may still help" in Page(write_report(run)).text) == rising
+
+
 def test_versions_of_the_codes_stand_side_by_side_in_order(tmp_path):
     run = make_run(tmp_path, ("codes",))
     for version, rate in (("v2", 0.02), ("v10", 0.01)):
@@ -514,6 +523,11 @@ def test_baselines_say_their_time_settings_and_validation(tmp_path):
     artifacts.write_json(run / "metrics.json", metrics)
 
     assert "Settings chosen repeats no dense share 0.5 – order 1 decay 0.8" in Page(write_report(run)).text
+
+    del metrics["baselines"]["markov"]["settings"]
+    artifacts.write_json(run / "metrics.json", metrics)
+
+    assert "Settings chosen repeats no dense share 0.5 – –" in Page(write_report(run)).text
 
 
 def test_metrics_from_before_baselines_were_timed_have_no_empty_rows(tmp_path):
