@@ -7,7 +7,6 @@ it stopped, and a changed input runs exactly what it touches.
 
 import json
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -276,14 +275,11 @@ def _difference(old: str, new: str) -> str:
 
 
 def _settings(value: Any, name: str = "") -> list[str]:
-    """A line a setting, with its dotted name."""
+    """A line a setting: its dotted name, and its value as JSON, in which `"null"` does not look like `null`."""
     if isinstance(value, dict) and value:
         parts = [_settings(part, f"{name}.{key}" if name else str(key)) for key, part in value.items()]
         return [line for lines in parts for line in lines]
-    bare = (
-        isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and value not in ("null", "true", "false")
-    )
-    return [f"{name}: {value if bare else json.dumps(value, ensure_ascii=False, default=str)}"]
+    return [f"{name}: {json.dumps(value, ensure_ascii=False, default=str)}"]
 
 
 def environment() -> dict[str, Any]:
