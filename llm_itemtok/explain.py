@@ -9,10 +9,13 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import TrainingArguments
+
 from llm_itemtok import strict
 from llm_itemtok.config import RunConfig
+from llm_itemtok.errors import RecipeError
 from llm_itemtok.recipe_file import as_plain
-from llm_itemtok.training.arguments import explain_setting
+from llm_itemtok.training.arguments import OWNED, explain_setting
 
 
 def explain(dotted: str = "") -> str:
@@ -31,6 +34,8 @@ def explain(dotted: str = "") -> str:
     while names:
         path, holder = (*path, names.pop(0)), owners[:1]
         owners = [section for section in sections if path[-1] in strict.annotations_of(section)]
+        if not owners and dotted == path[-1] and (homes := _homes(dotted)):
+            raise RecipeError(f"explain: `{dotted}` stands in a section; ask for {' or '.join(homes)}")
         if not owners:
             strict.Checker("explain").fail_unknown(path, {n for s in sections for n in strict.annotations_of(s)})
         annotations = [strict.annotations_of(owner)[path[-1]] for owner in owners]
@@ -43,6 +48,14 @@ def explain(dotted: str = "") -> str:
         elif not sections:
             return _explain_leaf(dotted, path, names, owners, entries)
     return "\n\n".join(dict.fromkeys(_explain_section(dotted, section) for section in sections))
+
+
+def _homes(name: str) -> list[str]:
+    """Where a setting of that name stands, such as `tokenizer.levels`, with the marks."""
+    sections = {top: strict.sections_in(annotation) for top, annotation in strict.annotations_of(RunConfig).items()}
+    ours = [top for top, parts in sections.items() if any(name in strict.annotations_of(part) for part in parts)]
+    library = ["trainer"] if name in set(TrainingArguments.__dataclass_fields__) - set(OWNED) else []
+    return [f"`{top}.{name}`" for top in [*ours, *library]]
 
 
 def _explain_leaf(

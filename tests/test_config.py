@@ -487,6 +487,19 @@ def test_explain_refuses_unknown_settings_with_the_nearest():
         explain("seed.x")
 
 
+@pytest.mark.parametrize(
+    ("name", "homes"),
+    [
+        ("levels", "`tokenizer.levels`"),
+        ("kind", "`vectors.kind` or .*`tokenizer.kind` or .*"),
+        ("num_train_epochs", "`trainer.num_train_epochs`"),
+    ],
+)
+def test_explain_says_where_a_setting_stands(name, homes):
+    with pytest.raises(RecipeError, match=f"stands in a section; ask for {homes}$"):
+        explain(name)
+
+
 def test_sections_that_share_a_name_explain_it_alike():
     """A setting of several kinds means the same in each, so a reader learns it once."""
     kinds = strict.sections_in(strict.annotations_of(RunConfig)["tokenizer"])

@@ -10,6 +10,7 @@ This module lays the page out; `findings` has the numbers, `wording` the sentenc
 no files.
 """
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -230,7 +231,7 @@ def _block(block: Block, call: Call) -> list[str]:
             plain(call(baseline.name)),
             *(estimate_text(baseline.test[key]) for key in KEYS),
             number(baseline.validation["ndcg@10"]) if baseline.validation else "–",
-            plain(", ".join(f"{name} {value}" for name, value in baseline.settings.items()) or "–"),
+            plain(", ".join(f"{name} {json.dumps(value)}" for name, value in baseline.settings.items()) or "–"),
         ]
         for baseline in block.baselines
     ]

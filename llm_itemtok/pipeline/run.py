@@ -68,7 +68,7 @@ def run(
     prepare.refuse_textless(config, data.catalog)
     keys = stages.keys(config, data.sha256, stages.input_hashes(config), data.segments_sha256)
     if state.is_main_process:
-        stages.refuse_others(folder)  # before there is a lock beside it
+        stages.refuse_unless_run(folder)  # before there is a lock beside it
     state.wait_for_everyone()  # nobody writes before everybody has read
     with alone_in(folder) if state.is_main_process else nullcontext():
         book = stages.Stages.open(folder, fresh=fresh, writes=state.is_main_process)

@@ -233,7 +233,7 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
     write_text(recipe, text)
 
 
-def refuse_others(folder: Path) -> None:
+def refuse_unless_run(folder: Path) -> None:
     """Raise `ArtifactError` where a run folder would be something else: a file, or a folder with other files."""
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder}: the run folder must be a folder, found: a file; choose another `--out`")
