@@ -17,7 +17,7 @@ import pyarrow as pa
 class ArrowColumn(Sequence[Any]):
     """A column of an Arrow table, whose values become Python's only where somebody looks at them.
 
-    Times and dates are seconds since 1970.
+    Times and dates are seconds since 1970, UUIDs their text.
     """
 
     def __init__(self, chunks: pa.ChunkedArray) -> None:
@@ -26,6 +26,11 @@ class ArrowColumn(Sequence[Any]):
         Raises:
             pa.ArrowException: if a time is beyond what microseconds can say.
         """
+        if isinstance(chunks.type, pa.UuidType):
+            texts = [None if value is None else str(value) for value in chunks.to_pylist()]
+            chunks = pa.chunked_array([texts], pa.string()).dictionary_encode()
+        if isinstance(chunks.type, pa.BaseExtensionType):
+            chunks = chunks.cast(chunks.type.storage_type)
         self._seconds = pa.types.is_timestamp(chunks.type) or pa.types.is_date(chunks.type)
         if self._seconds:
             chunks = chunks.cast(pa.timestamp("us"), safe=False).cast(pa.int64())

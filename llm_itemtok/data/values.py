@@ -77,8 +77,8 @@ def _id(value: object) -> str | None:
         return ""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, Decimal):
-        value = float(value)
+    if isinstance(value, Decimal) and value == int(value):
+        return str(int(value))
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
     return None
@@ -181,7 +181,7 @@ def label(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Decimal):
-        value = float(value)
+        value = int(value) if value == int(value) else float(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
     return str(value)

@@ -238,14 +238,17 @@ def _block(
         by_arm.setdefault(row["arm"], []).append(row)
     _check_roles(name, by_arm)
     _check_users(name, rows, by_run)
-    per_user = {row["recipe_sha256"]: _gains(row, by_run) for row in rows if row["recipe_sha256"] in by_run}
+    users = {row["recipe_sha256"]: len(by_run.get(row["recipe_sha256"], [()])[0]) for row in rows}
+    per_user = {row["recipe_sha256"]: _gains(row, by_run) for row in rows if users[row["recipe_sha256"]] > 1}
     controls = {row["seed"]: row for row in rows if row["control"]}
     order = sorted(by_arm, key=lambda arm: (not by_arm[arm][0]["control"], by_arm[arm][0]["probe"]))
     notes = [
         Note(row["arm"], f"no ranks of seed {row['seed']} are kept, so means and tests leave it out.")
         for row in rows
-        if row["recipe_sha256"] not in per_user
+        if not users[row["recipe_sha256"]]
     ]
+    if 1 in users.values():
+        notes.append(Note("", "There is one test user, which says nothing of others: no intervals, no comparisons."))
     if not controls:
         notes.append(Note("", "The control has not run yet, so nothing is compared with it."))
     arms = tuple(_arm(arm, by_arm[arm], controls, per_user, records) for arm in order)

@@ -10,7 +10,7 @@ follows from them. This module makes cells; it runs nothing.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -182,27 +182,46 @@ class LoadedPlan:
             cells.setdefault(cell.arm, []).append(cell)
         return {arm: own[0].point for arm, own in cells.items() if len(own) == 1}
 
-    def outcomes(self) -> Iterator[dict[str, Point]]:
-        """What tuning may choose, as far as arms have points of their own: each of their combinations."""
-        first = points(self.plan.tuning.grid)[0] if self.plan.tuning else ()
-        own = {name: _own_points(arm) for name, arm in self.plan.arms.items() if not arm.based_on}
-        for combination in itertools.product(*own.values()):
-            yield {name: (*first, *point) for name, point in zip(own, combination, strict=True)}
-
     def check(self) -> None:
-        """Resolve what would be confirmed after every outcome of tuning, so that it cannot fail after hours.
+        """Resolve what would be confirmed of each arm after any outcome of tuning, so that it cannot fail after hours.
 
         Raises:
-            RecipeError: if a recipe would not be right then.
+            RecipeError: if a recipe would not be right then, or two arms could have the same.
         """
-        for chosen in self.outcomes():
-            self.confirm_cells(chosen)
+        seed, owners = self.plan.confirm.seeds[0], dict[tuple[str, ...], str]()
+        for name, arm in self.plan.arms.items():
+            outcomes = [self._point(name, chosen) for chosen in self._outcomes(name)]
+            chooser = (arm.based_on or name) if len(outcomes) > 1 else ""
+            for dataset in arm.datasets or self.plan.datasets:
+                recipes = [self._config(dataset, name, seed, point).to_yaml() for point in outcomes]
+                always = (dataset, chooser, *recipes)
+                ever = [] if arm.probe else [(dataset, recipe) for recipe in recipes]
+                for owner in [owners.setdefault(key, name) for key in (always, *ever)]:
+                    if owner != name:
+                        first, second = sorted((owner, name))
+                        raise RecipeError(
+                            f"{self.path}: every arm must have a recipe of its own, but on {dataset} those of "
+                            f"`arms.{first}` and `arms.{second}` {'can be' if len(outcomes) > 1 else 'are'} the same"
+                        )
+
+    def _outcomes(self, name: str) -> list[Point]:
+        """What tuning may choose for an arm; one empty point for a plan without tuning."""
+        arm = self.plan.arms[name]
+        shared = points(self.plan.tuning.grid) if self.plan.tuning else [()]
+        own = _own_points(self.plan.arms[arm.based_on] if arm.based_on else arm)
+        return [(*first, *then) for first, then in itertools.product(shared, own)]
+
+    def _point(self, name: str, chosen: Point) -> Point:
+        """The point at which an arm is confirmed, given what was chosen for it or what it is based on."""
+        variant = self.plan.arms[name].variant
+        return ((VARIANT, variant), *(pair for pair in chosen if pair[0] != VARIANT)) if variant else chosen
 
     def confirm_cells(self, chosen: Mapping[str, Point]) -> list[Cell]:
         """Every arm with every seed on every data set, at the point that was chosen for it.
 
         First what the plan asks about, and first seeds first: a plan that is stopped early has an answer with fewer
-        seeds, and then one without side comparisons.
+        seeds, and then one without side comparisons. A side comparison that turns out to be a run of another arm, such
+        as an ablation of what was not chosen anyway, is left out.
         """
         everywhere, always = tuple(self.plan.datasets), self.plan.confirm.seeds
         cells = []
@@ -210,14 +229,22 @@ class LoadedPlan:
             for dataset, (name, arm) in itertools.product(everywhere, self.plan.arms.items()):
                 if seed in (arm.seeds or always) and dataset in (arm.datasets or everywhere):
                     cells.append(self._confirmed(dataset, name, seed, chosen))
-        return sorted(cells, key=lambda cell: self.plan.arms[cell.arm].probe)
+        cells.sort(key=lambda cell: self.plan.arms[cell.arm].probe)
+        return [cell for at, cell in enumerate(cells) if not self._known(cell, cells[:at], chosen)]
+
+    def _known(self, cell: Cell, before: Sequence[Cell], chosen: Mapping[str, Point]) -> bool:
+        """Whether a side comparison turns out to be a run of another arm."""
+        arms = self.plan.arms
+        return arms[cell.arm].probe and any(
+            (other.block, other.config) == (cell.block, cell.config)
+            for other in before
+            if not self.plan.tuning or {arms[of.arm].based_on or of.arm for of in (cell, other)} <= set(chosen)
+        )
 
     def _confirmed(self, dataset: str, name: str, seed: int, chosen: Mapping[str, Point]) -> Cell:
         """One cell of `confirm`."""
         arm = self.plan.arms[name]
-        point = chosen.get(arm.based_on or name, ())
-        if arm.variant:
-            point = ((VARIANT, arm.variant), *(pair for pair in point if pair[0] != VARIANT))
+        point = self._point(name, chosen.get(arm.based_on or name, ()))
         config = self._config(dataset, name, seed, point)
         title = f"{dataset} · {name} · seed {seed}"
         codes_of = self._confirmed(dataset, arm.codes_of, seed, chosen) if arm.codes_of else None

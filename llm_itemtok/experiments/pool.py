@@ -14,6 +14,7 @@ default leaves alone what was there before; where it does not, `BEFORE` says wha
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -158,10 +159,11 @@ class Pool:
             test: its recorded metrics; ranks that give others, such as those of a stale run, are passed over.
         """
         own = self.folder(job) / artifacts.RANKS
-        sources = [pq.read_table(own)] if own.exists() else []
-        for path in sorted(self.results.glob("*.ranks.parquet")):
-            table = pq.read_table(path)
-            sources.append(table.filter(pc.equal(table["recipe_sha256"], job.sha256)).select(["user", "rank"]))
+        told = (
+            pq.read_table(path, columns=["user", "rank"], filters=pc.field("recipe_sha256") == job.sha256)
+            for path in sorted(self.results.glob("*.ranks.parquet"))
+        )
+        sources = itertools.chain([pq.read_table(own)] if own.exists() else [], told)
         return next((table for table in sources if len(table) and _give(table, test)), None)
 
     def _path_hashes(self, config: RunConfig) -> dict[str, str]:

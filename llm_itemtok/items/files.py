@@ -84,7 +84,7 @@ def read_codes(
 
     Returns:
         Codes of the N items, perhaps shared, with the file's name and hash in their provenance, and whether they were
-        `joined_by` "id" or "row".
+        `joined_by` "id" or "row"; those of our own format with how their collisions were resolved.
 
     Raises:
         ArtifactError: if a file of our own format is not readable.
@@ -108,6 +108,8 @@ def read_codes(
                 "use `tokenizer.kind: numeric` or `title`"
             )
         _refuse_too_much(path, sizes or saved.sizes, saved.num_items)
+        if "collisions" in saved.provenance:
+            provenance["collisions"] = saved.provenance["collisions"]  # whether the last level only counts
         return ItemCodes(saved.table, sizes or saved.sizes, names=saved.names, provenance=provenance)
     codes, names, of_items = _read_text(path, kind)
     by_row = of_items and are_rows(codes, item_ids)
@@ -344,7 +346,7 @@ def _read_safetensors(path: Path, item_ids: Sequence[str], unknown_items: str) -
         raise DataError(f"{beside}: must hold the {saved.num_items:,} items of {path.name}, was: {len(rows):,}")
     _refuse_other_items(rows, item_ids, unknown_items, beside)
     table = saved.table[[rows[item_id] for item_id in item_ids]]
-    return ItemCodes(table, saved.sizes, names=saved.names, words=saved.words)
+    return ItemCodes(table, saved.sizes, names=saved.names, words=saved.words, provenance=saved.provenance)
 
 
 def are_rows(keys: Collection[str], item_ids: Sequence[str]) -> bool:

@@ -264,6 +264,8 @@ def make_codes(config: RunConfig, data: Dataset, folder: Path, log: Log) -> Item
         unique = collisions.forbid(codes, data.catalog.item_ids)
     elif policy == "extra-level":
         unique = collisions.extra_level(codes)
+    elif codes.is_injective and "collisions" in codes.provenance:
+        unique = codes  # of a file of ours: resolved when they were made
     else:
         moves = {"sinkhorn": collisions.sinkhorn, "reassign": collisions.reassign, "matching": collisions.matching}
         unique = moves[policy](codes, matrix, quantizer=quantizer)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from llm_itemtok.errors import ItemTokError
 from llm_itemtok.vocab.item_vocab import ItemVocab
@@ -52,8 +53,7 @@ def text_mean(vocab: ItemVocab, table: Tensor, item_token_ids: Sequence[Sequence
     table = table.detach().float()
     lengths = torch.tensor([len(ids) for ids in item_token_ids])
     flat = torch.tensor([token for ids in item_token_ids for token in ids], dtype=torch.long)
-    items = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    vectors = torch.zeros(len(lengths), table.shape[1]).index_add_(0, items, table[flat])
+    vectors = embedding_bag(flat, table, lengths.cumsum(0) - lengths, mode="sum")  # never holds a row a text token
     has_text = lengths > 0
     vectors[has_text] = vectors[has_text] / lengths[has_text].unsqueeze(1)
     centred = torch.where(has_text.unsqueeze(1), vectors - vectors[has_text].mean(0), torch.zeros(()))

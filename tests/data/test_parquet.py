@@ -1,5 +1,8 @@
 """A folder of Parquet files is one table, and a fault in it is told by file and row."""
 
+import uuid
+from decimal import Decimal
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,6 +56,17 @@ def test_texts_of_a_file_are_those_of_any_other_format(tmp_path):
     (text / "interactions").mkdir()
     pq.write_table(pa.table(columns), text / "interactions" / "all.parquet", use_dictionary=False)
     assert read(text).interactions.sha256 == expected.sha256
+
+
+def test_ids_of_databases_are_texts(tmp_path):
+    """UUIDs, and whole numbers beyond what a float can tell apart."""
+    uuids = [uuid.UUID(int=place).bytes for place in (1, 2, 1)]
+    wide = [Decimal("76561198000000001"), Decimal("76561198000000002"), Decimal("3.00")]
+    items = {"item_id": pa.array(wide, pa.decimal128(22, 2)), "title": ["a", "b", "c"]}
+    log = {"user_id": pa.array(uuids, pa.uuid()), "item_id": items["item_id"], "position": [0, 0, 1]}
+    found = read(write(tmp_path, log, items=items, shards=2))
+    assert found.catalog.item_ids == ("76561198000000001", "76561198000000002", "3")
+    assert found.interactions.user_ids == (str(uuid.UUID(int=1)), str(uuid.UUID(int=2)))
 
 
 FAULTS = {

@@ -358,6 +358,20 @@ def test_a_row_without_ranks_is_left_out_of_the_test_and_named():
     assert "two seeds, p" in page
 
 
+def test_of_one_test_user_nothing_is_said_but_the_numbers():
+    found = _results()
+    for row in (row for row in found.rows if row["stage"] == "confirm"):
+        users, ranks = found.ranks[row["recipe_sha256"]]
+        found.ranks[row["recipe_sha256"]] = users[:1], ranks[:1]
+        row["test"] = metrics_from_ranks(ranks[:1])
+
+    page, pictures = found.page()
+
+    assert "- There is one test user, which says nothing of others: no intervals, no comparisons." in page
+    assert "the difference is not tested" in page
+    assert "made-difference.svg" not in pictures
+
+
 def test_without_any_ranks_the_means_stand_alone():
     found = _results()
     found.ranks.clear()

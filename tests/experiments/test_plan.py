@@ -163,6 +163,55 @@ def test_every_outcome_of_tuning_is_looked_at_before_anything_runs(load):
     load(arms={**arms, "side": {**kmeans, "variant": "few"}}).check()
 
 
+def test_every_point_that_all_tune_is_looked_at_before_anything_runs(load):
+    tuning = {**PLAN["tuning"], "grid": {"objective.normaliser": ["vocab", "level"]}}
+    numeric = {"probe": True, "based_on": "demo", "settings": {"tokenizer": {"kind": "numeric"}}}
+    with pytest.raises(RecipeError, match=r"needs `objective\.normaliser: vocab`, was: level"):
+        load(arms={**PLAN["arms"], "numeric": numeric}, tuning=tuning).check()
+
+
+def test_arms_are_looked_at_one_by_one(load):
+    """Three choices of each of 16 arms are 48 recipes, and not the 43 million ways to choose of all."""
+
+    def tuned(**settings):
+        return {"grid": {"trainer.weight_decay": [0.1, 0.2, 0.3]}, "settings": settings}
+
+    arms = {f"arm-{steps}": tuned(trainer={"max_steps": steps}) for steps in range(1, 16)}
+    load(arms={**arms, "random": {"control": True, **tuned(tokenizer={"kind": "random"})}}).check()
+
+
+def test_a_side_comparison_that_turns_out_to_be_another_arm_is_not_run_again(load):
+    variants = {"few": {"tokenizer": {"levels": 2}}, "many": {"tokenizer": {"levels": 5}}}
+    few = {"probe": True, "based_on": "demo", "variant": "few"}
+    plan = load(arms={"few": few, "demo": {"variants": variants}, "random": PLAN["arms"]["random"]})
+    plan.check()
+
+    def arms(variant):
+        rate = ("trainer.learning_rate", 1e-3)
+        cells = plan.confirm_cells({"demo": (rate, ("variant", variant)), "random": (rate,)})
+        return {cell.arm for cell in cells}
+
+    assert arms("few") == {"demo", "random"}
+    assert arms("many") == {"demo", "random", "few"}
+
+
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        ({"probe": True, "based_on": "demo"}, r"first those of `arms\.added` and `arms\.demo` can be"),
+        (
+            {"probe": True, "based_on": "demo", "settings": {"trainer": {"max_steps": 40}}},
+            r"`arms\.added` and `arms\.longer` can be the same",
+        ),
+        ({"settings": {"tokenizer": {"kind": "random"}}}, r"`arms\.added` and `arms\.random` can be the same"),
+    ],
+)
+def test_arms_that_cannot_differ_and_methods_that_may_not_are_refused(load, added, said):
+    plan = load(arms={**PLAN["arms"], "added": added})
+    with pytest.raises(RecipeError, match=said):
+        plan.check()
+
+
 def test_where_a_grid_has_one_point_nothing_is_chosen(load):
     assert load().foregone() == {}
     assert load(tuning=None).foregone() == {}

@@ -8,6 +8,7 @@ import pytest
 
 from llm_itemtok.errors import ArtifactError, DataError
 from llm_itemtok.items.codes import ItemCodes
+from llm_itemtok.items.collisions import extra_level
 from llm_itemtok.items.files import export_codes, format_of, read_codes, read_items_and_codes
 
 IDS = ("a", "b,1", 'c "x"', "d\nd")
@@ -85,6 +86,17 @@ def test_a_level_may_have_a_codeword_an_item_however_many(tmp_path):
     assert read_codes(path, item_ids).sizes == (70_000,)
     with pytest.raises(DataError, match="at most 70,000 codewords"):
         read_codes(path, item_ids, sizes=(70_001,))
+
+
+@pytest.mark.parametrize("by_id", [False, True])
+def test_codes_of_our_own_still_say_that_their_last_level_only_counts(tmp_path, by_id):
+    codes = extra_level(ItemCodes([[0], [0], [1]], (2,)))
+    codes.save(tmp_path)
+    if by_id:
+        (tmp_path / "items.jsonl").write_text("".join(json.dumps({"id": item_id}) + "\n" for item_id in "cba"))
+    back = read_codes(tmp_path, "abc")
+    assert back.num_describing_levels == 1
+    assert back.provenance["collisions"] == codes.provenance["collisions"]
 
 
 @pytest.mark.parametrize("name", NAMES.values())
