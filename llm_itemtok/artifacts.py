@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -69,6 +70,8 @@ EXAMPLES = "examples.json"
 """A few users with history, target and recommendations, for the report."""
 ITEMS = "items.jsonl"
 """In the bundle: id, title and code of every item."""
+MEASURED = (METRICS, PREDICTIONS, RANKS, EXAMPLES, REPORT)
+"""What tells how good a run's model is: a model that takes the place of another begins without."""
 CATEGORIES = "categories.parquet"
 """Columns item, categories: every item of the catalogue in its order, for the report."""
 TRACE = "trace.parquet"
@@ -236,6 +239,21 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, text + "\n")
 
 
+def read_text(path: Path | str) -> str:
+    """Read a text file.
+
+    Raises:
+        ArtifactError: if there is no such file, or it is not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"{path}: a text file must be here, found: {'a folder' if path.is_dir() else 'nothing'}")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path}: it must be text in UTF-8, found another byte at {error.start}") from error
+
+
 def read_json(path: Path | str) -> Any:
     """Read a JSON file.
 
@@ -293,6 +311,38 @@ def code_versions(run: Path) -> list[tuple[int, Path]]:
     """Numbers and folders of the versions of a run's item codes, the first one first; none where there is no run."""
     named = [(re.fullmatch(r"v(\d+)", path.name), path) for path in (run / CODES).glob("v*")]
     return sorted((int(name[1]), path) for name, path in named if name)
+
+
+def run_of(place: Path) -> Path | None:
+    """The run folder that a folder belongs to: itself, or the one whose model or version of codes it is; else None.
+
+    A recipe beside a bundle does not make it a run's: whoever keeps models may have recipes there.
+    """
+    place = place.resolve()
+    around = [place]
+    if place.name == MODEL:
+        around.append(place.parent)
+    if place.parent.name == CODES:
+        around.append(place.parent.parent)
+    return next((run for run in around if (run / RECIPE).is_file() and (run / ENVIRONMENT).is_file()), None)
+
+
+def refuse_model_of_run(out: Path) -> None:
+    """Raise `ArtifactError` where another bundle would take the place of a run's model, which belongs to its codes."""
+    if run_of(out) is not None:
+        raise ArtifactError(f"{out}: a run folder keeps the model that the run made; choose another folder")
+
+
+def refuse_aside(folder: Path) -> None:
+    """Raise `ArtifactError` where a folder is missing that had stepped aside for a new one which never came."""
+    pattern = re.compile(_ASIDE)
+    for path in () if folder.exists() or not folder.parent.is_dir() else folder.parent.iterdir():
+        found = pattern.fullmatch(path.name)
+        if found and found["name"] == folder.name:
+            raise ArtifactError(
+                f"{folder}: it is being exchanged, or a process was killed meanwhile; if nobody is at work there, put "
+                f"it back: mv {shlex.quote(str(path))} {shlex.quote(str(folder))}"
+            )
 
 
 def is_leftover(path: Path) -> bool:

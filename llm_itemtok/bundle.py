@@ -21,7 +21,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from llm_itemtok import custom_generate, hub
+from llm_itemtok import artifacts, custom_generate, hub
 from llm_itemtok.artifacts import FORMAT_VERSION, ITEMS, RECIPE, read_json, sha256_of_arrays, write_bytes
 from llm_itemtok.decoding import dense
 from llm_itemtok.decoding.dense import Rescorer
@@ -161,6 +161,7 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
     for candidate in (folder, folder / "model"):
         if (candidate / GENERATION).is_file():
             return candidate
+        artifacts.refuse_aside(candidate)
     if (folder / RECIPE).is_file():
         raise ArtifactError(f"{folder}: this run has no model yet; its stage `train` must finish first (`itemtok run`)")
     if folder.exists() or isinstance(path, Path):
@@ -297,19 +298,13 @@ def refuse_others(folder: Path, what: str = "a bundle") -> None:
         folder: where it is to stand.
         what: is to stand there, for the message.
     """
-    if folder.is_dir():
-        is_bundle = (folder / GENERATION).is_file()
-        found = sorted(name for name in _found(folder) if not is_bundle or not _is_ours(name))
-        if not found:
-            return
-    elif not folder.exists():
-        return
-    else:
-        found = [folder.name]
-    raise ArtifactError(
-        f"{folder}: {what} must go into a new folder or replace a bundle, found: other files {found[:3]}; choose "
-        "another folder, or move them away"
-    )
+    is_bundle = (folder / GENERATION).is_file()
+    names = _found(folder) if folder.is_dir() else [folder.name] if folder.exists() else []
+    if found := sorted(name for name in names if not is_bundle or not _is_ours(name)):
+        raise ArtifactError(
+            f"{folder}: {what} must go into a new folder or replace a bundle, found: other files {found[:3]}; choose "
+            "another folder, or move them away"
+        )
 
 
 def refuse_unshareable(generation: Generation) -> None:

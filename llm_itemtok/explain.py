@@ -64,8 +64,10 @@ def _explain_leaf(
     """Explain a setting that is no section, `below` being what was asked for under it."""
     if path == ("trainer",) and below:
         return explain_setting(below[0])
-    if below:
-        strict.Checker("explain").fail_unknown((*path, below[0]), ())
+    names = strict.names_in(strict.annotations_of(owners[0])[path[-1]])
+    if below and ((names is not None and below[0] not in names) or len(below) > 1):
+        strict.Checker("explain").fail_unknown((*path, *below), names or ())
+    dotted = ".".join(path)
     fields = "\n".join(dict.fromkeys(_explain_field(dotted, owner, path[-1]) for owner in owners))
     return "\n\n".join([fields, *(_explain_section(f"{dotted}.NAME", entry) for entry in entries)])
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_itemtok import bundle, hub
 from llm_itemtok import card as model_card
 from llm_itemtok.answering import Answering, best_scored
-from llm_itemtok.artifacts import ITEMS, atomic_folder, sha256_of_arrays, write_json, write_text
+from llm_itemtok.artifacts import ITEMS, atomic_folder, read_text, sha256_of_arrays, write_json, write_text
 from llm_itemtok.bundle import CARD, GENERATION, Generation
 from llm_itemtok.data.splits import Cases
 from llm_itemtok.decoding.beams import Beams, beam_search
@@ -412,6 +412,6 @@ def push_folder(
             write_json(Path(place) / GENERATION, asdict(replace(generation, base=None, revision=None)))
             files[GENERATION] = (Path(place) / GENERATION).read_bytes()
     if CARD in files:
-        text = (folder / CARD).read_text(encoding="utf-8")
+        text = read_text(folder / CARD)
         files[CARD] = model_card.for_repo(text, repo, licence).encode()
     return hub.push(repo, files, ours=bundle.FILES, revision=revision, private=private, message=message)

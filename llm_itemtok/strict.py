@@ -127,7 +127,8 @@ def type_name(annotation: Any) -> str:
         return " or ".join(dict.fromkeys(type_name(part) for part in typing.get_args(annotation)))
     if typing.get_origin(annotation) in (tuple, list):
         return f"a list, each {type_name(typing.get_args(annotation)[0])}"
-    return "a mapping"
+    names = ", ".join(names_in(annotation) or ())
+    return f"a mapping of {names}" if names else "a mapping"
 
 
 def choices_of(annotation: Any) -> list[Any]:
@@ -177,6 +178,15 @@ def entries_in(annotation: Any) -> tuple[type, ...]:
         return sections_in(arguments[0])
     is_mapping = isinstance(origin, type) and issubclass(origin, Mapping)
     return sections_in(arguments[1]) if is_mapping and arguments else ()
+
+
+def names_in(annotation: Any) -> tuple[str, ...] | None:
+    """The names that a mapping of plain values may have, none for what is no mapping; None where any will do."""
+    inner = unwrap(annotation)[0]
+    origin, arguments = typing.get_origin(inner), typing.get_args(inner)
+    if not (isinstance(origin, type) and issubclass(origin, Mapping)):
+        return ()
+    return tuple(choices_of(arguments[0])) or None
 
 
 def conditions_of(annotation: Any) -> list[Only]:

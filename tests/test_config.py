@@ -456,6 +456,20 @@ def test_settings_of_the_library_are_explained_by_what_it_says_of_them(name, tex
     assert text in said
 
 
+@pytest.mark.parametrize(("name", "default"), [("save_total_limit", "2"), ("ddp_timeout", "86400"), ("fp16", "false")])
+def test_defaults_are_told_as_they_are_here(name, default):
+    """Not as they are in the library where nobody else changes them."""
+    assert explain(f"trainer.{name}").endswith(f"; default {default})")
+
+
+def test_names_in_a_mapping_are_explained_by_the_mapping():
+    assert explain("examples.tasks.next-item") == explain("examples.tasks")
+    assert "a mapping of next-item, title-to-item, item-to-title" in explain("examples.tasks")
+    assert explain("data.columns.user_id") == explain("data.columns")
+    with pytest.raises(RecipeError, match=r"`examples\.tasks` takes: item-to-title, next-item, title-to-item"):
+        explain("examples.tasks.nonsense")
+
+
 def test_every_setting_of_the_library_is_explained_or_refused():
     for name in set(TrainingArguments.__dataclass_fields__) - set(OWNED):
         assert "; default " in explain(f"trainer.{name}")

@@ -22,7 +22,7 @@ from llm_itemtok.items.quantizers import read_quantizer
 from llm_itemtok.pipeline.extend import extend
 from llm_itemtok.pipeline.inspect import inspect
 from llm_itemtok.pipeline.prepare import load_data
-from llm_itemtok.pipeline.run import run
+from llm_itemtok.pipeline.run import alone_in, run
 from llm_itemtok.pipeline.vectors import Sources
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.report.page import write_report
@@ -77,6 +77,40 @@ def test_a_run_recommends_new_items_and_nothing_that_it_knew_changes(finished, t
     trace = pq.read_table(finished / "codes/v1/trace.parquet").to_pydict()
     assert trace["item"] == ["new-1", "new-2", "new-3"]
     assert trace["new"] == new.table[60:].tolist()
+
+
+@pytest.mark.parametrize("way", ["here", "linked"])
+def test_a_run_is_known_by_its_model_however_that_is_named(finished, tmp_path, monkeypatch, way):
+    """A model that is exchanged without its run would have codes that no version of the run has."""
+    items = new_items(tmp_path, "new-1")
+    if way == "here":
+        monkeypatch.chdir(finished / "model")
+    else:
+        (tmp_path / "link").symlink_to(finished / "model")
+    assert extend("." if way == "here" else tmp_path / "link", items).version == "v1"
+    assert ItemCodes.load(finished / "codes/v1") == Recommender.from_pretrained(finished).model.vocab.codes
+
+
+def test_no_other_bundle_takes_the_place_of_a_runs_model(finished, tmp_path):
+    kept = weights(finished / "model")
+    with pytest.raises(ArtifactError, match="a run folder keeps the model that the run made"):
+        extend(finished, new_items(tmp_path, "new-1"), out=finished / "model")
+    assert weights(finished / "model") == kept
+    assert extend(finished, new_items(tmp_path, "new-1"), out=finished / "served").added == 1
+
+
+def test_a_bundle_is_extended_by_one_at_a_time(finished, tmp_path):
+    alone = Path(shutil.copytree(finished / "model", tmp_path / "alone"))
+    with alone_in(alone), pytest.raises(ArtifactError, match="only one process may work in a folder"):
+        extend(alone, new_items(tmp_path, "new-1"))
+
+
+def test_a_run_whose_model_was_being_exchanged_is_mended_by_the_same_command(finished, tmp_path, capsys):
+    """So it is after a kill between the two renames that an exchange takes."""
+    (finished / "model").rename(finished / ".model.itemtok-old.abcd1234")
+    assert main(["recommend", str(finished), "--history", "1"]) == 2
+    assert f"mv {finished}/.model.itemtok-old.abcd1234 {finished}/model" in capsys.readouterr().err
+    assert extend(finished, new_items(tmp_path, "new-1")).version == "v1"
 
 
 def test_an_item_that_says_what_an_old_one_says_goes_beside_it(finished, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, Phi3Config, T5Config
 
 from llm_itemtok.config import RunConfig
@@ -21,11 +22,14 @@ from llm_itemtok.pipeline import stages
 from llm_itemtok.pipeline.base_model import base_model, most_positions
 from llm_itemtok.pipeline.check import check
 from llm_itemtok.pipeline.evaluate import evaluate_path, table
+from llm_itemtok.pipeline.fit import count_steps, training_arguments
 from llm_itemtok.pipeline.inspect import inspect
 from llm_itemtok.pipeline.prepare import load_data
+from llm_itemtok.pipeline.push import card_of
 from llm_itemtok.pipeline.run import alone_in, run
 from llm_itemtok.pipeline.stages import input_hashes
 from llm_itemtok.recommender import Recommender
+from llm_itemtok.report.page import write_report
 
 RECIPE = """
 data: {source: synthetic, items: 60, users: 80}
@@ -206,6 +210,15 @@ def test_finished_stages_are_not_run_again(finished: Path, tmp_path: Path) -> No
     assert sum("done before" in line for line in lines) == 6
 
 
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_steps_of_an_epoch_are_those_of_the_library(tmp_path: Path, drop: bool, accumulation: int) -> None:
+    more = (f"trainer.dataloader_drop_last={json.dumps(drop)}", f"trainer.gradient_accumulation_steps={accumulation}")
+    arguments = training_arguments(recipe(tmp_path, *more, "trainer.max_steps=-1"), tmp_path, 170)
+    batches = len(DataLoader(range(170), batch_size=16, drop_last=drop))
+    assert count_steps(arguments, 170)[0] == -(-batches // accumulation)
+
+
 def test_the_ranks_of_all_test_users_give_the_metrics_again(finished: Path) -> None:
     table = pq.read_table(finished / "ranks.parquet")
     metrics = json.loads((finished / "metrics.json").read_text())
@@ -214,7 +227,7 @@ def test_the_ranks_of_all_test_users_give_the_metrics_again(finished: Path) -> N
 
 
 def test_two_processes_do_not_work_in_one_run_folder(finished: Path, tmp_path: Path) -> None:
-    with alone_in(finished), pytest.raises(ArtifactError, match="only one process may work in a run folder"):
+    with alone_in(finished), pytest.raises(ArtifactError, match="only one process may work in a folder"):
         run(recipe(tmp_path), finished)
     run(recipe(tmp_path), finished)
 
@@ -234,6 +247,44 @@ def test_from_runs_a_stage_and_all_after_it_again(finished: Path, tmp_path: Path
     lines: list[str] = []
     run(recipe(tmp_path), finished, start="evaluate", log=lines.append)
     assert [line for line in lines if line.endswith(":")] == ["evaluate:", "report:"]
+
+
+def test_a_model_begins_without_the_numbers_of_the_one_before_it(finished: Path, tmp_path: Path) -> None:
+    """A card or a report would tell them of the new one."""
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    run(recipe(tmp_path), folder, start="train", until="train")
+    assert not {"metrics.json", "ranks.parquet", "predictions.parquet", "examples.json", "report.html"} & {
+        path.name for path in folder.iterdir()
+    }
+    assert "## Measured" not in card_of(Recommender.from_pretrained(folder), folder / "model")
+    run(recipe(tmp_path), folder)
+    assert "## Measured" in card_of(Recommender.from_pretrained(folder), folder / "model")
+
+
+def test_to_begin_in_the_middle_of_nothing_leaves_nothing(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(RecipeError, match="`--from train` needs the stages before it"):
+        run(config, tmp_path / "new", start="train")
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("recipe.yaml", "seed: 0 # Größe".encode("latin-1"), r"recipe\.yaml: it must be text in UTF-8, .* byte at 12"),
+        ("stages.json", b"[]", r"stages\.json: must hold the keys of stages"),
+        ("stages.json", b'{"data": 1}', r"stages\.json: must hold the keys of stages"),
+    ],
+)
+def test_damaged_files_of_a_run_are_told(finished: Path, tmp_path: Path, name, content, message) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    (folder / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match=message):
+        run(recipe(tmp_path), folder)
+    if name == "recipe.yaml":
+        with pytest.raises(ArtifactError, match=message):
+            write_report(folder)
 
 
 def test_what_the_test_alone_depends_on_may_change_without_training_again(finished: Path, tmp_path: Path) -> None:
@@ -686,6 +737,15 @@ def test_evaluate_measures_a_run_again_to_the_same_numbers(finished: Path, folde
     shutil.copytree(folder, elsewhere)
     assert evaluate_path(str(finished / "model"), elsewhere)["test"] == metrics["test"]
     assert evaluate_path(str(finished), elsewhere)["test"] == metrics["test"]
+
+
+def test_a_recipe_beside_a_bundle_is_not_that_of_its_run(finished: Path, folder: Path, tmp_path: Path) -> None:
+    """It may split in another way, and test on what the model was trained on; or make items of two bundles one's."""
+    for place in ("served", "models/a", "models/b"):
+        shutil.copytree(finished / "model", tmp_path / place)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("{source:", "{split: temporal, source:"))
+    assert evaluate_path(str(tmp_path / "served"), folder)["protocol"]["split"] == "leave-last-out"
+    assert "Items are joined by id." in inspect(tmp_path / "models/a", tmp_path / "models/b")
 
 
 def test_several_models_are_measured_together(finished: Path) -> None:

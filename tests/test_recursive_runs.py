@@ -12,13 +12,16 @@ from llm_itemtok.cli import main
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import RecipeError
 from llm_itemtok.pipeline.check import check
+from llm_itemtok.pipeline.fit import make_examples
+from llm_itemtok.pipeline.prepare import load_data
 from llm_itemtok.pipeline.run import run
-from llm_itemtok.pipeline.scoring import path_figures
+from llm_itemtok.pipeline.scoring import items_read, path_figures
 from llm_itemtok.pipeline.vectors import needs_vectors
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.report.paths import charts
 from llm_itemtok.report.run_folder import read_run
 from llm_itemtok.training.callbacks import read_log
+from llm_itemtok.training.examples import TASKS
 from tests.recursive import COLD, recursive_model
 from tests.test_extend import new_items
 from tests.test_pipeline import T5, recipe
@@ -55,6 +58,25 @@ def test_item_vectors_are_made_where_they_are_read(tmp_path):
     assert not needs_vectors(recipe(tmp_path, *random))
     for guidance in ("vectors", "both"):
         assert needs_vectors(recipe(tmp_path, *random, f"scoring.guidance={guidance}"))
+
+
+@pytest.mark.parametrize("kind", ["all-positions", "windows", "last"])
+@pytest.mark.parametrize("length", [1, 3, 8])
+@pytest.mark.parametrize("tasks", [{"next-item": 1.0}, {"title-to-item": 1.0}, {"item-to-title": 1.0}])
+def test_items_are_known_that_a_batch_of_training_holds_before_something_else(tmp_path, kind, length, tasks):
+    """Of the others nothing is learnt, and a random vector would be all that is known."""
+    said = ", ".join(f"{task}: {tasks.get(task, 0.0)}" for task in TASKS)
+    config = recipe(
+        tmp_path, f"examples.kind={kind}", f"examples.history_length={length}", f"examples.tasks={{{said}}}", "seed=3"
+    )
+    data = load_data(config.data, config.seed, {})
+    read = np.zeros(len(data.catalog), dtype=bool)
+    for example in make_examples(config, data):
+        asks = TASKS[example["task"]]
+        read[example["items"][:-1] if asks == "next-item" else example["items"] if asks == "item-to-title" else []] = (
+            True
+        )
+    assert np.array_equal(items_read(config.examples, data), read)
 
 
 def test_check_tells_positions_parameters_and_work_of_what_is_read(tmp_path):

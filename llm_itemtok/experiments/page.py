@@ -396,8 +396,8 @@ def _compute(rows: Sequence[Row], call: Call) -> list[str]:
     hours, flops = sum(row["seconds"] for row in rows) / 3600, sum(row["flops"] for row in rows) / 1e15
     words = (
         f"{len(rows)} run{'' if len(rows) == 1 else 's'} took {hours:.1f} hours of training and about {flops:,.3g} "
-        "PFLOP (10^15 operations, estimated from sizes). A target is an item to predict, counted each time it is "
-        "trained on; GiB are the most memory a run held. Runs that serve several plans are counted in each."
+        "PFLOP (10^15 operations, estimated from sizes, of the batches of training and not of what a method reads "
+        "beside them). A target is an item to predict, counted each time it is trained on; GiB are the most memory a run held. Runs that serve several plans are counted in each."
     )
     header = ["Arm", "Stage", "Runs", "Hours", "PFLOP", "Million targets a run", "Peak GiB"]
     return _section("Compute", [words, "", *table(header, body, left=(0, 1))])

@@ -26,6 +26,7 @@ from llm_itemtok.artifacts import (
     TRAINING,
     cache_folder,
     read_json,
+    run_of,
     write_bytes,
     write_json,
     write_text,
@@ -263,7 +264,8 @@ def evaluate_path(
     if others:
         answers = Ensemble([recommender, *(Recommender.from_pretrained(other) for other in others)])
         _same_split([path, *others], answers.members)
-    recipe = next((folder / RECIPE for folder in (Path(path), Path(path).parent) if (folder / RECIPE).is_file()), None)
+    run = run_of(Path(path))
+    recipe = None if run is None else run / RECIPE
     if recipe is None and data_folder is None:
         raise ArtifactError(f"{path}: a model without its run folder has no data; name a folder with `--data`")
     config = RunConfig.load(recipe) if recipe else None

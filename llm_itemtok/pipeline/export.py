@@ -58,7 +58,7 @@ def export(model: str | Path, out: Path, format: Format) -> Path:
     recommender = Recommender.from_pretrained(folder, device="cpu").merged()
     _refuse_model(recommender, format)
     with atomic_folder(out) as new:
-        recommender.save_pretrained(new, card=card_of(recommender, folder.parent))
+        recommender.save_pretrained(new, card=card_of(recommender, folder))
         _for_older_readers(new, recommender.model.config)
         if format == "flashrec":
             export_codes(recommender.model.vocab.codes, recommender.item_ids, new / CATALOGUE, "catalogue")

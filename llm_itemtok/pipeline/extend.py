@@ -15,7 +15,6 @@ Decisions:
 - What was measured stands in the run folder as it was: of the items that the model was trained with.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +34,9 @@ from llm_itemtok.artifacts import (
     atomic_folder,
     code_versions,
     read_json,
+    refuse_model_of_run,
+    remove_leftovers,
+    run_of,
     write_json,
 )
 from llm_itemtok.config import RunConfig
@@ -115,11 +117,16 @@ def extend(
         CollisionError: if not all new items can have a code.
         DataError: if the file cannot be read, no item of it is new, or there are no vectors to be had.
     """
-    folder = bundle.locate(model)
-    run = folder.parent if folder.name == MODEL and (folder.parent / RECIPE).is_file() else None
-    _refuse_place(model, folder, out)
+    run = run_of(Path(model))
+    folder = bundle.locate(model).resolve() if run is None else run / MODEL
+    _refuse_place(model, out)
     # From the beginning: two at once would begin with the same codes, and the items of one of them would be lost.
-    with nullcontext() if run is None or out is not None else alone_in(run):
+    with alone_in(out or run or folder):
+        if run is not None and out is None:
+            remove_leftovers(run)  # a kill in the middle of the exchange may have left no model
+        folder = bundle.locate(run or folder)
+        if out is None:
+            _refuse_strangers(folder)
         return _extend(folder, run, items, vectors, out, log)
 
 
@@ -142,7 +149,7 @@ def _extend(folder: Path, run: Path | None, items: Path, vectors: Path | None, o
     matrix, known = _matrices(recommender, new, vectors, run, config, log)
     found = add_items(codes, matrix, quantizer=recommender.quantizer, known=known)
     extended = recommender.extended(found.codes, new.item_ids, new.titles, matrix)
-    card = card_of(extended, folder.parent if run is None else run)
+    card = card_of(extended, folder)
     place, name = folder if out is None else out, None
     if run is None or version is None or out is not None:
         extended.save_pretrained(place, card=card)
@@ -152,13 +159,17 @@ def _extend(folder: Path, run: Path | None, items: Path, vectors: Path | None, o
     return Extended(place, name, old, len(new), int(found.displaced.sum()), len(given) - len(new))
 
 
-def _refuse_place(model: str | Path, folder: Path, out: Path | None) -> None:
+def _refuse_place(model: str | Path, out: Path | None) -> None:
     """Raise `ArtifactError` if something else than a bundle would be overwritten, or a download changed."""
     if out is not None:
         bundle.refuse_others(out, "an extended bundle")
-        return
-    if not Path(model).exists():
+        refuse_model_of_run(out)
+    elif run_of(Path(model)) is None and not Path(model).exists():
         raise ArtifactError(f"{model}: the copy of a Hub repository must stay as it is; name a folder with `--out`")
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Raise `ArtifactError` if files that are none of a bundle's would be lost with the folder that is exchanged."""
     others = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     others -= bundle.files(folder).keys()
     if others:

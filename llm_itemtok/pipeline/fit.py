@@ -27,6 +27,7 @@ from llm_itemtok.artifacts import (
     CHECKPOINTS,
     CODES,
     ITEM_PATHS,
+    MEASURED,
     METRICS_LOG,
     MODEL,
     RESCORING,
@@ -67,7 +68,7 @@ from llm_itemtok.pipeline.vocabulary import read_vocab
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.settings import RecursiveScoring
 from llm_itemtok.training import examples
-from llm_itemtok.training.arguments import build_arguments
+from llm_itemtok.training.arguments import OURS, build_arguments
 from llm_itemtok.training.callbacks import MetricsLog, Progress, StopOnSignal
 from llm_itemtok.training.checkpoints import Begin, WholeCheckpoints, last_checkpoint, stop_if_finished
 from llm_itemtok.training.collator import Collator
@@ -136,8 +137,9 @@ def with_lora(config: RunConfig, lm: PreTrainedModel) -> tuple[PreTrainedModel, 
 
 def count_steps(arguments: TrainingArguments, num_examples: int) -> tuple[int, int]:
     """Optimiser steps of an epoch, and of the whole training."""
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    an_epoch = math.ceil(num_examples / batch)
+    batches = num_examples / (arguments.train_batch_size * arguments.world_size)
+    whole = max(1, math.floor(batches)) if arguments.dataloader_drop_last else math.ceil(batches)
+    an_epoch = math.ceil(whole / arguments.gradient_accumulation_steps)
     return an_epoch, arguments.max_steps if arguments.max_steps > 0 else math.ceil(
         an_epoch * arguments.num_train_epochs
     )
@@ -200,8 +202,7 @@ def train(
     sharded, writes = asks_for_fsdp(config.trainer), arguments.should_save
     last = last_checkpoint(folder / CHECKPOINTS, key, trained, begin, sharded=sharded, writes=writes, log=log)
     stop = StopOnSignal()
-    # At least the best checkpoint and the newest, which `--resume` goes on from.
-    whole = WholeCheckpoints(keep=config.trainer.get("save_total_limit", 2))
+    whole = WholeCheckpoints(keep=config.trainer.get("save_total_limit", OURS["save_total_limit"]))
     callbacks = [MetricsLog(folder / METRICS_LOG), Progress(log), whole, stop]
     trainer = _trainer(config, data, model, tokenizer, table, folder, arguments, callbacks, log)
     stop_if_finished(trainer.args, last, count_steps(arguments, len(table))[0])
@@ -241,6 +242,8 @@ def train(
         write_json(folder / TRAINING, {**facts, "validation": chosen_metrics(shares) or validation})
         weights = token_figures(trainer.objective, table)
         _write_figures(folder, {TOKEN_WEIGHTS: weights, ITEM_PATHS: path_figures(model), RESCORING: shares})
+        for name in MEASURED:
+            (folder / name).unlink(missing_ok=True)  # of the model before this one
         recommender.save_pretrained(folder / MODEL)
 
 

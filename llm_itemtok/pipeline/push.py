@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_itemtok import bundle
-from llm_itemtok.artifacts import ENVIRONMENT, METRICS, MODEL, RECIPE, read_json
+from llm_itemtok.artifacts import ENVIRONMENT, METRICS, MODEL, RECIPE, read_json, run_of
 from llm_itemtok.config import RunConfig
 from llm_itemtok.hub import Pushed
 from llm_itemtok.pipeline.stages import LOCAL
@@ -52,18 +52,22 @@ def push(
         revision=revision,
         private=not public,
         message=message,
-        card=card_of(recommender, folder.parent),
+        card=card_of(recommender, folder),
         licence=licence,
     )
 
 
-def card_of(recommender: Recommender, run: Path) -> str:
-    """The card with the recipe of a run folder, and its numbers if they were measured on this very catalogue.
+def card_of(recommender: Recommender, folder: Path) -> str:
+    """The card of what was made of a bundle: with the recipe of its run, and its numbers if they are of this catalogue.
 
-    A folder around a bundle is its run only if the bundle is the run's model: any other bundle may lie there, too, and
-    items added later were not ranked when the numbers were taken.
+    Items added later were not ranked when the numbers were taken.
+
+    Args:
+        recommender: the card's.
+        folder: of the bundle.
     """
-    if not (run / MODEL / bundle.GENERATION).is_file():
+    run = run_of(folder)
+    if run is None:
         return recommender.card()
     theirs = bundle.read_generation(run / MODEL / bundle.GENERATION)
     metrics = read_json(run / METRICS) if (run / METRICS).is_file() else None
@@ -73,7 +77,7 @@ def card_of(recommender: Recommender, run: Path) -> str:
         or metrics["protocol"]["counts"]["items"] != len(recommender.item_ids)
     ):
         metrics = None
-    return recommender.card(metrics, _recipe_of(run) if (run / RECIPE).is_file() else None)
+    return recommender.card(metrics, _recipe_of(run))
 
 
 def _recipe_of(run: Path) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.pipeline import evaluate, fit, prepare, stages, vocabulary
 from llm_itemtok.pipeline.engines import on_processors, refuse_engine
 from llm_itemtok.report.page import write_report
-from llm_itemtok.training.arguments import check_settings
+from llm_itemtok.training.arguments import OURS, check_settings
 from llm_itemtok.training.checkpoints import Begin, refuse_to_forget
 
-IN_USE = "only one process may work in a run folder, and another does now"
+IN_USE = "only one process may work in a folder, and another does now"
 """What a second process is told."""
 
 SHARED = ("train", "evaluate")
@@ -59,8 +59,7 @@ def run(
     folder = Path(out)
     last = _last_stage(start, until)
     check_settings(config.trainer)
-    # Other processes wait while the main one prepares or measures, for longer than the library's ten minutes.
-    patience = timedelta(seconds=config.trainer.get("ddp_timeout", 86_400))
+    patience = timedelta(seconds=config.trainer.get("ddp_timeout", OURS["ddp_timeout"]))
     state = PartialState(cpu=on_processors(config.trainer), timeout=patience)
     refuse_engine(config, here=last >= stages.STAGE_NAMES.index("train"))
     say = log if state.is_main_process else lambda _line: None
@@ -69,6 +68,8 @@ def run(
     keys = stages.keys(config, data.sha256, stages.input_hashes(config), data.segments_sha256)
     if state.is_main_process:
         stages.refuse_unless_run(folder)  # before there is a lock beside it
+        if start is not None:
+            stages.Stages.open(folder, fresh=fresh, writes=False).require_before(start, keys)
     state.wait_for_everyone()  # nobody writes before everybody has read
     with alone_in(folder) if state.is_main_process else nullcontext():
         book = stages.Stages.open(folder, fresh=fresh, writes=state.is_main_process)

@@ -12,7 +12,7 @@ from llm_itemtok.model.item_lm import ItemTokenModel
 from llm_itemtok.model.recursive import Recursion
 from llm_itemtok.pipeline.prepare import Dataset
 from llm_itemtok.pipeline.vectors import guided_by_vectors
-from llm_itemtok.settings import TokensScoring
+from llm_itemtok.settings import Examples, TokensScoring
 
 
 def give_items(
@@ -27,9 +27,7 @@ def give_items(
         vectors: gives the item vectors `[N, D]`; called if the model reads them.
     """
     chosen, width = config.scoring, model.rows.input_rows.shape[1]
-    # An item that only ends histories is never read, but for the task that gives its title.
-    reads = data.split.item_counts() if config.examples.tasks.get("item-to-title") else data.split.followed_counts()
-    known = torch.from_numpy(reads > 0)
+    known = torch.from_numpy(items_read(config.examples, data))
     if isinstance(chosen, TokensScoring):
         if chosen.item_embedding:
             model.own = ItemEmbeddings(
@@ -55,6 +53,24 @@ def give_items(
     )
     recursion.fit_scale(model.codebooks(), torch.from_numpy(model.vocab.codes.table.astype(np.int64)))
     model.recursion = recursion
+
+
+def items_read(chosen: Examples, data: Dataset) -> np.ndarray:
+    """Which items training reads, bool `[N]`: those before another one in a row, and those that shall give their title.
+
+    Args:
+        chosen: of the recipe.
+        data: its data.
+    """
+    read = np.zeros(len(data.catalog), dtype=bool)
+    if chosen.tasks.get("next-item") and chosen.kind == "last":
+        for sequence in data.split.train_sequences():
+            read[sequence[-(chosen.history_length + 1) : -1]] = True
+    elif chosen.tasks.get("next-item"):
+        read |= data.split.followed_counts() > 0
+    if chosen.tasks.get("item-to-title"):
+        read |= np.array([bool(title) for title in data.catalog.titles])
+    return read
 
 
 def item_parameters(config: RunConfig, items: int, levels: int, width: int) -> tuple[int, int, int]:

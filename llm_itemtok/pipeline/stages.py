@@ -27,6 +27,7 @@ from llm_itemtok.artifacts import (
     atomic_folder,
     is_leftover,
     read_json,
+    read_text,
     sha256_of_arrays,
     sha256_of_file,
     write_json,
@@ -92,6 +93,8 @@ class Stages:
         """Read the book, or begin one: for a new folder, or a `fresh` one."""
         path = folder / STAGES
         finished = read_json(path) if path.exists() and not fresh else {}
+        if not isinstance(finished, dict) or any(not isinstance(key, str) for key in finished.values()):
+            raise ArtifactError(f"{path}: must hold the keys of stages, found something else; start with `--fresh`")
         trained = finished.pop(_TRAINED, finished.get("train"))
         return cls(folder, finished, trained, writes)
 
@@ -211,7 +214,7 @@ def claim(folder: Path, config: RunConfig, *, fresh: bool, book: Stages, keys: M
     recipe, text = folder / RECIPE, config.to_yaml()
     there = _there(folder)
     if there - {ENVIRONMENT}:
-        old = recipe.read_text(encoding="utf-8")
+        old = read_text(recipe)
         same = all(book.done(stage, keys[stage]) for stage in book.finished)
         moved = not fresh and same and _without_paths(old) == _without_paths(text)
         trained = all(book.done(stage, keys[stage]) for stage in ("data", "items", "vocab", "train"))

@@ -128,7 +128,7 @@ def read_run(folder: Path) -> RunFolder:
             f"found: {'no such file in it' if folder.is_dir() else 'no such folder'}; give the folder of `itemtok run`"
         )
     notes: list[str] = []
-    recipe_text = (folder / artifacts.RECIPE).read_text(encoding="utf-8")
+    recipe_text = artifacts.read_text(folder / artifacts.RECIPE)
     recipe = _parsed_recipe(folder / artifacts.RECIPE, recipe_text)
     environment = _optional_json(folder / artifacts.ENVIRONMENT, {}, "the environment of the run", notes)
     versions = _read_versions(folder, notes)

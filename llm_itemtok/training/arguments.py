@@ -128,6 +128,10 @@ RANGES: Mapping[str, Within] = {
 }
 """What the library accepts but cannot mean."""
 
+OURS: Mapping[str, Any] = {"report_to": "none", "save_total_limit": 2, "ddp_timeout": 86_400}
+"""Defaults that are not the library's: no tracker; the best checkpoint and the newest, which `--resume` goes on from; a
+day, as processes wait while the main one prepares or measures."""
+
 _SHARE_OR_COUNT = ("warmup_steps", "logging_steps")
 _ALSO: Mapping[str, Any] = {"fsdp": bool | str | None}
 """Types that the library takes beside what its annotation says."""
@@ -157,7 +161,8 @@ def explain_setting(name: str) -> str:
     field = TrainingArguments.__dataclass_fields__[name]
     annotation = typing.get_type_hints(TrainingArguments, include_extras=True)[name]
     takes = f"one of {', '.join(field.metadata['choices'])}" if "choices" in field.metadata else type_name(annotation)
-    default = json.dumps(field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
+    library = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = json.dumps(OURS.get(name, library))
     given = f"{takes}{f' {RANGES[name]}' if name in RANGES else ''}; default {default}"
     return f"  trainer.{name}: {field.metadata.get('help', 'see transformers.TrainingArguments.')}\n      ({given})"
 
@@ -237,7 +242,7 @@ def build_arguments(
             a device without it.
     """
     check_settings(settings, source=source)
-    given = {"report_to": "none", **settings}
+    given = {"report_to": OURS["report_to"], **settings}
     try:
         arguments = OneDevice(
             output_dir=str(output_dir),

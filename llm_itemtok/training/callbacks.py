@@ -20,7 +20,8 @@ class MetricsLog(TrainerCallback):
     """Append every line that the trainer logs to `metrics.jsonl`, whatever else it reports to.
 
     Lines after the step that a run is resumed from belong to the interrupted run and are dropped, and so is the
-    summary that a run writes when it stops, so that a resumed run leaves the log of an uninterrupted one.
+    summary that a run writes when it stops, so that a resumed run leaves the log of an uninterrupted one; but the first
+    losses after it are means over the steps since the checkpoint, where that lies between two lines.
     """
 
     def __init__(self, path: Path) -> None:

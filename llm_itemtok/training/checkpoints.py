@@ -37,8 +37,8 @@ Begin = Literal["new", "resume", "again"]
 class WholeCheckpoints(TrainerCallback):
     """Writes the checksums of each checkpoint, and deletes those that are no longer wanted."""
 
-    def __init__(self, keep: int) -> None:
-        """Keep at most so many, at least 2: the best one, and the newest ones."""
+    def __init__(self, keep: int | None) -> None:
+        """Keep at most so many, at least 2: the best one, and the newest ones; all of them if None."""
         self.keep = keep
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -53,8 +53,9 @@ class WholeCheckpoints(TrainerCallback):
             torch.distributed.barrier()  # every process writes a file of its own
         if args.should_save:
             seal(folder / f"checkpoint-{state.global_step}")
-            best = state.best_model_checkpoint
-            _delete_old(folder, self.keep, None if best is None else Path(best).name)
+            if self.keep is not None:
+                best = state.best_model_checkpoint
+                _delete_old(folder, self.keep, None if best is None else Path(best).name)
 
 
 def seal(checkpoint: Path) -> None:

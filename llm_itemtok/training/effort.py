@@ -29,7 +29,9 @@ class Effort(TrainerCallback, ExportableState):
 
     Attributes:
         targets: items that were a target, over all epochs and processes; an item of L tokens counts once.
-        positions: token positions that the model computed, padding included; of an encoder–decoder, its decoder.
+        positions: token positions of the batches of training, padding included; of an encoder–decoder, its decoder's.
+            What a method reads besides is not among them: rounds of self-improvement, a quantizer's turns and upper
+            steps, the second pass of a counterfactual target.
         context_positions: those that its encoder read; 0 for a decoder-only model.
         seconds_before: of the parts of this training that ended in a checkpoint.
         peak_mb_before: most memory that a process of those parts held, in 2**20 bytes.
@@ -98,7 +100,8 @@ def training_flops(model: ItemTokenModel, positions: int, context_positions: int
     Two a weight of each linear layer and position for the forward pass, two for the gradient of its input, two more
     for its own gradient where it is trained (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Left out, and small
     here: attention scores, norms, the softmax over item tokens, the optimiser. The output head of the base model is
-    left out with them: item tokens do not pass through it. So is a quantizer, which reads items and not positions.
+    left out with them: item tokens do not pass through it. So is a quantizer, which reads items and not positions, and
+    whatever a method reads beside the batches (`Effort.positions`), which seconds tell.
     Embeddings of items are made for what is read, and a recursive network works there and where items are predicted;
     both are counted as if no item came twice in a batch.
     """

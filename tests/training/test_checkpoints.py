@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     path = folder / "tiny.yaml"
     path.write_text(RECIPE, encoding="utf-8")
-    run(RunConfig.load(path, ("trainer.save_total_limit=20",)), folder / "run", until="train")
+    run(RunConfig.load(path, ("trainer.save_total_limit=null",)), folder / "run", until="train")
     return folder
 
 
@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
 def again(finished, tmp_path):
     """Goes on with a copy of the finished run, after `spoil` has been at its checkpoints."""
     shutil.copytree(finished, tmp_path / "copy")
-    config = RunConfig.load(tmp_path / "copy" / "tiny.yaml", ("trainer.save_total_limit=20",))
+    config = RunConfig.load(tmp_path / "copy" / "tiny.yaml", ("trainer.save_total_limit=null",))
 
     def going_on(spoil):
         out, said = tmp_path / "copy" / "run", []
