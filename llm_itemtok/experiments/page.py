@@ -397,7 +397,8 @@ def _compute(rows: Sequence[Row], call: Call) -> list[str]:
     words = (
         f"{len(rows)} run{'' if len(rows) == 1 else 's'} took {hours:.1f} hours of training and about {flops:,.3g} "
         "PFLOP (10^15 operations, estimated from sizes, of the batches of training and not of what a method reads "
-        "beside them). A target is an item to predict, counted each time it is trained on; GiB are the most memory a run held. Runs that serve several plans are counted in each."
+        "beside them). A target is an item to predict, counted each time it is trained on; GiB are the most memory a "
+        "run held. Runs that serve several plans are counted in each."
     )
     header = ["Arm", "Stage", "Runs", "Hours", "PFLOP", "Million targets a run", "Peak GiB"]
     return _section("Compute", [words, "", *table(header, body, left=(0, 1))])
