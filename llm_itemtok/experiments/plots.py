@@ -21,7 +21,7 @@ _WIDTH, _PIXELS = 440, 620
 _MARGIN, _ROW, _LINE, _HEADING, _AXIS = 14, 24, 14, 28, 34
 _LETTER = 7.3
 """About how wide a letter is: the reader's font is not known, so a little too much."""
-_LONGEST_LINE = 22
+_LONGEST_LINE = 24
 _PLOT_HEIGHT = 150
 _COLOURS = 6
 

@@ -58,7 +58,7 @@ class ItemEmbeddings(nn.Module):
 
         Args:
             width: D.
-            known: bool `[N]`, items that are in training.
+            known: bool `[N]`, items that training reads.
             dimensions: E; 0 learns no embeddings, and then there must be item vectors.
             vectors: float32 `[N, V]`, zeros for an item without; None reads none.
             silent: begin with projections of 0, so that the model begins as one without.

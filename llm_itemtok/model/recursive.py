@@ -122,10 +122,10 @@ class Recursion(nn.Module):
             spread = float(scores.std(dim=1, correction=0).mean())
             self.sharpness[level] = SPREAD / spread if spread > 1e-6 else 1.0  # a level of one codeword has none
         read = self.item_side(rows, codes[rows], codebooks).vectors if len(rows) else _spelled(codebooks, codes)
-        spread = (read - read.mean(0)).square().mean().sqrt()
-        if spread < 1e-3 * self.unit:  # of few items, that all begin alike
-            spread = read.square().mean().sqrt().clamp(min=1e-6)
-        self.gain.copy_(self.unit / spread)
+        size = (read - read.mean(0)).square().mean().sqrt()
+        if size < 1e-3 * self.unit:  # of few items, that all begin alike
+            size = read.square().mean().sqrt().clamp(min=1e-6)
+        self.gain.copy_(self.unit / size)
 
     def query(self, level: int, guidance: Tensor, before: Tensor | None) -> Tensor:
         """What is multiplied with a level's codebook, `[..., D]`.

@@ -68,8 +68,8 @@ def run(
     keys = stages.keys(config, data.sha256, stages.input_hashes(config), data.segments_sha256)
     if state.is_main_process:
         stages.refuse_unless_run(folder)  # before there is a lock beside it
-        if start is not None:
-            stages.Stages.open(folder, fresh=fresh, writes=False).require_before(start, keys)
+    if start is not None:
+        stages.Stages.open(folder, fresh=fresh, writes=False).require_before(start, keys)
     state.wait_for_everyone()  # nobody writes before everybody has read
     with alone_in(folder) if state.is_main_process else nullcontext():
         book = stages.Stages.open(folder, fresh=fresh, writes=state.is_main_process)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from llm_itemtok.items.codes import ItemCodes
-from llm_itemtok.model.item_embeddings import ItemEmbeddings
 from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.model.recursive import SPREAD, Recursion
 from llm_itemtok.model.rows import embedding_scale, input_table
@@ -127,7 +126,7 @@ def test_items_that_all_begin_alike_keep_the_scale_of_the_codewords():
     """Of one item nothing spreads, and a gain that made it would be half a million."""
     codes = ItemCodes([[1, 2]], (3, 3))
     books = [torch.randn(3, 8, generator=torch.Generator().manual_seed(level)) for level in range(2)]
-    recursion = Recursion(ItemEmbeddings(8, known=torch.ones(1, dtype=torch.bool)), levels=2, width=8, hidden=4)
+    recursion = Recursion(embeddings(8, codes, cold=()), levels=2, width=8, hidden=4)
     recursion.fit_scale(books, torch.from_numpy(codes.table.astype(np.int64)))
     read = recursion.item_side(torch.zeros(1, dtype=torch.long), torch.tensor([[1, 2]]), books).vectors
     torch.testing.assert_close(read.square().mean().sqrt(), torch.cat(books).square().mean().sqrt())
