@@ -313,18 +313,16 @@ def code_versions(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(name[1]), path) for name, path in named if name)
 
 
-def run_of(place: Path) -> Path | None:
-    """The run folder that a folder belongs to: itself, or the one whose model or version of codes it is; else None.
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run: a recipe alone makes none, as whoever keeps models may have recipes there."""
+    return (folder / RECIPE).is_file() and (folder / ENVIRONMENT).is_file()
 
-    A recipe beside a bundle does not make it a run's: whoever keeps models may have recipes there.
-    """
+
+def run_of(place: Path) -> Path | None:
+    """The run folder that a folder is, or whose model it is; None if it is neither."""
     place = place.resolve()
-    around = [place]
-    if place.name == MODEL:
-        around.append(place.parent)
-    if place.parent.name == CODES:
-        around.append(place.parent.parent)
-    return next((run for run in around if (run / RECIPE).is_file() and (run / ENVIRONMENT).is_file()), None)
+    around = (place, place.parent) if place.name == MODEL else (place,)
+    return next(filter(is_run, around), None)
 
 
 def refuse_model_of_run(out: Path) -> None:

@@ -51,10 +51,10 @@ def explain(dotted: str = "") -> str:
 
 
 def _homes(name: str) -> list[str]:
-    """Where a setting of that name stands, such as `tokenizer.levels`, with the marks."""
+    """Where a setting of that name stands, each as in a message: `` `tokenizer.levels` ``."""
     sections = {top: strict.sections_in(annotation) for top, annotation in strict.annotations_of(RunConfig).items()}
     ours = [top for top, parts in sections.items() if any(name in strict.annotations_of(part) for part in parts)]
-    library = ["trainer"] if name in set(TrainingArguments.__dataclass_fields__) - set(OWNED) else []
+    library = ["trainer"] if name in TrainingArguments.__dataclass_fields__ and name not in OWNED else []
     return [f"`{top}.{name}`" for top in [*ours, *library]]
 
 

@@ -99,6 +99,11 @@ def test_no_other_bundle_takes_the_place_of_a_runs_model(finished, tmp_path):
     assert extend(finished, new_items(tmp_path, "new-1"), out=finished / "served").added == 1
 
 
+def test_a_version_of_codes_is_no_model(finished, tmp_path):
+    with pytest.raises(ArtifactError, match=r"a bundle must be a folder with generation\.json"):
+        extend(finished / "codes/v0", new_items(tmp_path, "new-1"))
+
+
 def test_a_bundle_is_extended_by_one_at_a_time(finished, tmp_path):
     alone = Path(shutil.copytree(finished / "model", tmp_path / "alone"))
     with alone_in(alone), pytest.raises(ArtifactError, match="only one process may work in a folder"):

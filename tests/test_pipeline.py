@@ -18,6 +18,7 @@ from llm_itemtok.data import synthetic
 from llm_itemtok.errors import ArtifactError, CollisionError, DataError, ItemTokError, RecipeError
 from llm_itemtok.evaluation.metrics import metrics_from_ranks
 from llm_itemtok.items import vectors
+from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.pipeline import stages
 from llm_itemtok.pipeline.base_model import base_model, most_positions
 from llm_itemtok.pipeline.check import check
@@ -259,6 +260,21 @@ def test_a_model_begins_without_the_numbers_of_the_one_before_it(finished: Path,
     assert "## Measured" not in card_of(Recommender.from_pretrained(folder), folder / "model")
     run(recipe(tmp_path), folder)
     assert "## Measured" in card_of(Recommender.from_pretrained(folder), folder / "model")
+
+
+@pytest.mark.parametrize("policy", ["forbid", "reassign", "matching", "sinkhorn"])
+def test_codes_of_another_run_stay_as_they_were_resolved(finished: Path, tmp_path: Path, policy: str) -> None:
+    """Their last level only counts, whatever else could be done about collisions that they do not have."""
+    theirs = ItemCodes.load(finished / "codes/v0")
+    assert theirs.num_describing_levels < theirs.num_levels
+    given = ("tokenizer.kind=file", f"tokenizer.path={finished / 'codes/v0'}", f"tokenizer.collisions={policy}")
+    text = RECIPE.replace("{kind: residual-kmeans, levels: 2, codebook_size: 8}", "{}")
+    (tmp_path / "file.yaml").write_text(text)
+    ours = ItemCodes.load(
+        run(RunConfig.load(tmp_path / "file.yaml", given), tmp_path / "run", until="items") / "codes/v0"
+    )
+    assert ours == theirs
+    assert ours.provenance["collisions"] == theirs.provenance["collisions"]
 
 
 def test_to_begin_in_the_middle_of_nothing_leaves_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ follows from them. This module makes cells; it runs nothing.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -188,21 +188,30 @@ class LoadedPlan:
         Raises:
             RecipeError: if a recipe would not be right then, or two arms could have the same.
         """
-        seed, owners = self.plan.confirm.seeds[0], dict[tuple[str, ...], str]()
-        for name, arm in self.plan.arms.items():
-            outcomes = [self._point(name, chosen) for chosen in self._outcomes(name)]
-            chooser = (arm.based_on or name) if len(outcomes) > 1 else ""
-            for dataset in arm.datasets or self.plan.datasets:
-                recipes = [self._config(dataset, name, seed, point).to_yaml() for point in outcomes]
-                always = (dataset, chooser, *recipes)
-                ever = [] if arm.probe else [(dataset, recipe) for recipe in recipes]
-                for owner in [owners.setdefault(key, name) for key in (always, *ever)]:
-                    if owner != name:
-                        first, second = sorted((owner, name))
-                        raise RecipeError(
-                            f"{self.path}: every arm must have a recipe of its own, but on {dataset} those of "
-                            f"`arms.{first}` and `arms.{second}` {'can be' if len(outcomes) > 1 else 'are'} the same"
-                        )
+        owners: dict[tuple[str, ...], str] = {}
+        for name in self.plan.arms:
+            for claim in self._claims(name):
+                owner = owners.setdefault(claim, name)
+                if owner != name:
+                    first, second = sorted((owner, name))
+                    raise RecipeError(
+                        f"{self.path}: every arm must have a recipe of its own, but on {claim[0]} those of "
+                        f"`arms.{first}` and `arms.{second}` can be the same"
+                    )
+
+    def _claims(self, name: str) -> Iterator[tuple[str, ...]]:
+        """Yield what no other arm may have: a data set with all recipes that an arm may get, and with each but of a probe.
+
+        A probe may turn out to be another arm, but not always: where the same choice decides both.
+        """
+        arm, seed = self.plan.arms[name], self.plan.confirm.seeds[0]
+        outcomes = [self._point(name, chosen) for chosen in self._outcomes(name)]
+        chooser = (arm.based_on or name) if len(outcomes) > 1 else ""
+        for dataset in arm.datasets or self.plan.datasets:
+            recipes = [self._config(dataset, name, seed, point).to_yaml() for point in outcomes]
+            yield dataset, chooser, *recipes
+            if not arm.probe:
+                yield from ((dataset, recipe) for recipe in recipes)
 
     def _outcomes(self, name: str) -> list[Point]:
         """What tuning may choose for an arm; one empty point for a plan without tuning."""
@@ -230,9 +239,9 @@ class LoadedPlan:
                 if seed in (arm.seeds or always) and dataset in (arm.datasets or everywhere):
                     cells.append(self._confirmed(dataset, name, seed, chosen))
         cells.sort(key=lambda cell: self.plan.arms[cell.arm].probe)
-        return [cell for at, cell in enumerate(cells) if not self._known(cell, cells[:at], chosen)]
+        return [cell for at, cell in enumerate(cells) if not self._is_anothers(cell, cells[:at], chosen)]
 
-    def _known(self, cell: Cell, before: Sequence[Cell], chosen: Mapping[str, Point]) -> bool:
+    def _is_anothers(self, cell: Cell, before: Sequence[Cell], chosen: Mapping[str, Point]) -> bool:
         """Whether a side comparison turns out to be a run of another arm."""
         arms = self.plan.arms
         return arms[cell.arm].probe and any(

@@ -119,7 +119,7 @@ def extend(
     """
     run = run_of(Path(model))
     folder = bundle.locate(model).resolve() if run is None else run / MODEL
-    _refuse_place(model, out)
+    _refuse_place(model, run, out)
     # From the beginning: two at once would begin with the same codes, and the items of one of them would be lost.
     with alone_in(out or run or folder):
         if run is not None and out is None:
@@ -159,12 +159,12 @@ def _extend(folder: Path, run: Path | None, items: Path, vectors: Path | None, o
     return Extended(place, name, old, len(new), int(found.displaced.sum()), len(given) - len(new))
 
 
-def _refuse_place(model: str | Path, out: Path | None) -> None:
+def _refuse_place(model: str | Path, run: Path | None, out: Path | None) -> None:
     """Raise `ArtifactError` if something else than a bundle would be overwritten, or a download changed."""
     if out is not None:
         bundle.refuse_others(out, "an extended bundle")
         refuse_model_of_run(out)
-    elif run_of(Path(model)) is None and not Path(model).exists():
+    elif run is None and not Path(model).exists():
         raise ArtifactError(f"{model}: the copy of a Hub repository must stay as it is; name a folder with `--out`")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_itemtok.artifacts import ITEMS, MODEL, RECIPE, code_versions, run_of, write_text
+from llm_itemtok.artifacts import CODES, ITEMS, MODEL, RECIPE, code_versions, run_of, write_text
 from llm_itemtok.config import RunConfig
 from llm_itemtok.errors import ArtifactError, ItemTokError
 from llm_itemtok.items.codes import FILE_NAME, ItemCodes
@@ -135,7 +135,8 @@ class _Patient:
         newest_first = [folder for _, folder in reversed(code_versions(path))]
         for place in (path, *newest_first, path / MODEL):
             if (place / FILE_NAME).is_file():
-                run_path = run_of(place)
+                here = place.resolve()
+                run_path = run_of(here.parents[1] if here.parent.name == CODES else here)
                 return cls(ItemCodes.load(place), place, read_run(run_path) if run_path else None, run_path)
         raise ArtifactError(
             f"{path}: no item codes here; name a run, a model folder, a folder with item_codes.safetensors, or a file "

@@ -260,12 +260,12 @@ def make_codes(config: RunConfig, data: Dataset, folder: Path, log: Log) -> Item
     near = None if matrix is None else vector_pairs(matrix)
     figures = quality(codes, matrix, near=near)
     policy = "forbid" if isinstance(config.tokenizer, settings.TextTokenizer) else config.tokenizer.collisions
-    if policy == "forbid":
-        unique = collisions.forbid(codes, data.catalog.item_ids)
-    elif policy == "extra-level":
+    if policy == "extra-level":
         unique = collisions.extra_level(codes)
     elif codes.is_injective and "collisions" in codes.provenance:
         unique = codes  # of a file of ours: resolved when they were made
+    elif policy == "forbid":
+        unique = collisions.forbid(codes, data.catalog.item_ids)
     else:
         moves = {"sinkhorn": collisions.sinkhorn, "reassign": collisions.reassign, "matching": collisions.matching}
         unique = moves[policy](codes, matrix, quantizer=quantizer)

@@ -26,6 +26,7 @@ from llm_itemtok.artifacts import (
     STAGES,
     atomic_folder,
     is_leftover,
+    is_run,
     read_json,
     read_text,
     sha256_of_arrays,
@@ -240,8 +241,7 @@ def refuse_unless_run(folder: Path) -> None:
     """Raise `ArtifactError` where a run folder would be something else: a file, or a folder with other files."""
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder}: the run folder must be a folder, found: a file; choose another `--out`")
-    there = _there(folder)
-    if there - {ENVIRONMENT} and not {RECIPE, ENVIRONMENT} <= there:
+    if _there(folder) - {ENVIRONMENT} and not is_run(folder):
         raise ArtifactError(f"{folder}: the run folder must be new or a run, found other files; choose another `--out`")
 
 
