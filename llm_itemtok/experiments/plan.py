@@ -200,7 +200,7 @@ class LoadedPlan:
                     )
 
     def _claims(self, name: str) -> Iterator[tuple[str, ...]]:
-        """Yield what no other arm may have: a data set with all recipes that an arm may get, and with each but of a probe.
+        """Yield what no other arm may have on a data set: all recipes that an arm may get; each, unless it is a probe.
 
         A probe may turn out to be another arm, but not always: where the same choice decides both.
         """
