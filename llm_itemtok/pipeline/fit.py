@@ -292,7 +292,7 @@ def _took(
         "best_step": state.best_global_step,
         "targets_seen": effort.targets,
         "flops": flops,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "peak_mb": round(effort.peak_mb),
         "parameters": trainable + dense["parameters"],
         "kind": "decoder" if trainer.effort.context_positions == 0 else "encoder-decoder",

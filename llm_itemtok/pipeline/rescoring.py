@@ -64,7 +64,7 @@ def with_rescoring(
     alone = f"{found[0.0][KEY]:.4f} as the language model ranks, {found[1.0][KEY]:.4f} as the dense one does"
     log(f"  re-scoring: validation NDCG@10 {found[best][KEY]:.4f} with a share of {best:g}; {alone}")
     facts: dict[str, Any] = {"share": best, "users": len(cases), "training": took}
-    facts["choosing_seconds"] = round(time.perf_counter() - began, 1)
+    facts["choosing_seconds"] = round(time.perf_counter() - began, 3)
     facts["validation"] = [{"share": share, **found[share]} for share in shares]
     if len(ways) > 1:
         facts["repeats"] = {WAYS[way]: of_way[way][best_of[way]][KEY] for way in ways}
@@ -102,7 +102,7 @@ def _trained(config: RunConfig, chosen: SasrecRescoring, data: Dataset, log: Log
         )
         took = {
             "steps": fitted.step,
-            "seconds": round(time.perf_counter() - began, 1),
+            "seconds": round(time.perf_counter() - began, 3),
             "parameters": sum(weights.numel() for weights in fitted.model.parameters()),
         }
         log(f"  dense model: {took['parameters']:,} parameters, best after {fitted.step:,} steps")
