@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -11,13 +14,16 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from llm_itemtok.artifacts import FORMAT_VERSION
-from llm_itemtok.bundle import Generation
+from llm_itemtok.bundle import Generation, items_sha256
 from llm_itemtok.data.catalog import Catalog
+from llm_itemtok.decoding.dense import Rescorer
 from llm_itemtok.errors import ArtifactError, DataError, ItemTokError
 from llm_itemtok.items.codes import ItemCodes
 from llm_itemtok.model.load import add_lora, with_item_tokens
 from llm_itemtok.recommender import Recommender
+from llm_itemtok.sasrec import SASRec
 from llm_itemtok.vocab import init
+from tests.recursive import recursive_model
 from tests.tiny import (
     FAMILIES,
     KINDS,
@@ -79,6 +85,37 @@ def adapter(base: Path, family: str = "llama", *, tied: bool = True) -> Recommen
 
 def answers(recommender: Recommender) -> list:
     return [recommender.recommend_batch(HISTORIES, 12), recommender.score(HISTORIES[0], IDS)]
+
+
+def of_kind(kind: str) -> Recommender:
+    """The same one every time, that nobody has asked before."""
+    if kind == "recursive":
+        model, tokenizer = recursive_model(guidance="both")
+        return made_of(model, tokenizer, reads=model.reads)
+    if kind == "dense model beside":
+        torch.manual_seed(0)
+        return merged().with_rescorer(Rescorer(SASRec(len(IDS), width=8), items_sha256(IDS)), 0.5)
+    return merged(kind)
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "recursive", "dense model beside"])
+def test_threads_that_ask_at_once_get_what_each_gets_alone(kind):
+    alone, shared, together = of_kind(kind), of_kind(kind), Barrier(6)
+    expected = [(alone.recommend(history, 12), alone.score(history, IDS)) for history in HISTORIES]
+
+    def ask(number: int) -> list:
+        together.wait()
+        asked = [HISTORIES[(number + turn) % len(HISTORIES)] for turn in range(4)]
+        return [(shared.recommend(history, 12), shared.score(history, IDS)) for history in asked]
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            found = list(threads.map(ask, range(6)))
+    finally:
+        sys.setswitchinterval(usual)
+    assert found == [[expected[(number + turn) % len(HISTORIES)] for turn in range(4)] for number in range(6)]
 
 
 @pytest.mark.parametrize("layout", ["merged", "adapter"])
