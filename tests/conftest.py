@@ -1,4 +1,4 @@
-"""What every test gets: no network, no Hub, one thread, and a small catalogue with planted structure.
+"""What every test gets: no network, no Hub, one thread, draws of its own, and a small catalogue with planted structure.
 
 Sockets that leave the loopback are refused by pytest-socket (`--allow-hosts` in pyproject.toml).
 """
@@ -14,12 +14,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 
 import huggingface_hub.constants
+import hypothesis
 import pytest
+import torch
 
 from llm_itemtok.data import splits, synthetic
 from llm_itemtok.data.catalog import Catalog
 from llm_itemtok.data.interactions import Interactions
 from tests import hub_server
+
+# How long an example takes says what the machine does beside.
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.load_profile("here")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,6 +34,12 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ITEMTOK_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_draws():
+    """What a test draws does not go by the tests that were before it, which is for chance to say."""
+    torch.manual_seed(987)
 
 
 @pytest.fixture(scope="session")

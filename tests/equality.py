@@ -13,7 +13,7 @@ import torch
 
 import llm_itemtok.pipeline.run  # noqa: F401  # what takes its time, once for all processes
 from llm_itemtok.cli import main
-from tests.process_pairs import free_port
+from tests.process_pairs import PATIENCE, free_port
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.equality"])
@@ -36,8 +36,8 @@ def carry_out(said: Path, *runs: tuple[int, Sequence[object]]) -> None:
             processes.append(process)
     try:
         for process in processes:
-            process.join(200)
-            assert process.exitcode == 0, said.read_text(encoding="utf-8")
+            process.join(PATIENCE)
+            assert process.exitcode == 0, f"status {process.exitcode}\n{said.read_text(encoding='utf-8')}"
     finally:
         for process in processes:
             process.kill()

@@ -10,7 +10,6 @@ for 20 steps of a tiny trainer.
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from llm_itemtok.pipeline import engines
-from tests.process_pairs import finish, free_port
+from tests.process_pairs import finish, pair, start
 
 LAUNCHED = {
     "ACCELERATE_USE_FSDP": "true",
@@ -49,20 +48,7 @@ def open_the_door() -> None:
 
 def run_pair(*arguments: object) -> None:
     """Run this module as the two processes of a group that talks by gloo on the loopback; both must end well."""
-    pair = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    plain = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    finish(
-        [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.sharded_on_cpu", *map(str, arguments)],
-                env={**os.environ, **plain, **pair, "RANK": place, "LOCAL_RANK": place},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for place in "01"
-        ]
-    )
+    finish([start(["-m", "tests.sharded_on_cpu", *arguments], settings) for settings in pair()])
 
 
 def twenty_steps(engine: str, folder: Path, family: str, tied: bool) -> None:

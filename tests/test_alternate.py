@@ -14,7 +14,7 @@ from llm_itemtok.pipeline.prepare import item_vectors, load_data
 from llm_itemtok.pipeline.run import run
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.training.alternate import Alternate
-from tests.test_pipeline import run_in_two_processes
+from tests.process_pairs import run_in_two_processes
 
 RECIPE = """
 data: {source: synthetic, items: 60, users: 80}

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from llm_itemtok.cli import STAGES, main
 from llm_itemtok.pipeline.stages import STAGE_NAMES
 from tests.hub_server import Hub
+from tests.process_pairs import PATIENCE
 from tests.test_pipeline import RECIPE
 
 
@@ -215,23 +216,23 @@ def test_a_program_at_the_other_end_of_a_pipe_gets_each_reply_before_its_next_re
             process.stdin.flush()
             assert json.loads(process.stdout.readline())["user"] == user
         process.stdin.close()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=PATIENCE) == 0
 
 
 @pytest.mark.slow
 def test_sigterm_stops_after_a_checkpoint_with_143_and_resume_ends_as_an_unbroken_run(tmp_path: Path) -> None:
-    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("max_steps: 6", "max_steps: 60"))
+    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("max_steps: 6", "max_steps: 240"))
     command = [sys.executable, "-m", "llm_itemtok", "run", str(tmp_path / "tiny.yaml"), "--out"]
     assert subprocess.run([*command, str(tmp_path / "whole")], check=False, capture_output=True).returncode == 0
     with subprocess.Popen([*command, str(tmp_path / "broken")], env=os.environ, stdout=subprocess.DEVNULL) as process:
         log = tmp_path / "broken/metrics.jsonl"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 2):
             time.sleep(0.01)
         else:
             assert time.monotonic() < deadline, "training did not begin"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 143
+        assert process.wait(timeout=PATIENCE) == 143
     assert not (tmp_path / "broken/model").exists()
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     kept = [int(path.name.split("-")[1]) for path in (tmp_path / "broken/checkpoints").glob("checkpoint-*")]

@@ -1,11 +1,7 @@
 """A recipe carried out: what a run folder holds, what is run again, and what stays the same."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -31,6 +27,7 @@ from llm_itemtok.pipeline.run import alone_in, run
 from llm_itemtok.pipeline.stages import input_hashes
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.report.page import write_report
+from tests.process_pairs import run_in_two_processes
 
 RECIPE = """
 data: {source: synthetic, items: 60, users: 80}
@@ -811,30 +808,6 @@ def test_a_bundle_holds_no_user(finished: Path) -> None:
     for file in filter(Path.is_file, (finished / "model").rglob("*")):
         content = file.read_bytes()
         assert not any(f'"{user}"'.encode() in content for user in users), file
-
-
-def run_in_two_processes(path: Path, *arguments: str) -> list[tuple[int, str]]:
-    """Exit status and standard error of each process of `itemtok run`, the main one first; gloo on the loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    pair = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "llm_itemtok", "run", str(path), *arguments],
-            env={**os.environ, **pair, "RANK": place, "LOCAL_RANK": place, "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for place in "01"
-    ]
-    try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from llm_itemtok.pipeline.export import export
 from llm_itemtok.pipeline.prepare import load_data
 from llm_itemtok.pipeline.run import run
 from llm_itemtok.recommender import Recommender
-from tests.test_pipeline import recipe, run_in_two_processes
+from tests.process_pairs import run_in_two_processes
+from tests.test_pipeline import recipe
 
 # As in test_hub.py.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -29,8 +29,9 @@ from llm_itemtok.report.run_folder import read_run
 from llm_itemtok.sasrec import SASRec
 from llm_itemtok.training import effort
 from tests.hub_server import Hub
+from tests.process_pairs import run_in_two_processes
 from tests.test_extend import new_items
-from tests.test_pipeline import recipe, run_in_two_processes
+from tests.test_pipeline import recipe
 
 # As in test_hub.py.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

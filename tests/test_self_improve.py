@@ -13,7 +13,7 @@ from llm_itemtok.pipeline.check import check
 from llm_itemtok.pipeline.run import run
 from llm_itemtok.recommender import Recommender
 from llm_itemtok.training.self_improve import SelfImprove
-from tests.test_pipeline import run_in_two_processes
+from tests.process_pairs import run_in_two_processes
 
 RECIPE = """
 data: {source: synthetic, items: 60, users: 80}

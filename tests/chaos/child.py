@@ -24,6 +24,7 @@ from llm_itemtok.training.alternate import Alternate
 from llm_itemtok.training.bilevel import Bilevel
 from llm_itemtok.training.quantizer_optimizer import QuantizerOptimizer
 from llm_itemtok.training.self_improve import SelfImprove
+from tests.process_pairs import PATIENCE
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.chaos.child"])
@@ -70,10 +71,10 @@ class Run:
 
     def end(self) -> int:
         """Wait for the end, which must come, and return the exit status."""
-        status = self.wait(200)
+        status = self.wait(PATIENCE)
         if status is None:
             self.signal(signal.SIGKILL)
-            raise AssertionError(f"still running after 200 seconds:\n{self.said()}")
+            raise AssertionError(f"still running after {PATIENCE:g} seconds:\n{self.said()}")
         return status
 
     def said(self) -> str:

@@ -143,9 +143,16 @@ def flip_a_bit(folder, draw):
     return f"{path.parent.name}/{path.name}"
 
 
-def kill_once(straight, out, draw):
-    """Go on with a run until something drawn happens to it; says what, None if it came to its end before."""
-    kind = draw.choice(["SIGKILL", "SIGTERM", *straight.places])
+def kinds(straight, draw):
+    """What happens to a run, without end: each kind as often as any other."""
+    while True:
+        drawn = ["SIGKILL", "SIGTERM", *straight.places]
+        draw.shuffle(drawn)
+        yield from drawn
+
+
+def kill_once(straight, out, kind, draw):
+    """Go on with a run until this happens to it; says what, None if it came to its end before."""
     if kind in straight.places:
         run = Run(
             straight.recipe, out, place=kind, count=draw.randint(1, straight.places[kind]), delay=draw.random() / 4
@@ -163,9 +170,10 @@ def kill_once(straight, out, draw):
 def torment(straight, folder, *, kills, seed):
     """Kill, damage and go on until there were so many kills; each run that comes to its end is compared."""
     draw, happened, lives, compared = random.Random(seed), [], 0, 0
+    drawn = kinds(straight, random.Random(seed + 100))  # apart from the rest, which goes by what the machine does
     while len(happened) < kills:
         out = folder / f"run-{lives}"
-        what = kill_once(straight, out, draw)
+        what = kill_once(straight, out, next(drawn), draw)
         if what is None:
             assert left(out) == left(straight.folder), happened
             lives, compared = lives + 1, compared + 1

@@ -10,37 +10,19 @@ import psutil
 import pytest
 
 from tests.chaos.test_kills import RECIPE, left
-from tests.process_pairs import free_port
+from tests.process_pairs import PLAIN, ended, pair, start
 from tests.test_architecture import ROOT
 
-FLAGS = ("--resume", "--set", "trainer.max_steps=60", "--set", "evaluation.every=0.4")
-"""More steps, so that the kill falls among them."""
-PLAIN = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+FLAGS = ("--resume", "--set", "trainer.max_steps=240", "--set", "evaluation.every=0.4")
+"""Far more steps, so that the kill falls among them."""
+RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""As docs/distributed.md says: without it processes that are started again may look for those before them."""
 
 
-def start(recipe, out, *flags):
-    """Two processes of one training that talk by gloo on the loopback."""
-    pair = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "llm_itemtok", "run", str(recipe), "--out", str(out), *FLAGS, *flags],
-            env={**os.environ, **PLAIN, **pair, "RANK": place, "LOCAL_RANK": place},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for place in "01"
-    ]
-
-
-def ended(processes):
-    """Exit status of each and what it said, on its standard error if that is its own; none is left behind."""
-    try:
-        said = [process.communicate(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, err or out) for process, (out, err) in zip(processes, said, strict=True)]
+def start_both(recipe, out):
+    """Two processes of one training."""
+    program = ["-m", "llm_itemtok", "run", recipe, "--out", out, *FLAGS]
+    return [start(program, settings) for settings in pair()]
 
 
 def wait_for_checkpoint(out, process):
@@ -53,10 +35,10 @@ def wait_for_checkpoint(out, process):
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_to_the_same_end(tmp_path):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(RECIPE, encoding="utf-8")
-    assert [status for status, _ in ended(start(recipe, tmp_path / "straight"))] == [0, 0]
+    assert [status for status, _ in ended(start_both(recipe, tmp_path / "straight"))] == [0, 0]
 
     out = tmp_path / "run"
-    processes = start(recipe, out)
+    processes = start_both(recipe, out)
     wait_for_checkpoint(out, processes[1])
     processes[1].send_signal(signal.SIGKILL)
     (status, said), (killed, _) = ended(processes)
@@ -64,7 +46,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_to_the_same_end(tm
     assert status == 2, said
     assert "all processes of a training must live, but another one is gone" in said
 
-    assert [status for status, _ in ended(start(recipe, out))] == [0, 0]
+    assert [status for status, _ in ended(start_both(recipe, out))] == [0, 0]
     assert left(out) == left(tmp_path / "straight")
 
 
@@ -73,13 +55,13 @@ def test_torchrun_starts_the_processes_again_and_the_run_ends_as_ever(tmp_path):
     """One process is killed; the launcher ends the other and starts both anew, which go on from the checkpoint."""
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(RECIPE, encoding="utf-8")
+    script = str(ROOT / "scripts" / "train.py")
 
     def launch(out):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
-        script = [str(ROOT / "scripts" / "train.py"), "--config", str(recipe), "--out", str(out), *FLAGS]
         return subprocess.Popen(
-            [sys.executable, *launcher, *script],
-            env={**os.environ, **PLAIN, "PYTHONPATH": str(ROOT)},
+            [sys.executable, *launcher, script, "--config", str(recipe), "--out", str(out), *FLAGS],
+            env={**os.environ, **PLAIN, **RESTARTS, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -90,7 +72,8 @@ def test_torchrun_starts_the_processes_again_and_the_run_ends_as_ever(tmp_path):
 
     launcher = launch(tmp_path / "run")
     wait_for_checkpoint(tmp_path / "run", launcher)
-    psutil.Process(launcher.pid).children()[1].send_signal(signal.SIGKILL)
+    workers = [child for child in psutil.Process(launcher.pid).children() if script in child.cmdline()]
+    workers[1].send_signal(signal.SIGKILL)
     ((status, said),) = ended([launcher])
     assert status == 0, said
     assert "resumed from checkpoint-" in said

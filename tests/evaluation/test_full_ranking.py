@@ -1,7 +1,5 @@
 """Every case gets the list that it gets alone, in its place, however the cases are cut up and shared out."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from llm_itemtok.evaluation.full_ranking import rank_cases
 from llm_itemtok.model.prompts import Prompts
 from llm_itemtok.vocab.trie import ItemTrie
 from tests.evaluation.shared import SIZES, make_cases, ranked
-from tests.process_pairs import finish
+from tests.process_pairs import PLAIN, finish, start
 from tests.tiny import tiny_item_model
 
 
@@ -86,9 +84,7 @@ def test_the_time_in_the_model_is_part_of_the_time_and_the_clock_is_taken_off_ag
 @pytest.mark.slow
 def test_two_processes_rank_as_one_to_the_last_digit(tmp_path: Path) -> None:
     """Also with fewer batches than processes, and with no case at all; each process gets everything."""
-    script = [sys.executable, "-m", "tests.evaluation.shared", str(tmp_path)]
-    processes = [subprocess.Popen([*script, place, "2"], stderr=subprocess.PIPE, text=True) for place in "01"]
-    finish(processes)
+    finish([start(["-m", "tests.evaluation.shared", tmp_path, place, "2"], PLAIN) for place in "01"])
     for size in SIZES:
         alone = ranked(make_cases(size), mask_seen=size == 8)
         for place in "01":

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +19,9 @@ from llm_itemtok.experiments.book import Book
 from llm_itemtok.experiments.plan import LoadedPlan
 from llm_itemtok.experiments.pool import Pool
 from llm_itemtok.experiments.reproduce import dry_run
+from llm_itemtok.experiments.workers import Worker
 from llm_itemtok.items.codes import ItemCodes
+from tests.process_pairs import PATIENCE
 
 RECIPE = {
     "data": {"source": "synthetic", "items": 60, "users": 80},
@@ -55,11 +58,23 @@ def command(plan, place):
     return [sys.executable, "-m", "llm_itemtok", "reproduce", str(plan), *places]
 
 
-def wait_until(holds, seconds=120):
-    end = time.monotonic() + seconds
+def wait_until(holds, process):
+    """Wait while a process works; it must not have ended before."""
+    end = time.monotonic() + PATIENCE
     while not holds():
-        assert time.monotonic() < end
+        assert process.poll() is None, f"ended with status {process.returncode}"
+        assert time.monotonic() < end, "still waiting"
         time.sleep(0.1)
+
+
+@contextmanager
+def started(*program):
+    """A process that is not left behind, whatever happens."""
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def table(place):
@@ -107,16 +122,14 @@ def test_tuning_chooses_by_validation_for_each_arm(undisturbed):
 
 @pytest.mark.slow
 def test_a_plan_stopped_and_killed_goes_on_to_the_same_table(plan, undisturbed, tmp_path):
-    first = subprocess.Popen(command(plan, tmp_path), stdout=subprocess.DEVNULL)
-    wait_until(lambda: (tmp_path / "results" / "demo.json").exists())
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(120) == 143
+    with started(*command(plan, tmp_path)) as first:
+        wait_until(lambda: (tmp_path / "results" / "demo.json").exists(), first)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(PATIENCE) == 143
     before = table(tmp_path)
 
-    second = subprocess.Popen(command(plan, tmp_path), stdout=subprocess.DEVNULL)
-    wait_until(lambda: len(table(tmp_path)) > len(before))
-    second.kill()
-    second.wait()
+    with started(*command(plan, tmp_path)) as second:
+        wait_until(lambda: len(table(tmp_path)) > len(before), second)
     kept = table(tmp_path)
     assert [row for row in kept if row in before] == before  # either of two runs may have ended first
 
@@ -148,9 +161,9 @@ def test_a_finished_plan_runs_nothing_and_a_rerun_gives_the_same(plan, undisturb
     assert "7 of 7 runs done" in dry_run(plan, **places)
     page = (places["results"] / "demo.md").read_bytes()
     flags = ["--results", str(places["results"]), "--runs", str(places["runs"])]
-    began = time.monotonic()
-    assert main(["reproduce", str(plan), *flags]) == 0
-    assert time.monotonic() - began < 10
+    with monkeypatch.context() as none_starts:
+        none_starts.delattr(Worker, "start")
+        assert main(["reproduce", str(plan), *flags]) == 0
     assert (places["results"] / "demo.md").read_bytes() == page
     run = table(undisturbed)[-1]["recipe_sha256"][:12]
     again = ["reproduce", str(plan), "--rerun", run, *flags]
