@@ -46,7 +46,7 @@ def test_a_full_disk_is_told_and_going_on_after_room_is_made_ends_as_ever(tmp_pa
         said.append(run.said().splitlines()[-1])
     else:
         raise AssertionError(said)
-    assert said[0] == "itemtok: failed: the disk is full; make room and give the same command again"
+    assert said[0] == "itemtok: failed: the disk is full; make room and go on (a training with `--resume`)"
     assert all("is full; make room" in line for line in said), said
     assert any("checkpoints, but is full; make room and go on with `--resume`" in line for line in said), said
     assert left(out) == left(tmp_path / "straight")
