@@ -69,8 +69,8 @@ def run_in_two_processes(recipe: Path, *arguments: str) -> list[tuple[int, str]]
 
 def finish(processes: Sequence[subprocess.Popen[str]]) -> None:
     """Wait for all to end, and well."""
-    statuses, said = zip(*ended(processes), strict=True)
-    assert not any(statuses), "\n".join(said)
+    found = ended(processes)
+    assert not any(status for status, _ in found), "\n".join(f"status {status}: {said}" for status, said in found)
 
 
 def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
@@ -86,7 +86,7 @@ def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 out, errors = process.communicate()
-            found.append((process.returncode, errors or out))
+            found.append((process.returncode, errors or out or ""))
     finally:
         for process in processes:
             process.kill()
